@@ -1,0 +1,1 @@
+"""The jobs one runs from the command line: repair a model, look at its tokens."""

@@ -1,0 +1,63 @@
+"""What the command lines share: errors in one line, exit codes, a strict parser."""
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+# What our code raises for users; anything else is a bug and shows its traceback.
+USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
+
+TRACEBACK = "SINDER_TRACEBACK"
+
+
+def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
+    """Runs `main` and ends the process with its exit code.
+
+    An error meant for the user becomes one line, `error: ...`, on stderr and exit code
+    2; Ctrl-C becomes 130. With the environment variable SINDER_TRACEBACK=1 the
+    traceback is shown instead.
+    """
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            # A file name no encoding covers is shown escaped, not turned into an error.
+            output.reconfigure(errors="backslashreplace")
+    try:
+        sys.exit(main() or 0)
+    except USER_ERRORS as error:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK) == "1":
+            raise
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message for a person: no error number, no quotes around, no breaks."""
+    if isinstance(error, OSError) and error.strerror:
+        message = error.strerror
+        if error.filename is not None:
+            message = f"{error.filename}: {message}"
+    elif isinstance(error, KeyError) and error.args:
+        message = str(error.args[0])  # str(KeyError) is the repr of its message
+    else:
+        message = str(error)
+    return " ".join(message.split()) or type(error).__name__
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake in one line and guesses nothing."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints one line that points to --help and exits with code 2."""
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")

@@ -1,0 +1,57 @@
+r"""SINDER on DINOv2 ViT-g/14: the authors' settings.
+
+    python -m experiments.repair --config=giant.py --workdir=runs/giant \
+        --config.checkpoint=dinov2_vitg14 --config.data=/data/imagenet/train
+
+The checkpoint is made by `python -m convert to-jax dinov2_vitg14_pretrain.pth
+dinov2_vitg14`; the data are any folder of photographs, ImageNet's training set for the
+authors. Needs about 17 GB of device memory in float32 (4.5 GB of kernels, 5.3 GB of
+factors, the rest activations and copies). 30,000 images at most, and the stopping rule
+usually ends it earlier. Source: arXiv:2407.16826, section 4, and the released code.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every setting of the run; the same keys in all configs of this folder."""
+    config = ConfigDict()
+
+    # Model and data.
+    config.model = "dinov2_vitg14"  # a torch.hub name; the checkpoint must be of it
+    config.checkpoint = ""  # from `python -m convert to-jax`, or a hub file itself
+    config.interpolate_antialias = True  # the authors'; plain hub models say False
+    config.data = ""  # folder of photographs, or "sample": those in scikit-image
+    config.num_images = 30_000  # every max(1, files // num_images)-th file is used
+    config.image_size = 518  # pixels, short side and center crop
+    config.images_per_step = 0  # 0: one per device; with 1 it is the authors' step
+    config.read_threads = 4
+
+    # Directions.
+    config.method = "analytic"  # or "monte_carlo", the authors' way
+    config.num_probes = 100_000  # per block, for monte_carlo
+    config.seed = 0  # of the probes
+
+    # The repair (`sinder_jax.repair.RepairOptions`).
+    config.lr = 0.005  # SGD; ε is in units of the singular values
+    config.momentum = 0.9
+    config.mask_thr = 4.0  # outlier: |cos| this many standard deviations above the mean
+    config.min_outliers = 3  # fewer are no defect
+    config.window = 3  # neighbors of a patch: 3 x 3 or 5 x 5
+    config.temperature = 0.1  # τ of the learning target
+    config.active_blocks = 10  # blocks updated, the defect's and those before; 0: all
+    config.reduce = "sum"  # over the images of a step whose window has the block
+    config.matmul_precision = (
+        "high"  # TF32 on a GPU, as the authors; "highest": float32
+    )
+    config.max_iter = 30_000  # images
+    config.history = 1_000  # last images that the stopping rule looks at ...
+    config.stop_share = 0.75  # ... and the share of them without a defect that ends it
+    config.max_bad_steps = 100  # images in a row that are not finite end the run
+
+    # What is written, counted in images.
+    config.log_every = 100
+    config.picture_every = 1_000
+    config.checkpoint_every = 500
+    config.measure_images = 8  # of each kind, for the summary: repaired on, held out
+    return config

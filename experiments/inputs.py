@@ -1,0 +1,129 @@
+"""What a repair reads: photographs and weights, or how to get them.
+
+config.data --> photographs to repair on, others held out
+config.checkpoint --> ViTConfig, params (planted, for the demo)
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import convert
+from convert import io
+from sinder_jax import checkpoint, data, planted, repair, vit
+
+HUB = "https://dl.fbaipublicfiles.com/dinov2/{base}/{name}_pretrain.pth"
+PLANTED = "planted"
+# What must agree with config.model; the rest is how a checkpoint is resampled.
+ARCHITECTURE = ("embed_dim", "depth", "ffn_layer", "num_register_tokens")
+INTERVALS = ("log_every", "picture_every", "checkpoint_every", "measure_images")
+
+
+def repair_options(config: ConfigDict) -> repair.RepairOptions:
+    """The options of the step; `active_blocks=0` in a config means all.
+
+    Raises:
+      ValueError: an option or an interval out of range.
+    """
+    for name in (*INTERVALS, "max_bad_steps"):
+        if config[name] < 1:
+            raise ValueError(f"config.{name} must be at least 1, got {config[name]}")
+    if config.images_per_step < 0:
+        raise ValueError("config.images_per_step must be 1 or more; 0: one a device")
+    names = [field.name for field in dataclasses.fields(repair.RepairOptions)]
+    options = {name: config[name] for name in names}
+    return repair.RepairOptions(
+        **options | {"active_blocks": config.active_blocks or None}
+    )
+
+
+def photographs(config: ConfigDict) -> tuple[list[Path], list[Path]]:
+    """The training list, and the photographs that are not on it.
+
+    Raises:
+      ValueError: no data given, or no image there; says what to give.
+      FileNotFoundError: there is no such folder.
+    """
+    data.check_side("config.image_size", config.image_size)
+    if not config.data:
+        raise ValueError(
+            "no photographs: add --config.data=FOLDER, for example the training set of "
+            "ImageNet, or --config.data=sample for those inside scikit-image"
+        )
+    sample = config.data == "sample"
+    files = data.sample_images() if sample else data.list_images(config.data)
+    train = data.training_list(files, config.num_images)
+    return train, sorted(set(files) - set(train))
+
+
+def check_weights_given(config: ConfigDict) -> None:
+    """Refuses a config without weights, before anything is written.
+
+    Raises:
+      ValueError: an unknown model, or no checkpoint; says what to fetch and to call.
+      FileNotFoundError: the checkpoint does not exist; likewise.
+    """
+    if config.model == PLANTED:
+        if config.checkpoint:
+            raise ValueError(
+                f"config.model={PLANTED} makes its own weights: name that of "
+                f"{config.checkpoint} by --config.model: {', '.join(vit.CONFIGS)}"
+            )
+        return
+    if config.model not in vit.CONFIGS:
+        raise ValueError(
+            f"config.model={config.model} is unknown; it is {PLANTED} or one of "
+            f"{', '.join(vit.CONFIGS)}"
+        )
+    if not config.checkpoint:
+        raise ValueError(f"no weights of {config.model}. {how_to_get(config.model)}")
+    if not Path(config.checkpoint).exists():
+        raise FileNotFoundError(
+            f"{config.checkpoint} does not exist. {how_to_get(config.model)}"
+        )
+
+
+def how_to_get(model: str) -> str:
+    """What to fetch for a hub model, and the command that converts it."""
+    name = f"{model.removesuffix('_reg')}{'_reg4' if model.endswith('_reg') else ''}"
+    url = HUB.format(base=model.removesuffix("_reg"), name=name)
+    return (
+        f"Fetch {url}, run `python -m convert to-jax {name}_pretrain.pth {model}` and "
+        f"add --config.checkpoint={model}"
+    )
+
+
+def load_model(
+    config: ConfigDict, planted_file: Path
+) -> tuple[vit.ViTConfig, dict[str, Any]]:
+    """Architecture and original params, resampled as the config says.
+
+    Args:
+      config: names model and checkpoint, a directory of ours or a file in hub layout.
+      planted_file: where planted weights are written, in hub layout, and read from.
+
+    Raises:
+      ValueError: no checkpoint, a damaged one, or one of another model.
+    """
+    source = Path(config.checkpoint)
+    want = vit.CONFIGS.get(config.model, planted.CONFIG)
+    if config.model == PLANTED:
+        source = planted_file
+        made = planted.planted_model(config.seed)
+        state_dict = convert.to_torch(made.config, made.params)
+        io.write_state_dict(source, state_dict, overwrite=True)
+    if source.is_dir():
+        model, params = checkpoint.load(source)
+    else:
+        model, params = convert.from_torch(io.read_state_dict(source))
+    wrong = [
+        f"{name} is {getattr(model, name)} and not {getattr(want, name)}"
+        for name in ARCHITECTURE
+        if getattr(model, name) != getattr(want, name)
+    ]
+    if wrong:
+        raise ValueError(f"{source} is not {config.model}: {', '.join(wrong)}")
+    antialias = config.interpolate_antialias
+    return dataclasses.replace(model, interpolate_antialias=antialias), params

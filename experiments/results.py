@@ -1,0 +1,174 @@
+"""What a repair leaves: pictures on the way, the repaired model, numbers of a summary.
+
+params now --Observer--> pictures before / now, measures of photographs
+params now --export--> repaired/, repaired.safetensors, repaired.pth
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+import convert
+from convert import io
+from experiments import observe
+from experiments.workdir import Workdir
+from sinder_jax import checkpoint, data, pictures, vit
+
+
+def export(workdir: Workdir, config: vit.ViTConfig, params: Any) -> list[str]:
+    """Writes the repaired model for JAX and PyTorch; names what was written.
+
+    `repaired/` is a checkpoint, `repaired.safetensors` has the hub's names, and so has
+    `repaired.pth`, written where torch is installed.
+    """
+    target = workdir.path / "repaired"
+    if not target.exists():  # else from a finish that was cut short: the same model
+        checkpoint.save(target, config, params)
+    names = ["repaired.safetensors"]
+    if importlib.util.find_spec("torch"):
+        names.append("repaired.pth")
+    state_dict = convert.to_torch(config, params)
+    for name in names:
+        io.write_state_dict(workdir.path / name, state_dict, overwrite=True)
+    return ["repaired", *names]
+
+
+class Look(NamedTuple):
+    """One photograph as a model sees it.
+
+    Attributes:
+      image: normalized pixels of the training crop.
+      tokens: last block's patch tokens.
+    """
+
+    image: Float32[np.ndarray, "size size 3"]
+    tokens: Float[Array, "H W D"]
+
+
+class Observer:
+    """Compares the model as it is now with the original, on photographs.
+
+    Args:
+      config: the architecture.
+      params: the original params.
+      direction: singular defect direction of the original's last block.
+      mask_thr: see `loss.outlier_mask`.
+      size: side of the training crop in pixels.
+    """
+
+    def __init__(
+        self,
+        config: vit.ViTConfig,
+        params: Any,
+        direction: Float[Array, " D"],
+        *,
+        mask_thr: float,
+        size: int,
+    ):
+        self._config, self._original = config, params
+        self._direction, self._mask_thr, self._size = direction, mask_thr, size
+
+    def figure(self, file: Path, params: Any) -> pictures.RGB:
+        """The photograph's tokens before and now, see `pictures.before_after`."""
+        before, now = self._look(file, self._original), self._look(file, params)
+        maps = [
+            observe.token_maps(look.tokens, self._direction, mask_thr=self._mask_thr)
+            for look in (before, now)
+        ]
+        return pictures.before_after(data.to_uint8(before.image), *maps)
+
+    def closing_figure(self, files: Sequence[Path], params: Any) -> pictures.RGB:
+        """Several photographs below each other."""
+        return pictures.stack([self.figure(file, params) for file in files])
+
+    def measure(
+        self, files: Sequence[Path], params: Any, most: int
+    ) -> dict[str, Any] | None:
+        """Defects before and after, as means over photographs and one by one.
+
+        Args:
+          files: photographs.
+          params: the repaired params.
+          most: how many of them are measured, evenly spread.
+
+        Returns:
+          Per-photograph means, the largest norm ratios, and all numbers by file; None
+          if there is no readable photograph.
+        """
+        each = {}
+        for file in spread(readable(files), most):
+            before, now = self._look(file, self._original), self._look(file, params)
+            each[file.name] = observe.measure(
+                before.tokens, now.tokens, self._direction, mask_thr=self._mask_thr
+            )
+        if not each:
+            return None
+
+        def mean(name: str) -> float:
+            return float(np.mean([numbers[name] for numbers in each.values()]))
+
+        def largest(name: str) -> float:
+            return max(numbers[name] for numbers in each.values())
+
+        return {
+            "photographs": len(each),
+            "defective_patches_by_direction": {
+                "before": mean("outliers_before"),
+                "after": mean("outliers_after"),
+            },
+            "defective_patches_by_norm": {
+                "before": mean("large_norms_before"),
+                "after": mean("large_norms_after"),
+            },
+            "largest_to_median_norm": {
+                "before": largest("norm_ratio_before"),
+                "after": largest("norm_ratio_after"),
+            },
+            "cosine_of_sound_tokens": mean("cosine_of_sound_tokens"),
+            "each": each,
+        }
+
+    def _look(self, file: Path, params: Any) -> Look:
+        image = data.training_crop(data.read_rgb(file), self._size)
+        pixels = data.normalize(image)
+        return Look(pixels, observe.last_patches(self._config, params, pixels))
+
+
+def readable(files: Sequence[Path]) -> "list[Path]":
+    """Those of the files that hold an image, as far as one can tell from outside."""
+    return [file for file in files if _is_readable(file)]
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        data.read_rgb(file)
+    except data.UnreadableImage:
+        return False
+    return True
+
+
+def spread(files: Sequence[Path], most: int) -> list[Path]:
+    """At most `most` of the files, evenly spread."""
+    places = np.linspace(0, len(files) - 1, min(most, len(files)))
+    return [files[round(place)] for place in places]
+
+
+def describe(name: str, measures: dict[str, Any] | None) -> str:
+    """The measures of a set of photographs in one line."""
+    if measures is None:
+        return f"{name}: no photographs"
+
+    def change(key: str) -> str:
+        return f"{measures[key]['before']:.2f} -> {measures[key]['after']:.2f}"
+
+    return (
+        f"{name}, {measures['photographs']} photographs: defective patches each "
+        f"{change('defective_patches_by_direction')} by direction, "
+        f"{change('defective_patches_by_norm')} by norm; largest to median norm "
+        f"{change('largest_to_median_norm')}; cosine of sound tokens "
+        f"{measures['cosine_of_sound_tokens']:.4f}"
+    )

@@ -1,0 +1,294 @@
+"""The linear map of each block, its running product and the singular defect directions.
+
+    block's params --attention_map A, ffn_map M--> block_map E = M·A   (section 2)
+    E_0, E_1, ... --running product G_i = E_i·…·E_0--> leading left singular vectors
+
+A linear map is the matrix [D, D] that multiplies a column. Everything is NumPy float64
+on the host: a product of 40 block maps amplifies rounding, and none of this is repeated
+during a repair.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+import scipy.special
+from jaxtyping import Array, Float
+
+from sinder_jax.factor import Params
+from sinder_jax.vit import ViTConfig
+
+METHODS = ("analytic", "monte_carlo")
+SQRT_2PI = np.sqrt(2 * np.pi)
+QUADRATURE = np.linspace(-9.0, 9.0, 1025)  # standard deviations; 2e-14 relative error
+PROBES_PER_CHUNK = 8_192
+
+
+class SingularDefects(NamedTuple):
+    """Singular defects of the running products G_0 … G_{L-1}.
+
+    Attributes:
+      directions: leading left singular vector of each G_i; unit rows, any sign.
+      log_values: natural logarithms of the two leading singular values of each G_i,
+        float64; logarithms because a product of 40 blocks can overflow. The second is
+        exact to 1e-16 (σ0/σ1)², since it is read off G·Gᵀ.
+    """
+
+    directions: Float[Array, "L D"]
+    log_values: Float[np.ndarray, "L 2"]
+
+    @property
+    def gaps(self) -> Float[np.ndarray, " L"]:
+        """σ0/σ1 of each G_i: near 1 the direction is not determined."""
+        return np.exp(self.log_values[:, 0] - self.log_values[:, 1])
+
+
+def singular_defect_directions(
+    config: ViTConfig,
+    params: Params,
+    method: str = "analytic",
+    *,
+    key: Array | None = None,
+    num_probes: int = 100_000,
+) -> Float[Array, "L D"]:
+    """The singular defect direction of every block: unit rows, of arbitrary sign.
+
+    See `singular_defects`, which also gives the leading singular values.
+    """
+    defects = singular_defects(config, params, method, key=key, num_probes=num_probes)
+    return defects.directions
+
+
+def singular_defects(
+    config: ViTConfig,
+    params: Params,
+    method: str = "analytic",
+    *,
+    key: Array | None = None,
+    num_probes: int = 100_000,
+) -> SingularDefects:
+    """Directions and leading singular values of the running products of block maps.
+
+    Args:
+      config: the architecture.
+      params: the params tree.
+      method: "analytic" takes the exact linear fit of each FFN; "monte_carlo" fits
+        it to random probes as the authors do (`anomaly_dir_mlp_ls` of their code) and
+        agrees as 1/√num_probes.
+      key: random key of the probes; None means `jax.random.key(0)`.
+      num_probes: probes per block, at least D.
+
+    Raises:
+      ValueError: an unknown method, or fewer probes than D.
+    """
+    directions, log_values = [], []
+    for product, log_scale in _running_products(
+        config, params, method, key, num_probes
+    ):
+        vectors, values = _leading_left(product)
+        directions.append(vectors[:, 0])
+        log_values.append(log_scale + np.log(np.maximum(values, np.finfo(float).tiny)))
+    return SingularDefects(
+        jnp.asarray(np.stack(directions), jnp.float32), np.stack(log_values)
+    )
+
+
+def _running_products(
+    config: ViTConfig, params: Params, method: str, key: Array | None, num_probes: int
+) -> Iterator[tuple[Float[np.ndarray, "D D"], float]]:
+    """G_i scaled to Frobenius norm 1, and the logarithm of the scale taken out."""
+    product, log_scale = np.eye(config.embed_dim), 0.0
+    for block in range(config.depth):
+        product = (
+            block_map(config, params, block, method, key=key, num_probes=num_probes)
+            @ product
+        )
+        norm = np.linalg.norm(product)
+        product, log_scale = product / norm, log_scale + np.log(norm)
+        yield product, log_scale
+
+
+def _leading_left(
+    matrix: Float[np.ndarray, "D D"],
+) -> tuple[Float[np.ndarray, "D 2"], Float[np.ndarray, " 2"]]:
+    """The two leading left singular vectors (columns) and values."""
+    size = len(matrix)
+    squares, vectors = scipy.linalg.eigh(
+        matrix @ matrix.T, subset_by_index=(size - 2, size - 1)
+    )
+    return vectors[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0.0))
+
+
+# --- Maps of a block ------------------------------------------------------------------
+
+
+def block_map(
+    config: ViTConfig,
+    params: Params,
+    block: int,
+    method: str = "analytic",
+    *,
+    key: Array | None = None,
+    num_probes: int = 100_000,
+) -> Float[np.ndarray, "D D"]:
+    """E = M·A, the linear approximation of a block (section 2); float64.
+
+    Arguments as for `singular_defects`; `block` counts from 0.
+    """
+    ffn = ffn_map(config, params, block, method, key=key, num_probes=num_probes)
+    return ffn @ attention_map(config, params, block)
+
+
+def attention_map(
+    config: ViTConfig, params: Params, block: int
+) -> Float[np.ndarray, "D D"]:
+    """A = I + diag(γ1)·W_proj·W_v·diag(g1)·C: attention when all tokens are equal.
+
+    Returns:
+      float64, without the constant part.
+    """
+    width = config.embed_dim
+    leaf = functools.partial(_leaf, params, block)
+    w_v = leaf("attn/qkv/kernel")[:, 2 * width :].T
+    w_proj = leaf("attn/proj/kernel").T
+    residual = w_proj @ (w_v * leaf("norm1/scale")[None, :])
+    return np.eye(width) + leaf("ls1/gamma")[:, None] * _centered(residual)
+
+
+def ffn_map(
+    config: ViTConfig,
+    params: Params,
+    block: int,
+    method: str = "analytic",
+    *,
+    key: Array | None = None,
+    num_probes: int = 100_000,
+) -> Float[np.ndarray, "D D"]:
+    """M = I + diag(γ2)·W_out·J·diag(g2)·C, with J the linear fit of the hidden layer.
+
+    J is the least-squares fit without intercept of the hidden layer, biases included,
+    to x ~ N(0, I). Arguments and errors as for `singular_defects`; float64.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+    leaf = functools.partial(_leaf, params, block)
+    first, last = ("w12", "w3") if config.ffn_layer == "swiglu" else ("fc1", "fc2")
+    weight, bias = leaf(f"mlp/{first}/kernel").T, leaf(f"mlp/{first}/bias")
+    if method == "analytic":
+        fit = _SLOPES[config.ffn_layer](weight, bias)
+    else:
+        key = jax.random.key(0) if key is None else key
+        key = jax.random.fold_in(key, block)
+        fit = _fit_hidden(config.ffn_layer, weight, bias, key, num_probes)
+    residual = leaf(f"mlp/{last}/kernel").T @ fit
+    residual = _centered(residual * leaf("norm2/scale")[None, :])
+    return np.eye(config.embed_dim) + leaf("ls2/gamma")[:, None] * residual
+
+
+def _leaf(params: Params, block: int, path: str) -> np.ndarray:
+    """One block's array at `path` below `blocks`, in float64."""
+    node = params["blocks"]
+    for name in path.split("/"):
+        node = node[name]
+    return np.asarray(node[block], np.float64)
+
+
+def _centered(rows: Float[np.ndarray, "out D"]) -> Float[np.ndarray, "out D"]:
+    """rows·C with the centering C = I − 1/D·11ᵀ of a LayerNorm."""
+    return rows - rows.mean(axis=1, keepdims=True)
+
+
+# --- The linear fit J of a hidden layer: exactly, by Stein's lemma E[∂h/∂x] -----------
+
+
+def gelu_slopes(
+    weight: Float[np.ndarray, "F D"], bias: Float[np.ndarray, " F"]
+) -> Float[np.ndarray, "F D"]:
+    """J of h = GELU(W·x + b), x ~ N(0, I): each row of W times E[GELU'(a)].
+
+    With a ~ N(b, v), v = ‖w‖² and t = b/√(1+v):
+    E[GELU'(a)] = Φ(t) + φ(t)·b/(1+v)^{3/2}.
+    """
+    spread = 1 + np.sum(weight**2, axis=1)
+    t = bias / np.sqrt(spread)
+    density = np.exp(-(t**2) / 2) / SQRT_2PI
+    slope = scipy.special.ndtr(t) + density * bias / spread**1.5
+    return slope[:, None] * weight
+
+
+def swiglu_slopes(
+    weight: Float[np.ndarray, "F2 D"], bias: Float[np.ndarray, " F2"]
+) -> Float[np.ndarray, "F D"]:
+    """J of h = silu(a)·c, (a, c) = W12·x + b12, x ~ N(0, I).
+
+    Row: E[silu'(a)·E[c|a]]·w1 + E[silu(a)]·w2, where E[c|a] is linear in a with slope
+    w1·w2/‖w1‖². One-dimensional integrals by the trapezoidal rule over ±9 standard
+    deviations; w1 = 0 makes a constant.
+
+    Args:
+      weight: gate rows w1 above value rows w2.
+      bias: likewise.
+    """
+    w1, w2 = np.split(weight, 2)
+    b1, b2 = np.split(bias, 2)
+    variance = np.sum(w1**2, axis=1)
+    slope = np.sum(w1 * w2, axis=1) / np.where(variance > 0, variance, 1.0)
+    density = np.exp(-(QUADRATURE**2) / 2) / SQRT_2PI
+    density = density * (QUADRATURE[1] - QUADRATURE[0])
+    deviation = np.sqrt(variance)[:, None] * QUADRATURE[None, :]
+    a = b1[:, None] + deviation
+    c = b2[:, None] + slope[:, None] * deviation
+    gate = scipy.special.expit(a)
+    silu, dsilu = a * gate, gate * (1 + a * (1 - gate))
+    return ((dsilu * c) @ density)[:, None] * w1 + (silu @ density)[:, None] * w2
+
+
+_SLOPES = {"mlp": gelu_slopes, "swiglu": swiglu_slopes}
+
+
+# --- The same fit by random probes, the authors' way ----------------------------------
+
+
+def _fit_hidden(
+    ffn_layer: str,
+    weight: Float[np.ndarray, "F2 D"],
+    bias: Float[np.ndarray, " F2"],
+    key: Array,
+    num_probes: int,
+) -> Float[np.ndarray, "F D"]:
+    """Least squares h ≈ J·x over random probes; normal equations in float64."""
+    width = weight.shape[1]
+    if num_probes < width:
+        raise ValueError(
+            f"num_probes={num_probes} probes do not determine a fit of width {width}; "
+            f"use at least {width}, the authors use 100,000."
+        )
+    layer = jnp.asarray(weight, jnp.float32), jnp.asarray(bias, jnp.float32)
+    covariance: np.ndarray = np.zeros(())
+    moments: np.ndarray = np.zeros(())
+    for chunk, start in enumerate(range(0, num_probes, PROBES_PER_CHUNK)):
+        size = min(PROBES_PER_CHUNK, num_probes - start)
+        x = jax.random.normal(jax.random.fold_in(key, chunk), (size, width))
+        xx, xh = _probe_moments(ffn_layer, *layer, x)
+        covariance = covariance + np.asarray(xx, np.float64)
+        moments = moments + np.asarray(xh, np.float64)
+    return scipy.linalg.solve(covariance, moments, assume_a="pos").T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _probe_moments(
+    ffn_layer: str, weight: Array, bias: Array, x: Array
+) -> tuple[Array, Array]:
+    """xᵀx [D, D] and xᵀh [D, F] of a chunk of probes."""
+    with jax.default_matmul_precision("highest"):
+        hidden = x @ weight.T + bias[None, :]
+        if ffn_layer == "swiglu":
+            gate, value = jnp.split(hidden, 2, axis=-1)
+            hidden = jax.nn.silu(gate) * value
+        else:
+            hidden = jax.nn.gelu(hidden, approximate=False)
+        return x.T @ x, x.T @ hidden

@@ -1,0 +1,335 @@
+"""Kernels as U·diag(σ + ε)·Vᵀ, of which only ε is trained.
+
+    params --factorize--> U, σ, V (float64 SVD on the host, stored as float32)
+    U, σ + ε, V --merge_kernel--> kernel [in, out]   the one way a kernel is rebuilt
+
+Trainable are the value third of the fused qkv, the attention projection and the two
+FFN kernels. A kernel is Flax's [in, out]; the paper's W multiplies a column and is
+[out, in]: `u` is the output side, `v` the input side and kernel = V·diag(s)·Uᵀ.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct, traverse_util
+from jaxtyping import Array, Float
+
+Params = Mapping[str, Any]
+HIGHEST = jax.lax.Precision.HIGHEST
+
+
+@runtime_checkable
+class HasFFNLayer(Protocol):
+    """What is needed of a `vit.ViTConfig` here: which FFN the blocks have."""
+
+    @property
+    def ffn_layer(self) -> str: ...
+
+
+def kernel_names(config: HasFFNLayer) -> tuple[str, str, str, str]:
+    """Names of the trainable kernels of a block, as paths below `blocks`."""
+    if config.ffn_layer == "swiglu":
+        return ("attn/v", "attn/proj", "mlp/w12", "mlp/w3")
+    return ("attn/v", "attn/proj", "mlp/fc1", "mlp/fc2")
+
+
+# --- Between a params tree and its trainable kernels --------------------------------
+
+
+def split_params(
+    config: HasFFNLayer, params: Params
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Parts `params` into what stays frozen and the trainable kernels.
+
+    Returns:
+      (frozen, kernels). `frozen` is a tree like `params` without the trainable kernels;
+      its blocks/attn holds `qk` {kernel [L, D, 2D], bias [L, 2D]} and `v` {bias [L, D]}
+      in place of `qkv`. `kernels` maps each of `kernel_names` to [L, in, out].
+    """
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    kernel, bias = (flat.pop(f"blocks/attn/qkv/{leaf}") for leaf in ("kernel", "bias"))
+    width = kernel.shape[1]
+    flat["blocks/attn/qk/kernel"] = kernel[:, :, : 2 * width]
+    flat["blocks/attn/qk/bias"] = bias[:, : 2 * width]
+    flat["blocks/attn/v/kernel"] = kernel[:, :, 2 * width :]
+    flat["blocks/attn/v/bias"] = bias[:, 2 * width :]
+    kernels = {name: flat.pop(f"blocks/{name}/kernel") for name in kernel_names(config)}
+    return traverse_util.unflatten_dict(flat, sep="/"), kernels
+
+
+def join_params(frozen: Params, kernels: Mapping[str, Any]) -> dict[str, Any]:
+    """The params tree back from `split_params`, bit for bit, as host arrays."""
+    flat = traverse_util.flatten_dict(dict(frozen), sep="/")
+    flat |= {f"blocks/{name}/kernel": kernel for name, kernel in kernels.items()}
+    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
+    for leaf in ("kernel", "bias"):
+        parts = (flat.pop(f"blocks/attn/{part}/{leaf}") for part in ("qk", "v"))
+        flat[f"blocks/attn/qkv/{leaf}"] = np.concatenate(tuple(parts), axis=-1)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+# --- Factorizing and merging --------------------------------------------------------
+
+
+@struct.dataclass
+class Factors:
+    """U, σ and V of every trainable kernel, stacked over blocks; float32.
+
+    Each is a dict over `kernel_names`: u [L, out, S], sigma [L, S] descending,
+    v [L, in, S]. ε belongs to this very basis: singular vectors of close singular
+    values turn from one SVD to the next, so factors are computed once and stored.
+    """
+
+    u: dict[str, Any]
+    sigma: dict[str, Any]
+    v: dict[str, Any]
+
+
+def factorize(config: HasFFNLayer, params: Params) -> Factors:
+    """Factors of every trainable kernel by float64 SVD on the host.
+
+    float32 SVDs of two libraries turn close pairs differently, which moves a merged
+    kernel by 3e-6 to 3e-5 of its norm; float64 keeps that below float32 rounding.
+
+    Args:
+      config: the model's configuration.
+      params: the params tree; float32 kernels [L, in, out].
+
+    Returns:
+      `Factors` of NumPy float32 arrays with S = min(in, out).
+    """
+    _, kernels = split_params(config, params)
+    factors = Factors(u={}, sigma={}, v={})
+    for name, stack in kernels.items():
+        depth, width_in, width_out = stack.shape
+        size = min(width_in, width_out)
+        u = factors.u[name] = np.empty((depth, width_out, size), np.float32)
+        sigma = factors.sigma[name] = np.empty((depth, size), np.float32)
+        v = factors.v[name] = np.empty((depth, width_in, size), np.float32)
+        for block, kernel in enumerate(stack):
+            # kernel = V·diag(σ)·Uᵀ: NumPy's first factor is the input side.
+            v[block], sigma[block], ut = np.linalg.svd(
+                np.asarray(kernel, np.float64), full_matrices=False
+            )
+            u[block] = ut.T
+    return factors
+
+
+@jax.jit
+def merge_kernel(
+    u: Float[Array, "out S"], s: Float[Array, " S"], v: Float[Array, "in S"]
+) -> Float[Array, "in out"]:
+    """V·diag(s)·Uᵀ with s = σ + ε: the one function that rebuilds a kernel.
+
+    The step, `merge`, resume and export all call it block by block, so that a kernel
+    has the same bits wherever it comes from. The barriers keep XLA from compiling it
+    differently when it is part of a larger program.
+    """
+    u, s, v = jax.lax.optimization_barrier((u, s, v))
+    kernel = jnp.matmul(v * s[None, :], u.T, precision=HIGHEST)
+    return jax.lax.optimization_barrier(kernel)
+
+
+def merge_kernels(
+    kernels: Mapping[str, Any], factors: Factors, eps: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Kernels [L, in, out] with ε folded in; a block whose ε is all zero is untouched.
+
+    Args:
+      kernels: the original trainable kernels, from `split_params`.
+      factors: their factors.
+      eps: changes of the singular values, a dict like `factors.sigma`.
+    """
+    host = {name: np.asarray(e) for name, e in eps.items()}
+    changed = np.any([np.any(e != 0, axis=-1) for e in host.values()], axis=0)
+    merged = {}
+    for name, stack in kernels.items():
+        merged[name] = np.array(stack)
+        for block in np.flatnonzero(changed):
+            s = factors.sigma[name][block] + host[name][block]
+            merged[name][block] = merge_kernel(
+                factors.u[name][block], s, factors.v[name][block]
+            )
+    return merged
+
+
+def merge(params: Params, factors: Factors, eps: Mapping[str, Any]) -> dict[str, Any]:
+    """The params tree with ε folded into its kernels: W = U·diag(σ + ε)·Vᵀ.
+
+    Args:
+      params: the original params; kernels of blocks whose ε is all zero, and everything
+        that is not trainable, keep their bits.
+      factors: `factorize(config, params)`.
+      eps: a dict like `factors.sigma`, arrays [L, S] in units of singular values.
+
+    Returns:
+      A params tree of host arrays, float32.
+
+    Raises:
+      ValueError: `eps` has other names or shapes than `factors.sigma`.
+    """
+    check_eps(factors, eps)
+    ffn_layer = "swiglu" if "mlp/w12" in factors.sigma else "mlp"
+    frozen, kernels = split_params(_FFNLayer(ffn_layer), params)
+    return join_params(frozen, merge_kernels(kernels, factors, eps))
+
+
+@struct.dataclass
+class _FFNLayer:
+    ffn_layer: str
+
+
+def check_factors(kernels: Mapping[str, Any], factors: Factors) -> None:
+    """Raises ValueError unless `factors` have the shapes to be those of `kernels`."""
+    for name, kernel in kernels.items():
+        depth, width_in, width_out = kernel.shape
+        size = min(width_in, width_out)
+        want = [(depth, width_out, size), (depth, size), (depth, width_in, size)]
+        parts = (factors.u, factors.sigma, factors.v)
+        got = [tuple(np.shape(part.get(name, ()))) for part in parts]
+        if got != want:
+            raise ValueError(
+                f"factors u, sigma, v of {name} must be {want}, got {got}."
+            )
+
+
+def check_eps(factors: Factors, eps: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `eps` has the names and shapes of `factors.sigma`."""
+    want = {name: tuple(np.shape(x)) for name, x in factors.sigma.items()}
+    got = {name: tuple(np.shape(x)) for name, x in eps.items()}
+    if got != want:
+        raise ValueError(f"eps must hold {want} like the singular values; got {got}.")
+
+
+# --- Layers that hold a factored kernel ---------------------------------------------
+
+
+class SpectralDense(nn.Module):
+    """y = ((x·V)·s)·Uᵀ + b, of which only s is a parameter.
+
+    Collections: `params` {s [S]}, `factors` {u [out, S], v [in, S]}, `frozen` {bias}.
+    """
+
+    features: int
+    precision: Any = HIGHEST
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        size = min(x.shape[-1], self.features)
+        s = self.param("s", nn.initializers.ones, (size,))
+        u, v = _factor_variables(self, x.shape[-1], self.features)
+        bias = _frozen_bias(self, self.features)
+        xv = jnp.matmul(x, v, precision=self.precision)
+        return jnp.matmul(_scale(xv, s), u.T, precision=self.precision) + _row(bias, x)
+
+
+class MergedDense(nn.Module):
+    """y = x·kernel + b with kernel = V·diag(σ + ε)·Uᵀ merged beforehand.
+
+    The gradient reaches ε directly, not through the kernel's (`merged_product`).
+    Collections: `params` {eps [S]}, `merged` {kernel}, `factors` {u, v}, `frozen`
+    {bias}, the same U and V as in `SpectralDense`.
+    """
+
+    features: int
+    precision: Any = HIGHEST
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        size = min(x.shape[-1], self.features)
+        eps = self.param("eps", nn.initializers.zeros, (size,))
+        u, v = _factor_variables(self, x.shape[-1], self.features)
+        kernel = self.variable("merged", "kernel", lambda: merge_kernel(u, eps + 1, v))
+        bias = _frozen_bias(self, self.features)
+        y = merged_product(self.precision, x, kernel.value, u, v, eps)
+        return y + _row(bias, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def merged_product(
+    precision: Any,
+    x: Float[Array, "*batch in"],
+    kernel: Float[Array, "in out"],
+    u: Float[Array, "out S"],
+    v: Float[Array, "in S"],
+    eps: Float[Array, " S"],
+) -> Float[Array, "*batch out"]:
+    """x·kernel whose derivative by ε is taken through the factors of the kernel.
+
+    With y = x·V·diag(σ + ε)·Uᵀ, ∂loss/∂ε_i = Σ_tokens (dy·u_i)(x·v_i): two products
+    with the factors instead of the kernel's gradient and its projection.
+    """
+    del u, v, eps
+    return jnp.matmul(x, kernel, precision=precision)
+
+
+def _merged_product_forward(precision, x, kernel, u, v, eps):
+    return merged_product(precision, x, kernel, u, v, eps), (x, kernel, u, v)
+
+
+def _merged_product_backward(precision, residuals, dy):
+    x, kernel, u, v = residuals
+    dx = jnp.matmul(dy, kernel.T, precision=precision)
+    dyu = jnp.matmul(dy, u, precision=precision)
+    xv = jnp.matmul(x, v, precision=precision)
+    tokens = tuple(range(dy.ndim - 1))
+    return dx, None, None, None, jnp.sum(dyu * xv, axis=tokens)
+
+
+merged_product.defvjp(_merged_product_forward, _merged_product_backward)
+
+
+def spectral_variables(
+    config: HasFFNLayer, params: Params, factors: Factors, eps: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The variables of `vit.ViT(config, spectral=True)` from params and ε.
+
+    Returns:
+      {"params": only s = σ + ε, "factors": U and V, "frozen": all the rest}, to be
+      given to `model.apply`; `jax.grad` by "params" is the gradient by ε.
+    """
+    check_eps(factors, eps)
+    frozen, _ = split_params(config, params)
+    s = {f"blocks/{name}/s": factors.sigma[name] + eps[name] for name in eps}
+    uv = {f"blocks/{name}/u": u for name, u in factors.u.items()}
+    uv |= {f"blocks/{name}/v": v for name, v in factors.v.items()}
+    return {
+        "params": traverse_util.unflatten_dict(s, sep="/"),
+        "factors": traverse_util.unflatten_dict(uv, sep="/"),
+        "frozen": frozen,
+    }
+
+
+def _factor_variables(
+    module: nn.Module, width_in: int, width_out: int
+) -> tuple[Float[Array, "out S"], Float[Array, "in S"]]:
+    """U [out, S] and V [in, S] of a layer; orthonormal columns when initialized."""
+    size = min(width_in, width_out)
+    orthonormal = nn.initializers.orthogonal()
+    u, v = (
+        module.variable(
+            "factors",
+            name,
+            lambda w=width: orthonormal(module.make_rng("params"), (w, size)),
+        ).value
+        for name, width in (("u", width_out), ("v", width_in))
+    )
+    return u, v
+
+
+def _frozen_bias(module: nn.Module, width: int) -> Float[Array, " out"]:
+    return module.variable("frozen", "bias", jnp.zeros, (width,)).value
+
+
+def _row(vector: Float[Array, " D"], x: Float[Array, "*batch _"]) -> Array:
+    """`vector` with leading axes of size one, to meet the rank of `x`."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+def _scale(x: Float[Array, "*batch S"], s: Float[Array, " S"]) -> Array:
+    return x * _row(s, x)

@@ -1,0 +1,309 @@
+"""The repair step: the images' gradients in order, SGD on ε, kernels merged again.
+
+    images --search.image_results, one after the other--> defects, ∂loss/∂ε
+    all images of a step, in order --SGD with momentum, select--> ε --merge--> kernels
+
+This is the authors' training loop without the work it throws away: kernels stay merged,
+only the blocks that changed are merged again, and nothing is computed that no ε needs.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from sinder_jax import factor
+from sinder_jax.factor import Factors
+from sinder_jax.search import ImageResult, image_results
+from sinder_jax.state import (
+    Frozen,
+    Kernels,
+    RepairOptions,
+    RepairState,
+    from_saved,
+    init,
+    merged_params,
+    to_saved,
+)
+from sinder_jax.vit import ViTConfig
+
+__all__ = [
+    "Frozen",
+    "Metrics",
+    "RepairOptions",
+    "RepairState",
+    "from_saved",
+    "init",
+    "is_done",
+    "make_pmapped_step",
+    "make_step",
+    "merged_params",
+    "replicate",
+    "to_saved",
+    "unreplicate",
+]
+
+AXIS = "images"
+
+
+class Metrics(NamedTuple):
+    """What a step reports; B images in order, then the state after the step.
+
+    Attributes:
+      layer: block of the first defect, -1 without one.
+      loss: neighbor loss before the update, nan without a defect.
+      alpha: mean token norm the loss was divided by, nan without a defect.
+      num_outliers: outliers in the defect's block, 0 without a defect.
+      finite: whether tokens, loss and gradient were; a bad image changes nothing.
+      counted: whether the image took part; not when it is invalid or the rule held.
+      num_images: images passed so far.
+      skipped: share of the last images without a defect, 0 to 1.
+      num_bad: images so far that were not finite.
+      bad_in_row: how many of them came last.
+      done: whether the stopping rule holds.
+    """
+
+    layer: Int[Array, " B"]
+    loss: Float[Array, " B"]
+    alpha: Float[Array, " B"]
+    num_outliers: Int[Array, " B"]
+    finite: Bool[Array, " B"]
+    counted: Bool[Array, " B"]
+    num_images: Int[Array, ""]
+    skipped: Float[Array, ""]
+    num_bad: Int[Array, ""]
+    bad_in_row: Int[Array, ""]
+    done: Bool[Array, ""]
+
+
+Step = Callable[..., tuple[RepairState, Metrics]]
+
+
+@functools.lru_cache
+def make_step(config: ViTConfig, options: RepairOptions) -> Step:
+    """The jitted repair step of one device.
+
+    Returns:
+      step(state, frozen, images, valid=None) -> (state, `Metrics`). images [B, height,
+      width, 3] normalized float32, each its own reference step, run one after the
+      other; valid [B] marks images that take part. The state passed in is donated.
+      Once the stopping rule holds, a step changes nothing.
+    """
+
+    def step(state, frozen, images, valid=None):
+        valid = jnp.ones(images.shape[0], bool) if valid is None else valid
+        results = image_results(config, options, state, frozen, images)
+        return _update(options, state, frozen, results, valid)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+@functools.lru_cache
+def make_pmapped_step(
+    config: ViTConfig,
+    options: RepairOptions,
+    devices: tuple[jax.Device, ...] | None = None,
+) -> Step:
+    """The repair step on several devices, with one or more images each.
+
+    The images of a device run one after the other; their ε-gradients are gathered and
+    summed in image order on every device, so that the result does not depend on how
+    many devices share the images of a step.
+
+    Args:
+      config: the architecture.
+      options: the options.
+      devices: a tuple of devices; None means all.
+
+    Returns:
+      step(state, frozen, images, valid=None) as in `make_step`, with state and frozen
+      from `replicate`, images [devices, per_device, height, width, 3] and valid
+      [devices, per_device]; metrics have the leading axes [devices, per_device], or
+      [devices] where they describe the state.
+    """
+
+    def step(state, frozen, images, valid):
+        results = image_results(config, options, state, frozen, images)
+        results, valid = lax.all_gather((results, valid), AXIS, tiled=True)
+        state, metrics = _update(options, state, frozen, results, valid)
+        own = lax.axis_index(AXIS) * images.shape[0]
+        return state, jax.tree.map(
+            lambda x: (
+                lax.dynamic_slice_in_dim(x, own, images.shape[0]) if x.ndim else x
+            ),
+            metrics,
+        )
+
+    pmapped = jax.pmap(step, AXIS, devices=devices, donate_argnums=0)
+
+    def call(state, frozen, images, valid=None):
+        valid = np.ones(images.shape[:2], bool) if valid is None else valid
+        return pmapped(state, frozen, images, valid)
+
+    return call
+
+
+def replicate(tree: Any, devices: tuple[jax.Device, ...] | None = None) -> Any:
+    """A copy of every array on each device, on a new leading axis."""
+    devices = tuple(jax.devices()) if devices is None else devices
+    return jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)(
+        np.zeros(len(devices)), tree
+    )
+
+
+def unreplicate(tree: Any) -> Any:
+    """One copy of what `replicate` spread, from the first device."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+# --- The update -----------------------------------------------------------------------
+
+
+def _update(
+    options: RepairOptions,
+    state: RepairState,
+    frozen: Frozen,
+    results: ImageResult,
+    valid: Bool[Array, " B"],
+) -> tuple[RepairState, Metrics]:
+    """State and metrics after a step, from the results of its images in order."""
+    state, counted = _count(options, state, results, valid)
+    used = counted & results.finite & (results.layer >= 0)
+    gradients, touched = _reduce(options.reduce, results, used)
+    # PyTorch leaves a parameter without gradient alone, momentum included: select.
+    trace = optax.trace(decay=options.momentum)
+    velocity, _ = trace.update(gradients, optax.TraceState(trace=state.momentum))
+    momentum = _select(touched, velocity, state.momentum)
+    stepped = jax.tree.map(lambda e, m: e - options.lr * m, state.eps, momentum)
+    eps = _select(touched, stepped, state.eps)
+    merged = _merge_touched(frozen.factors, eps, state.merged, touched)
+    state = dataclasses.replace(state, eps=eps, momentum=momentum, merged=merged)
+    metrics = Metrics(
+        results.layer,
+        results.loss,
+        results.alpha,
+        results.num_outliers,
+        results.finite,
+        counted,
+        state.num_images,
+        jnp.mean(~state.had_defect),
+        state.num_bad,
+        state.bad_in_row,
+        is_done(options, state),
+    )
+    return state, metrics
+
+
+def is_done(options: RepairOptions, state: RepairState) -> Bool[Array, ""]:
+    """The stopping rule: `max_iter` images, or enough of the last had no defect."""
+    needed = math.ceil(options.stop_share * options.history - 1e-9)  # 0.55·20 is 11
+    return (state.num_images >= options.max_iter) | (
+        jnp.sum(~state.had_defect) >= needed
+    )
+
+
+def _count(
+    options: RepairOptions,
+    state: RepairState,
+    results: ImageResult,
+    valid: Bool[Array, " B"],
+) -> tuple[RepairState, Bool[Array, " B"]]:
+    """Passes the images one by one through the stopping rule.
+
+    An image after the one at which the rule began to hold does not count, an invalid
+    one only moves the position on, one that is not finite counts as one that had a
+    defect.
+    """
+
+    def step(state, image):
+        layer, finite, valid = image
+        running = ~is_done(options, state)
+        counts = running & valid
+        bad = counts & ~finite
+        slot = state.num_counted % options.history
+        had_defect = state.had_defect.at[slot].set((layer >= 0) | bad)
+        state = dataclasses.replace(
+            state,
+            num_images=state.num_images + running,
+            had_defect=jnp.where(counts, had_defect, state.had_defect),
+            num_counted=state.num_counted + counts,
+            num_bad=state.num_bad + bad,
+            bad_in_row=jnp.where(
+                counts, (state.bad_in_row + 1) * bad, state.bad_in_row
+            ),
+        )
+        return state, counts
+
+    # The kernels do not travel through the loop.
+    light = dataclasses.replace(state, eps={}, momentum={}, merged={})
+    light, counted = lax.scan(step, light, (results.layer, results.finite, valid))
+    return dataclasses.replace(
+        light, eps=state.eps, momentum=state.momentum, merged=state.merged
+    ), counted
+
+
+def _reduce(
+    reduce: str, results: ImageResult, used: Bool[Array, " B"]
+) -> tuple[Kernels, Bool[Array, " L"]]:
+    """Gradients summed in image order over the images whose window has the block.
+
+    Returns:
+      (gradients by kernel [L, S], touched [L]: blocks in the window of any used image).
+    """
+    takes_part = results.window & used[:, None]
+
+    def add(total, image):
+        gradients, takes_part = image
+        return {
+            name: total[name] + jnp.where(takes_part[:, None], gradients[name], 0.0)
+            for name in total
+        }, None
+
+    zeros = {name: jnp.zeros_like(g[0]) for name, g in results.gradients.items()}
+    total, _ = lax.scan(add, zeros, (results.gradients, takes_part))
+    images = jnp.sum(takes_part, axis=0)
+    if reduce == "mean":
+        divisor = jnp.maximum(images, 1)[:, None]
+        total = {name: gradient / divisor for name, gradient in total.items()}
+    return total, images > 0
+
+
+def _select(blocks: Bool[Array, " L"], new: Kernels, old: Kernels) -> Kernels:
+    return {name: jnp.where(blocks[:, None], new[name], old[name]) for name in old}
+
+
+def _merge_touched(
+    factors: Factors, eps: Kernels, merged: Kernels, touched: Array
+) -> Kernels:
+    """`merged` with the kernels of the touched blocks built anew from their ε.
+
+    A block whose ε is still all zero keeps its original bits.
+    """
+    moved = jnp.any(jnp.stack([jnp.any(e != 0, axis=1) for e in eps.values()]), axis=0)
+    changed = touched & moved
+    order = jnp.flatnonzero(changed, size=len(changed), fill_value=0)
+
+    def merge(position, merged):
+        block = order[position]
+        return {
+            name: merged[name]
+            .at[block]
+            .set(
+                factor.merge_kernel(
+                    factors.u[name][block],
+                    factors.sigma[name][block] + eps[name][block],
+                    factors.v[name][block],
+                )
+            )
+            for name in merged
+        }
+
+    return lax.fori_loop(0, jnp.sum(changed), merge, merged)

@@ -1,0 +1,237 @@
+"""What a repair is told, what it reads and what it changes; its start and its resume.
+
+config, params, options --init--> Frozen (read), RepairState (changed)
+RepairState --to_saved--> stored without its kernels --from_saved--> RepairState
+Frozen, RepairState --merged_params--> params of the repaired model
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct, traverse_util
+from jaxtyping import Array, Bool, Float, Int
+
+from sinder_jax import defects, factor, loss, vit
+from sinder_jax.factor import Factors, Params
+from sinder_jax.vit import ViTConfig
+
+REDUCTIONS = ("sum", "mean")
+PRECISIONS = ("highest", "high", "default")
+Kernels = dict[str, Any]  # by `factor.kernel_names`, blocks on the leading axis
+
+
+@dataclasses.dataclass(frozen=True)
+class RepairOptions:
+    """What defines the trajectory of a repair; the defaults are the authors'.
+
+    Attributes:
+      lr: SGD's learning rate; ε is in units of the singular values.
+      momentum: PyTorch's convention, velocity = momentum·velocity + gradient.
+      mask_thr: a patch is an outlier this many standard deviations off the mean.
+      min_outliers: a block has a defect from this many outliers on (`skip_less_than`).
+      window: side of the neighbor window in patches, 3 or 5 (the authors' `kernel`).
+      temperature: τ of the learning target.
+      active_blocks: how many blocks up to and including the defect's are updated; None
+        means all (the authors' `limit_layers`, whose 0 means all).
+      reduce: a block's gradient is the "sum" or the "mean" over the images of a step
+        whose window contains it.
+      matmul_precision: of every product of model and step: "highest", "high" (TF32 on a
+        GPU, the authors' setting) or "default".
+      max_iter: stop after this many images.
+      history: number of last images the stopping rule looks at.
+      stop_share: stop when this share of them had no defect, above 0 to 1.
+
+    Raises:
+      ValueError: an option out of range.
+    """
+
+    lr: float = 0.005
+    momentum: float = 0.9
+    mask_thr: float = 4.0
+    min_outliers: int = 3
+    window: int = 3
+    temperature: float = 0.1
+    active_blocks: int | None = 10
+    reduce: str = "sum"
+    matmul_precision: str = "highest"
+    max_iter: int = 30_000
+    history: int = 1_000
+    stop_share: float = 0.75
+
+    def __post_init__(self):
+        loss.check_loss_options(
+            mask_thr=self.mask_thr, window=self.window, temperature=self.temperature
+        )
+        if not self.lr > 0:
+            raise ValueError(f"lr must be above 0, got {self.lr}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
+        for name in ("min_outliers", "max_iter", "history"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {getattr(self, name)}."
+                )
+        if self.active_blocks is not None and self.active_blocks < 1:
+            raise ValueError(
+                f"active_blocks must be at least 1, or None for all blocks; got "
+                f"{self.active_blocks}."
+            )
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(
+                f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}."
+            )
+        if self.matmul_precision not in ("highest", "high", "default"):
+            raise ValueError(
+                "matmul_precision must be 'highest', 'high' or 'default', got "
+                f"{self.matmul_precision!r}."
+            )
+        if not 0 < self.stop_share <= 1:
+            raise ValueError(f"stop_share must be in (0, 1], got {self.stop_share}.")
+
+
+@struct.dataclass
+class Frozen:
+    """What a repair reads and never changes.
+
+    Attributes:
+      params: the params tree without its trainable kernels (`factor.split_params`).
+      factors: U, σ and V of the trainable kernels.
+      directions: singular defect directions of the original model, unit or zero rows.
+    """
+
+    params: Params
+    factors: Factors
+    directions: Float[Array, "L D"]
+
+
+@struct.dataclass
+class RepairState:
+    """What a repair changes.
+
+    Attributes:
+      eps: changes of the singular values, a dict like `factors.sigma`.
+      momentum: SGD's velocity of ε, likewise.
+      merged: the trainable kernels [L, in, out] with ε folded in; follows from ε and is
+        not saved.
+      num_images: images passed so far, which is also the position in the training list.
+      had_defect: ring buffer over the last images that counted; starts as "had one".
+      num_counted: how many images entered `had_defect`.
+      num_bad: images whose loss or gradient was not finite.
+      bad_in_row: how many of them came last, without a good one between.
+    """
+
+    eps: Kernels
+    momentum: Kernels
+    merged: Kernels
+    num_images: Int[Array, ""]
+    had_defect: Bool[Array, " history"]
+    num_counted: Int[Array, ""]
+    num_bad: Int[Array, ""]
+    bad_in_row: Int[Array, ""]
+
+
+def init(
+    config: ViTConfig,
+    params: Params,
+    options: RepairOptions,
+    directions: Any = None,
+    factors: Factors | None = None,
+) -> tuple[Frozen, RepairState]:
+    """Frozen model and first state of a repair of `params`.
+
+    Args:
+      config: the architecture.
+      params: the original params, finite; not changed, but on a CPU the frozen part may
+        share their memory.
+      options: the options of the step to come.
+      directions: [L, D] defect directions in place of the computed ones; rows are
+        normalized, a zero row detects nothing.
+      factors: factors computed before, in place of a new SVD.
+
+    Raises:
+      ValueError: params, directions or factors that do not fit `config`, or not finite.
+    """
+    vit.check_params(config, params)
+    vit.check_finite(params)
+    if directions is None:
+        directions = defects.singular_defect_directions(config, params)
+    directions = jnp.asarray(directions, jnp.float32)
+    if directions.shape != (config.depth, config.embed_dim):
+        raise ValueError(
+            f"directions must be [{config.depth}, {config.embed_dim}], a row for each "
+            f"block; got {list(directions.shape)}."
+        )
+    if not bool(jnp.all(jnp.isfinite(directions))):
+        raise ValueError("directions hold values that are not finite.")
+    factors = factor.factorize(config, params) if factors is None else factors
+    rest, kernels = factor.split_params(config, params)
+    factor.check_factors(kernels, factors)
+    frozen = Frozen(
+        params=jax.tree.map(jnp.asarray, rest),
+        factors=jax.tree.map(jnp.asarray, factors),
+        directions=loss.normalize(directions),
+    )
+    zero = {name: jnp.zeros(s.shape, jnp.float32) for name, s in factors.sigma.items()}
+    state = RepairState(
+        eps=zero,
+        momentum=jax.tree.map(jnp.zeros_like, zero),
+        # The step is given this memory (donation), so it must be a copy.
+        merged={name: jnp.array(kernel) for name, kernel in kernels.items()},
+        num_images=jnp.zeros((), jnp.int32),
+        had_defect=jnp.ones(options.history, bool),
+        num_counted=jnp.zeros((), jnp.int32),
+        num_bad=jnp.zeros((), jnp.int32),
+        bad_in_row=jnp.zeros((), jnp.int32),
+    )
+    return frozen, state
+
+
+def to_saved(state: RepairState) -> dict[str, Any]:
+    """What must be stored to go on from a state: all but the merged kernels.
+
+    ε and momentum are nested by the parts of their names, as in the params tree.
+    """
+    saved = {
+        field.name: getattr(state, field.name) for field in dataclasses.fields(state)
+    }
+    del saved["merged"]
+    for name in ("eps", "momentum"):
+        saved[name] = traverse_util.unflatten_dict(saved[name], sep="/")
+    return saved
+
+
+def from_saved(
+    config: ViTConfig, params: Params, frozen: Frozen, saved: Mapping[str, Any]
+) -> RepairState:
+    """The state of `to_saved`, bit for bit, its kernels merged from the original ones.
+
+    Args:
+      config: the architecture.
+      params: the original params.
+      frozen: from `init` with the factors that ε belongs to.
+      saved: from `to_saved`.
+
+    Raises:
+      ValueError: ε or momentum does not fit the factors.
+    """
+    fields = dict(saved)
+    for name in ("eps", "momentum"):
+        fields[name] = traverse_util.flatten_dict(saved[name], sep="/")
+        factor.check_eps(frozen.factors, fields[name])
+    _, kernels = factor.split_params(config, params)
+    fields["merged"] = factor.merge_kernels(kernels, frozen.factors, fields["eps"])
+    return RepairState(**jax.tree.map(jnp.array, fields))
+
+
+def merged_params(frozen: Frozen, state: RepairState) -> dict[str, Any]:
+    """The repaired model: a params tree of host arrays with ε folded in.
+
+    Kernels of a block whose ε is all zero, and all that is not trained, have the bits
+    of the original.
+    """
+    return factor.join_params(
+        jax.device_get(frozen.params), jax.device_get(state.merged)
+    )

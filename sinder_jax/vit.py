@@ -1,0 +1,478 @@
+"""DINOv2's vision transformer in Flax linen, as pure functions of a params tree.
+
+    images [B, height, width, 3] --embed--> tokens [B, T, D] --L blocks--> tokens
+    tokens = [class token, registers, patches], patches row by row; --norm--> Features
+
+Checked against two sources: the model definition of facebookresearch/dinov2 (names,
+order of operations) and numbers recorded from it (tests/golden). Parameters keep
+DINOv2's names with the blocks stacked on a leading axis, kernels are [in, out].
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import traverse_util
+from jaxtyping import Array, Float
+
+from sinder_jax import pos_embed
+from sinder_jax.factor import MergedDense, SpectralDense
+
+LAYER_NORM_EPSILON = 1e-6
+FFN_LAYERS = ("mlp", "swiglu")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """Architecture of a DINOv2 model.
+
+    Attributes:
+      embed_dim: width D of a token.
+      depth: number of blocks L.
+      num_heads: attention heads M; must divide `embed_dim`.
+      ffn_layer: "mlp" (fc1, exact GELU, fc2; S, B, L) or "swiglu" (w12, w3; g).
+      img_size: side in pixels of the images the stored position embedding is for.
+      patch_size: side of a patch in pixels.
+      num_register_tokens: registers R between class token and patches.
+      interpolate_antialias, interpolate_offset: how the position embedding is resampled
+        to other sizes (`pos_embed`). Plain hub models: False, 0.1; register models:
+        True, 0.0; the SINDER authors: True, 0.1.
+
+    Raises:
+      ValueError: on values that no model can have.
+    """
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    ffn_layer: str
+    img_size: int = 518
+    patch_size: int = 14
+    num_register_tokens: int = 0
+    interpolate_antialias: bool = False
+    interpolate_offset: float = 0.1
+
+    def __post_init__(self):
+        if self.ffn_layer not in FFN_LAYERS:
+            allowed = " or ".join(FFN_LAYERS)
+            raise ValueError(f"ffn_layer must be {allowed}, got {self.ffn_layer!r}.")
+        for name in ("embed_dim", "depth", "num_heads", "img_size", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        if self.num_register_tokens < 0:
+            raise ValueError("num_register_tokens must not be negative.")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must divide embed_dim={self.embed_dim}."
+            )
+        if self.img_size % self.patch_size:
+            raise ValueError(
+                f"img_size={self.img_size} must be a multiple of {self.patch_size=}."
+            )
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of the stored position embedding."""
+        return self.img_size // self.patch_size
+
+    @property
+    def hidden_dim(self) -> int:
+        """FFN width F: 4D, or two thirds of it rounded up to a multiple of 8."""
+        if self.ffn_layer == "mlp":
+            return 4 * self.embed_dim
+        return (int(4 * self.embed_dim * 2 / 3) + 7) // 8 * 8
+
+
+def _hub_models() -> dict[str, ViTConfig]:
+    sizes = {
+        #     D,    L,  M,  FFN
+        "s": (384, 12, 6, "mlp"),
+        "b": (768, 12, 12, "mlp"),
+        "l": (1024, 24, 16, "mlp"),
+        "g": (1536, 40, 24, "swiglu"),
+    }
+    plain = {f"dinov2_vit{size}14": ViTConfig(*row) for size, row in sizes.items()}
+    registers = functools.partial(
+        dataclasses.replace,
+        num_register_tokens=4,
+        interpolate_antialias=True,
+        interpolate_offset=0.0,
+    )
+    return plain | {f"{name}_reg": registers(config) for name, config in plain.items()}
+
+
+CONFIGS: dict[str, ViTConfig] = _hub_models()
+"""The eight models of torch.hub by name, with the hub's resampling conventions."""
+
+
+class Features(NamedTuple):
+    """Tokens after the final norm; patches as a grid of H rows and W columns."""
+
+    cls: Float[Array, "B D"]
+    registers: Float[Array, "B R D"]
+    patches: Float[Array, "B H W D"]
+
+
+def patch_grid(config: ViTConfig, height: int, width: int) -> tuple[int, int]:
+    """Patch rows and columns of an image of `height` x `width` pixels.
+
+    Raises:
+      ValueError: a side is not a positive multiple of the patch size; says the nearest.
+    """
+    patch = config.patch_size
+    if height % patch or width % patch or not height or not width:
+        near = " x ".join(_nearest_multiples(side, patch) for side in (height, width))
+        raise ValueError(
+            f"image of height {height} and width {width} pixels: both sides must be "
+            f"multiples of {patch}; the nearest allowed are {near}."
+        )
+    return height // patch, width // patch
+
+
+def _nearest_multiples(side: int, patch: int) -> str:
+    below = side // patch * patch
+    if below == side and side:
+        return str(side)
+    return f"{below} or {below + patch}" if below else str(patch)
+
+
+def _weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Array:
+    """The weight `name` of `module`: a parameter, or a variable of its `collection`."""
+    if module.collection == "params":
+        return module.param(name, init, shape)
+    return module.variable(
+        module.collection, name, lambda: init(module.make_rng("params"), shape)
+    ).value
+
+
+def _row(module: nn.Module, name: str, init: Any, x: Float[Array, "*batch D"]) -> Array:
+    """The weight vector `name` along the last axis of `x`, with the rank of `x`."""
+    vector = _weight(module, name, init, x.shape[-1:])
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+class Dense(nn.Module):
+    """y = x·kernel + bias, with the weights in `collection`."""
+
+    features: int
+    precision: Any = "highest"
+    collection: str = "params"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        shape = (x.shape[-1], self.features)
+        kernel = _weight(self, "kernel", nn.initializers.truncated_normal(0.02), shape)
+        y = jnp.matmul(x, kernel, precision=self.precision)
+        return y + _row(self, "bias", nn.initializers.zeros, y)
+
+
+class LayerNorm(nn.Module):
+    """Normalization over the last axis, in two passes: defective tokens are huge."""
+
+    collection: str = "params"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
+        # Rounded in the order of PyTorch's kernel: a token about to become defective
+        # amplifies a rounding by 100 (measured on tests/golden/moving).
+        normalized = x * inverse - mean * inverse
+        scale = _row(self, "scale", nn.initializers.ones, x)
+        return normalized * scale + _row(self, "bias", nn.initializers.zeros, x)
+
+
+class LayerScale(nn.Module):
+    """x·γ, one factor a channel."""
+
+    collection: str = "params"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        return x * _row(self, "gamma", nn.initializers.ones, x)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of each patch of pixels, the convolution of DINOv2 with stride 14."""
+
+    config: ViTConfig
+    precision: Any = "highest"
+    collection: str = "params"
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B N D"]:
+        patch, width = self.config.patch_size, self.config.embed_dim
+        shape = (patch, patch, 3, width)
+        kernel = _weight(self, "kernel", nn.initializers.truncated_normal(0.02), shape)
+        pixels = rearrange(
+            images, "B (H p) (W q) c -> B (H W) (p q c)", p=patch, q=patch
+        )
+        x = jnp.matmul(pixels, kernel.reshape(-1, width), precision=self.precision)
+        return x + _row(self, "bias", nn.initializers.zeros, x)
+
+
+class BlockPart(nn.Module):
+    """What attention, FFN and block have in common.
+
+    Attributes:
+      config: the architecture.
+      kernels: how the trainable kernels are held: "dense" (fused qkv, all weights in
+        `params`), "spectral" (`factor.SpectralDense`) or "merged"
+        (`factor.MergedDense`); in the last two the query-key kernel stands apart and
+        whatever is not trained is in the collection `frozen`.
+      precision: of every matrix product.
+    """
+
+    config: ViTConfig
+    kernels: str = "dense"
+    precision: Any = "highest"
+
+    @property
+    def collection(self) -> str:
+        """Where the weights that are not trainable kernels live."""
+        return "params" if self.kernels == "dense" else "frozen"
+
+    def frozen(self, features: int, name: str) -> nn.Module:
+        """A dense layer that is never trained."""
+        return Dense(features, self.precision, self.collection, name=name)
+
+    def trainable(self, features: int, name: str) -> nn.Module:
+        """A dense layer whose kernel a repair changes."""
+        if self.kernels == "dense":
+            return self.frozen(features, name)
+        layer = {"spectral": SpectralDense, "merged": MergedDense}[self.kernels]
+        return layer(features, precision=self.precision, name=name)
+
+
+class Attention(BlockPart):
+    """Multi-head self-attention; channel = head · K + index within the head."""
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        width, heads = self.config.embed_dim, self.config.num_heads
+        if self.kernels == "dense":
+            qkv = self.frozen(3 * width, "qkv")(x_BxTxD)
+        else:
+            qk = self.frozen(2 * width, "qk")(x_BxTxD)
+            v = self.trainable(width, "v")(x_BxTxD)
+            qkv = jnp.concatenate([qk, v], axis=-1)
+        # DINOv2 fuses q, k, v in this order; heads are the slow index of a channel.
+        q, k, v = rearrange(qkv, "B T (three M K) -> three B M T K", three=3, M=heads)
+        q = q * (width // heads) ** -0.5
+        logits = jnp.einsum("BMTK,BMSK->BMTS", q, k, precision=self.precision)
+        mixed = jnp.einsum(
+            "BMTS,BMSK->BMTK", nn.softmax(logits), v, precision=self.precision
+        )
+        return self.trainable(width, "proj")(rearrange(mixed, "B M T K -> B T (M K)"))
+
+
+class FFN(BlockPart):
+    """fc2·GELU(fc1 x) with the exact erf, or SwiGLU: w3·(silu(a)·b), (a, b) = w12 x."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        width, hidden = self.config.embed_dim, self.config.hidden_dim
+        if self.config.ffn_layer == "mlp":
+            h = nn.gelu(self.trainable(hidden, "fc1")(x), approximate=False)
+            return self.trainable(width, "fc2")(h)
+        a, b = jnp.split(self.trainable(2 * hidden, "w12")(x), 2, axis=-1)
+        return self.trainable(width, "w3")(nn.silu(a) * b)
+
+
+class Block(BlockPart):
+    """x += γ1·Attn(LN1 x); x += γ2·FFN(LN2 x)."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        part, home = (self.config, self.kernels, self.precision), self.collection
+        y = Attention(*part, name="attn")(LayerNorm(home, name="norm1")(x))
+        x = x + LayerScale(home, name="ls1")(y)
+        y = FFN(*part, name="mlp")(LayerNorm(home, name="norm2")(x))
+        return x + LayerScale(home, name="ls2")(y)
+
+
+class ViT(nn.Module):
+    """DINOv2: `ViT(config).apply({"params": params}, images)` gives `Features`.
+
+    With `spectral=True` it is the same model with every trainable kernel as
+    `factor.SpectralDense`: `params` hold only s = σ + ε, the collections `factors` and
+    `frozen` the rest (`factor.spectral_variables` makes all three).
+
+    Attributes:
+      config: the architecture.
+      spectral: whether trainable kernels are factored.
+      precision: of every matrix product; JAX's own default is bfloat16 on TPU and TF32
+        on GPU, so it is said here.
+    """
+
+    config: ViTConfig
+    spectral: bool = False
+    precision: Any = "highest"
+
+    @property
+    def collection(self) -> str:
+        """Where the weights that are not trainable kernels live."""
+        return "frozen" if self.spectral else "params"
+
+    def setup(self):
+        """Declares the weights; `mask_token` is used in pre-training only, but kept."""
+        config, width = self.config, self.config.embed_dim
+        normal = nn.initializers.truncated_normal(0.02)
+        zeros = nn.initializers.zeros
+        self.cls_token = _weight(self, "cls_token", normal, (1, 1, width))
+        self.mask_token = _weight(self, "mask_token", zeros, (1, width))
+        positions = 1 + config.grid_size**2
+        self.pos_embed = _weight(self, "pos_embed", normal, (1, positions, width))
+        if config.num_register_tokens:
+            shape = (1, config.num_register_tokens, width)
+            self.register_tokens = _weight(self, "register_tokens", normal, shape)
+        self.patch_embed = PatchEmbed(config, self.precision, self.collection)
+        kernels = "spectral" if self.spectral else "dense"
+        self.blocks = Block(config, kernels, self.precision)
+        self.norm = LayerNorm(self.collection)
+
+    def __call__(self, images: Float[Array, "B height width 3"]) -> Features:
+        """Class token, registers and patches after the final norm.
+
+        Args:
+          images: RGB, normalized by ImageNet's mean and standard deviation; both sides
+            multiples of the patch size.
+
+        Raises:
+          ValueError: a side is no multiple of the patch size.
+        """
+        rows, columns = patch_grid(self.config, *images.shape[1:3])
+        tokens, _ = self._run_blocks(self.embed(images), keep=())
+        return Features(*split_tokens(self.config, self.norm(tokens), rows, columns))
+
+    def embed(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B T D"]:
+        """Tokens before the first block: registers carry no position embedding."""
+        rows, columns = patch_grid(self.config, *images.shape[1:3])
+        patches = self.patch_embed(images)
+        cls_position, grid = self.pos_embed[:, :1], self.pos_embed[0, 1:]
+        grid = pos_embed.resample(
+            rearrange(grid, "(M N) D -> M N D", M=self.config.grid_size),
+            rows,
+            columns,
+            antialias=self.config.interpolate_antialias,
+            offset=self.config.interpolate_offset,
+        )
+        patches = patches + rearrange(grid, "H W D -> 1 (H W) D")
+        extra = [self.cls_token + cls_position]
+        if self.config.num_register_tokens:
+            extra.append(self.register_tokens)
+        extra = [jnp.repeat(token, images.shape[0], axis=0) for token in extra]
+        return jnp.concatenate([*extra, patches], axis=1)
+
+    def intermediates(
+        self, images: Float[Array, "B height width 3"], *, blocks: tuple[int, ...]
+    ) -> tuple[Float[Array, "B T D"], ...]:
+        """Raw tokens after the given blocks, without the final norm.
+
+        Args:
+          images: as for `__call__`.
+          blocks: indices from 0 to L-1, in any order.
+
+        Raises:
+          ValueError: a block that does not exist, or a side that does not fit.
+        """
+        for block in blocks:
+            if not 0 <= block < self.config.depth:
+                last = self.config.depth - 1
+                raise ValueError(f"there is no block {block}: blocks are 0 to {last}.")
+        wanted = tuple(sorted(set(blocks)))
+        _, kept = self._run_blocks(self.embed(images), keep=wanted)
+        return tuple(kept[wanted.index(block)] for block in blocks)
+
+    def _run_blocks(
+        self, tokens: Float[Array, "B T D"], *, keep: tuple[int, ...]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "kept B T D"]]:
+        """All blocks in turn; also the tokens after the blocks in `keep`, stacked."""
+        # A block that is not kept writes to a slot past the end, which is dropped.
+        slots = np.full(self.config.depth, len(keep))
+        slots[list(keep)] = np.arange(len(keep))
+
+        def body(block, carry, slot):
+            x, kept = carry
+            x = block(x)
+            if keep:
+                kept = kept.at[slot].set(x, mode="drop")
+            return (x, kept), None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0, "frozen": 0, "factors": 0},
+            split_rngs={"params": True},
+            length=self.config.depth,
+        )
+        kept = jnp.zeros((len(keep), *tokens.shape), tokens.dtype)
+        (tokens, kept), _ = scan(self.blocks, (tokens, kept), jnp.asarray(slots))
+        return tokens, kept
+
+
+def split_tokens(
+    config: ViTConfig, tokens: Float[Array, "B T D"], rows: int, columns: int
+) -> tuple[Float[Array, "B D"], Float[Array, "B R D"], Float[Array, "B H W D"]]:
+    """Parts tokens into class token, registers and the grid of patches."""
+    first = 1 + config.num_register_tokens
+    patches = rearrange(tokens[:, first:], "B (H W) D -> B H W D", H=rows, W=columns)
+    return tokens[:, 0], tokens[:, 1:first], patches
+
+
+@functools.lru_cache
+def _shapes(config: ViTConfig) -> Any:
+    image = jnp.zeros((1, config.patch_size, config.patch_size, 3))
+    return jax.eval_shape(ViT(config).init, jax.random.key(0), image)["params"]
+
+
+def param_shapes(config: ViTConfig) -> dict[str, Any]:
+    """The params tree with a `jax.ShapeDtypeStruct` in place of each array."""
+    return jax.tree.map(lambda leaf: leaf, _shapes(config))
+
+
+def num_params(config: ViTConfig) -> int:
+    """Number of parameters, counted from the shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
+
+
+def check_params(config: ViTConfig, params: Any) -> None:
+    """Raises ValueError naming every leaf that is missing, surplus or misshapen."""
+    want = _leaf_shapes(param_shapes(config))
+    got = _leaf_shapes(params)
+    wrong = [f"{path} is missing" for path in want.keys() - got.keys()]
+    wrong += [f"{path} is not of this model" for path in got.keys() - want.keys()]
+    wrong += [
+        f"{path} has shape {got[path]}, not {want[path]}"
+        for path in want.keys() & got.keys()
+        if want[path] != got[path]
+    ]
+    if wrong:
+        listed = "; ".join(sorted(wrong))
+        raise ValueError(f"params do not fit {config}: {listed}.")
+
+
+def check_finite(params: Any) -> None:
+    """Raises ValueError naming every array that holds NaN or infinity."""
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    bad = [path for path, leaf in flat.items() if not is_finite(np.asarray(leaf))]
+    if bad:
+        raise ValueError(f"params hold values that are not finite: {'; '.join(bad)}.")
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no element is NaN or infinite, read slice by slice to save memory."""
+    slices = array if array.ndim > 1 else array[None]
+    return all(bool(np.isfinite(part).all()) for part in slices)
+
+
+def _leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat = traverse_util.flatten_dict(dict(tree), sep="/")
+    return {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}

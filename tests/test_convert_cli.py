@@ -1,0 +1,219 @@
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+from convert import io
+from convert.__main__ import main
+from sinder_jax import checkpoint, vit
+
+CONFIG = vit.ViTConfig(64, 2, 1, "swiglu", img_size=28)
+NUM_PARAMS = f"{vit.num_params(CONFIG):,} parameters"
+
+
+@pytest.fixture(scope="module")
+def state():
+    rng = np.random.default_rng(0)
+    shapes = checkpoint.flatten(vit.param_shapes(CONFIG))
+    params = {p: rng.standard_normal(x.shape, np.float32) for p, x in shapes.items()}
+    return convert.to_torch(CONFIG, checkpoint.unflatten(params))
+
+
+@pytest.fixture
+def source(tmp_path, state):
+    io.write_state_dict(tmp_path / "hub.safetensors", state)
+    return tmp_path / "hub.safetensors"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def failure(capsys, *arguments):
+    """The one line that a failing command prints; its exit code must be 2."""
+    capsys.readouterr()
+    try:
+        code = run(*arguments)
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+# --- What it does -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_there_and_back_gives_the_same_bytes(suffix, source, state, tmp_path, capsys):
+    if suffix == ".pth":
+        pytest.importorskip("torch")
+        io.write_state_dict(tmp_path / "hub.pth", state)
+        source = tmp_path / "hub.pth"
+    assert run("to-jax", source, tmp_path / "jax") == 0
+    assert run("to-torch", tmp_path / "jax", tmp_path / f"back{suffix}") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    for line in out.splitlines():
+        assert f"{len(state)} tensors" in line and NUM_PARAMS in line
+    assert len(out.splitlines()) == 2
+    assert (tmp_path / f"back{suffix}").read_bytes() == source.read_bytes()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names - {"hub.safetensors"} <= {source.name, "jax", f"back{suffix}"}
+
+
+def test_options_reach_the_config(source, tmp_path):
+    options = ["--num-heads=2", "--interpolate-antialias=true"]
+    assert run("to-jax", source, tmp_path / "a", *options) == 0
+    config, _ = checkpoint.load(tmp_path / "a")
+    assert (config.num_heads, config.interpolate_antialias) == (2, True)
+    assert config.interpolate_offset == 0.1
+    options = ["--interpolate-offset=0", "--interpolate-antialias=False"]
+    assert run("to-jax", source, tmp_path / "b", *options) == 0
+    config, _ = checkpoint.load(tmp_path / "b")
+    assert (config.interpolate_antialias, config.interpolate_offset) == (False, 0.0)
+
+
+def test_conversion_to_float32_is_said(state, tmp_path, capsys):
+    half = {key: array.astype(ml_dtypes.bfloat16) for key, array in state.items()}
+    io.write_state_dict(tmp_path / "half.safetensors", half)
+    assert run("to-jax", tmp_path / "half.safetensors", tmp_path / "jax") == 0
+    assert "bfloat16 became float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["file", "checkpoint"])
+def test_inspect_says_what_is_there(kind, source, tmp_path, capsys):
+    if kind == "checkpoint":
+        run("to-jax", source, tmp_path / "jax")
+        capsys.readouterr()
+    path, layout = {
+        "file": (source, "dinov2"),
+        "checkpoint": (tmp_path / "jax", "sinder_jax"),
+    }[kind]
+    assert run("inspect", path) == 0
+    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["width"].strip() == "64, 1 heads of 64"
+    assert lines["blocks"].strip() == "2, FFN swiglu, hidden 176"
+    assert lines["number format"].strip() == "float32"
+    assert layout in lines["layout"] and NUM_PARAMS in lines["size"]
+
+
+def test_inspect_names_the_hub_model(tmp_path, capsys):
+    config = vit.CONFIGS["dinov2_vits14"]
+    shapes = checkpoint.flatten(vit.param_shapes(config))
+    zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
+    checkpoint.save(tmp_path / "small", config, checkpoint.unflatten(zeros))
+    assert run("inspect", tmp_path / "small") == 0
+    out = capsys.readouterr().out
+    assert "dinov2_vits14\n" in out and "22,056,576 parameters" in out
+
+
+# --- How it fails -----------------------------------------------------------------
+
+
+def test_existing_destination_is_kept(source, tmp_path, capsys):
+    (tmp_path / "jax").mkdir()
+    assert "exists" in failure(capsys, "to-jax", source, tmp_path / "jax")
+    assert not list((tmp_path / "jax").iterdir())
+    run("to-jax", source, tmp_path / "model")
+    before = source.read_bytes()
+    assert "exists" in failure(capsys, "to-torch", tmp_path / "model", source)
+    assert source.read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["to-jax", "to-torch"])
+def test_destination_is_checked_before_the_source_is_read(command, tmp_path, capsys):
+    (tmp_path / "dst.safetensors").mkdir()
+    line = failure(capsys, command, tmp_path / "none.pth", tmp_path / "dst.safetensors")
+    assert "dst.safetensors exists" in line
+
+
+def test_a_name_of_two_lines_gives_an_error_of_one(tmp_path, capsys):
+    failure(capsys, "inspect", tmp_path / "two\nlines.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["to-jax", "none.safetensors", "dst"], "none.safetensors"),
+        (["to-jax", "hub.safetensors", "none/dst"], "none"),
+        (["to-jax", "folder", "dst"], "directory"),
+        (["to-jax", "broken.safetensors", "dst"], "damaged"),
+        (["to-jax", "hf.safetensors", "dst"], "Hugging Face"),
+        (["to-jax", "nan.safetensors", "dst"], "NaN"),
+        (["to-jax", "hub.safetensors", "dst", "--num-heads=5"], "num_heads=5"),
+        (["to-jax", "hub.safetensors", "dst", "--interpolate-offset=nan"], "offset"),
+        (["to-jax", "hub.safetensors", "dst", "--interpolate-antialias=1"], "true"),
+        (["to-jax", "hub.safetensors", "dst", "--heads=5"], "--heads"),
+        (["to-jax", "hub.safetensors"], "DST"),
+        (["to-torch", "none", "dst.safetensors"], "none"),
+        (["to-torch", "folder", "dst.safetensors"], "no checkpoint"),
+        (["to-torch", "hub.safetensors", "dst.safetensors"], "is a file"),
+        (["to-torch", "folder", "dst.onnx"], ".onnx"),
+        (["to-torch", "folder", "dst.safetensors", "--layout=x"], "'dinov2'"),
+        (["inspect", "none"], "none"),
+        (["inspect", "folder"], "no checkpoint"),
+        (["convert-all"], "convert-all"),
+        ([], "COMMAND"),
+    ],
+    ids=" ".join,
+)
+def test_failure_is_one_line_and_writes_nothing(
+    arguments, named, source, state, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "broken.safetensors").write_bytes(source.read_bytes()[:-10])
+    hf = {key.replace("blocks.", "encoder.layer."): x for key, x in state.items()}
+    io.write_state_dict("hf.safetensors", hf)
+    nan = state | {"norm.bias": np.full(64, np.nan, np.float32)}
+    io.write_state_dict("nan.safetensors", nan)
+    before = sorted(tmp_path.rglob("*"))
+    assert named in failure(capsys, *arguments)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_misfits_stand_in_one_line_with_the_file(state, tmp_path, capsys):
+    broken = {key: array for key, array in state.items() if "norm1" not in key}
+    io.write_state_dict(tmp_path / "a.safetensors", broken)
+    line = failure(capsys, "to-jax", tmp_path / "a.safetensors", tmp_path / "dst")
+    assert "a.safetensors" in line and "4 missing: blocks.0.norm1.weight" in line
+
+
+def test_evil_pickle_ends_in_one_line_and_runs_nothing(tmp_path, capsys):
+    torch = pytest.importorskip("torch")
+    target = tmp_path / "executed"
+
+    class Evil:
+        def __reduce__(self):
+            return target.mkdir, ()
+
+    torch.save({"cls_token": Evil()}, tmp_path / "evil.pth")
+    line = failure(capsys, "to-jax", tmp_path / "evil.pth", tmp_path / "dst")
+    assert "evil.pth" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["evil.pth"]
+
+
+def test_help_shows_a_real_call_without_loading_jax():
+    program = (
+        "import runpy, sys; sys.argv = ['convert', '--help']\n"
+        "try: runpy.run_module('convert', run_name='__main__')\n"
+        "except SystemExit: print('loaded:', {'jax', 'torch'} & set(sys.modules))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert "python -m convert to-jax dinov2_vitl14_pretrain.pth" in ended.stdout
+    assert "loaded: set()" in ended.stdout
+
+
+def test_program_ends_with_code_2_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "convert", "to-jax", "none.pt", tmp_path / "dst"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: none.pt: no such file.\n"

@@ -1,0 +1,405 @@
+"""Factorizing, merging and the layers of a factored kernel, as identities."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+import convert
+import golden
+from sinder_jax import factor, vit
+
+SWIGLU = vit.ViTConfig(16, 3, 2, "swiglu", img_size=28)
+MLP = vit.ViTConfig(12, 2, 2, "mlp", img_size=28)
+
+
+def relative(actual, expected):
+    expected = np.asarray(expected, np.float64)
+    difference = np.asarray(actual, np.float64) - expected
+    return np.linalg.norm(difference) / np.linalg.norm(expected)
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(dict(tree), sep="/")
+
+
+def assert_same_bytes(got, want):
+    got, want = flat(got), flat(want)
+    assert set(got) == set(want)
+    for path in want:
+        assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes(), path
+
+
+@functools.cache
+def random_params(config):
+    """NumPy params with kernels of the size of a trained model's."""
+    rng = np.random.default_rng(0)
+    values = {
+        path: rng.standard_normal(leaf.shape).astype(np.float32) * 0.3
+        for path, leaf in flat(vit.param_shapes(config)).items()
+    }
+    return traverse_util.unflatten_dict(values, sep="/")
+
+
+@functools.cache
+def recorded_model(name):
+    """(config, params, factors) of a recording."""
+    arrays, meta = golden.load(name)
+    state = golden.state(arrays)
+    config, params = convert.from_torch(state, num_heads=meta["num_heads"])
+    return config, params, factor.factorize(config, params)
+
+
+def zeros_like(tree):
+    return jax.tree.map(np.zeros_like, tree)
+
+
+def rebuilt(factors, name, block, eps=0.0):
+    """U diag(σ + ε) Vᵀ in float64, as a kernel [in, out]."""
+    u, sigma, v = (
+        np.asarray(part[name][block], np.float64)
+        for part in (factors.u, factors.sigma, factors.v)
+    )
+    return (u @ np.diag(sigma + eps) @ v.T).T
+
+
+# --- Factorizing ----------------------------------------------------------------------
+
+
+def awkward_kernels():
+    """Kernels [in, out] that an SVD may stumble over, by what is awkward."""
+    rng = np.random.default_rng(1)
+    q = np.linalg.qr(rng.standard_normal((9, 9)))[0]
+    return {
+        "tall": rng.standard_normal((40, 6)),
+        "wide": rng.standard_normal((6, 40)),
+        "square": rng.standard_normal((9, 9)),
+        "one-column": rng.standard_normal((9, 1)),
+        "one-row": rng.standard_normal((1, 9)),
+        "rank-deficient": rng.standard_normal((9, 2)) @ rng.standard_normal((2, 7)),
+        "zero": np.zeros((5, 4)),
+        "equal-singular-values": 3 * q,
+        "close-singular-values": q @ np.diag(1 + 1e-7 * np.arange(9)) @ q.T,
+        "spread-singular-values": q @ np.diag(10.0 ** -np.arange(9)),
+    }
+
+
+AWKWARD = awkward_kernels()
+
+
+def factors_of(kernel):
+    """`factorize` of a params tree whose fc1 is `kernel`."""
+    params = random_params(MLP)
+    stack = np.stack([kernel, 2 * kernel[::-1]]).astype(np.float32)
+    mlp = {**params["blocks"]["mlp"], "fc1": {"kernel": stack, "bias": None}}
+    blocks = {**params["blocks"], "mlp": mlp}
+    return stack, factor.factorize(MLP, {**params, "blocks": blocks})
+
+
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_factors_rebuild_a_kernel_and_are_orthonormal(shape):
+    stack, factors = factors_of(AWKWARD[shape])
+    depth, width_in, width_out = stack.shape
+    size = min(width_in, width_out)
+    u, sigma, v = (part["mlp/fc1"] for part in (factors.u, factors.sigma, factors.v))
+    assert u.shape == (depth, width_out, size)
+    assert sigma.shape == (depth, size)
+    assert v.shape == (depth, width_in, size)
+    assert {part.dtype for part in (u, sigma, v)} == {np.dtype(np.float32)}
+    for block in range(depth):
+        # all bounds: each number rounded once to float32, 6e-8 of itself
+        largest = np.linalg.norm(stack[block], 2)
+        error = rebuilt(factors, "mlp/fc1", block) - stack[block].astype(np.float64)
+        assert np.linalg.norm(error, 2) <= 3e-7 * largest
+        for basis in (u[block], v[block]):
+            basis = basis.astype(np.float64)
+            np.testing.assert_allclose(basis.T @ basis, np.eye(size), atol=3e-7)
+        assert np.all(sigma[block] >= 0) and np.all(np.diff(sigma[block]) <= 0)
+        exact = np.linalg.svd(stack[block].astype(np.float64), compute_uv=False)
+        np.testing.assert_allclose(sigma[block], exact, rtol=1e-7, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", golden.REPAIRED)
+def test_singular_values_match_the_recorded_ones(name):
+    arrays, meta = golden.load(name)
+    config, _, factors = recorded_model(name)
+    sigma = factors.sigma
+    assert tuple(sigma) == golden.kernels(meta) == factor.kernel_names(config)
+    for kernel, values in sigma.items():
+        for block in range(config.depth):
+            recorded = arrays[golden.sigma_name(block, kernel)]
+            # a float32 SVD is exact to a few 1e-7 of the largest singular value
+            atol = 3e-6 * recorded[0]
+            np.testing.assert_allclose(values[block], recorded, rtol=0, atol=atol)
+
+
+# --- Splitting and joining ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SWIGLU, MLP], ids=["swiglu", "mlp"])
+def test_split_and_join_give_back_the_very_bits(config):
+    params = random_params(config)
+    frozen, kernels = factor.split_params(config, params)
+    assert tuple(kernels) == factor.kernel_names(config)
+    assert_same_bytes(factor.join_params(frozen, kernels), params)
+
+
+@pytest.mark.parametrize("config", [SWIGLU, MLP], ids=["swiglu", "mlp"])
+def test_split_trains_the_value_third_and_freezes_query_and_key(config):
+    params, width = random_params(config), config.embed_dim
+    frozen, kernels = factor.split_params(config, params)
+    qkv = params["blocks"]["attn"]["qkv"]
+    v = frozen["blocks"]["attn"]["v"]
+    np.testing.assert_array_equal(kernels["attn/v"], qkv["kernel"][:, :, 2 * width :])
+    np.testing.assert_array_equal(v["bias"], qkv["bias"][:, 2 * width :])
+    qk = frozen["blocks"]["attn"]["qk"]
+    np.testing.assert_array_equal(qk["kernel"], qkv["kernel"][:, :, : 2 * width])
+    np.testing.assert_array_equal(qk["bias"], qkv["bias"][:, : 2 * width])
+    trained = {f"blocks/{name}/kernel" for name in kernels}
+    assert not trained & set(flat(frozen))
+    # nothing is lost, nothing is there twice
+    sizes = [x.size for x in (*flat(frozen).values(), *kernels.values())]
+    assert sum(sizes) == vit.num_params(config)
+
+
+# --- Merging --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [SWIGLU, MLP], ids=["swiglu", "mlp"])
+def test_zero_eps_gives_back_the_very_bits(config):
+    params = random_params(config)
+    factors = factor.factorize(config, params)
+    merged = factor.merge(params, factors, zeros_like(factors.sigma))
+    assert_same_bytes(merged, params)
+    # the control: built from its factors a kernel has other bits
+    name = "attn/proj"
+    parts = (part[name][0] for part in (factors.u, factors.sigma, factors.v))
+    kernel = params["blocks"]["attn"]["proj"]["kernel"][0]
+    assert not np.array_equal(factor.merge_kernel(*parts), kernel)
+
+
+@pytest.mark.parametrize("config", [SWIGLU, MLP], ids=["swiglu", "mlp"])
+def test_merged_kernels_match_float64(config):
+    params = random_params(config)
+    factors = factor.factorize(config, params)
+    rng = np.random.default_rng(2)
+    eps = {
+        name: rng.standard_normal(sigma.shape).astype(np.float32)
+        for name, sigma in factors.sigma.items()
+    }
+    merged = factor.merge(params, factors, eps)
+    assert {leaf.dtype for leaf in flat(merged).values()} == {np.dtype(np.float32)}
+    _, kernels = factor.split_params(config, merged)
+    _, before = factor.split_params(config, params)
+    for name, stack in kernels.items():
+        for block, kernel in enumerate(stack):
+            expected = rebuilt(factors, name, block, eps[name][block])
+            # sums of 16 float32 products
+            assert relative(kernel, expected) < 1e-6
+            assert relative(kernel, before[name][block]) > 0.1
+
+
+@pytest.mark.parametrize("name", golden.REPAIRED)
+def test_recorded_eps_merges_to_the_recorded_kernels(name):
+    arrays, meta = golden.load(name)
+    config, params, factors = recorded_model(name)
+    eps = golden.stacked(arrays, meta, "final_epsilon")
+    merged = convert.to_torch(config, factor.merge(params, factors, eps))
+    recorded = golden.state(arrays, "merged")
+    assert set(merged) == set(recorded)
+    for key, kernel in recorded.items():
+        # ours and theirs are two bases of close singular values: 2.5e-6 measured
+        assert relative(merged[key], kernel) < 1e-5, key
+    # the control: without ε it would not pass
+    original = golden.state(arrays)
+    assert max(relative(original[key], x) for key, x in recorded.items()) > 1e-3
+
+
+def test_only_kernels_of_blocks_with_eps_change():
+    """One number of one kernel: its block's four kernels are merged, no other."""
+    params = random_params(SWIGLU)
+    factors = factor.factorize(SWIGLU, params)
+    eps = zeros_like(factors.sigma)
+    eps["mlp/w3"][1, 4] = 0.5
+    merged = flat(factor.merge(params, factors, eps))
+    changed = set()
+    for path, leaf in flat(params).items():
+        if path.startswith("blocks/"):
+            other = {
+                b for b in range(3) if not np.array_equal(leaf[b], merged[path][b])
+            }
+            assert other <= {1}, path
+            changed |= {path} if other else set()
+        else:
+            np.testing.assert_array_equal(merged[path], leaf)
+    assert "blocks/mlp/w3/kernel" in changed
+    assert changed <= {f"blocks/{p}/kernel" for p in ("attn/qkv", "attn/proj")} | {
+        f"blocks/mlp/{p}/kernel" for p in ("w12", "w3")
+    }
+    width = SWIGLU.embed_dim
+    q_and_k = flat(params)["blocks/attn/qkv/kernel"][:, :, : 2 * width]
+    np.testing.assert_array_equal(
+        merged["blocks/attn/qkv/kernel"][:, :, : 2 * width], q_and_k
+    )
+
+
+def test_merging_changes_neither_the_params_nor_their_memory():
+    params = random_params(SWIGLU)
+    before = jax.tree.map(np.copy, params)
+    factors = factor.factorize(SWIGLU, params)
+    eps = jax.tree.map(np.ones_like, factors.sigma)
+    merged = factor.merge(params, factors, eps)
+    assert_same_bytes(params, before)
+    kernel = params["blocks"]["mlp"]["w3"]["kernel"]
+    assert not np.shares_memory(merged["blocks"]["mlp"]["w3"]["kernel"], kernel)
+
+
+def test_merge_kernel_has_the_same_bits_within_a_larger_program():
+    """Step, `merge`, resume and export must agree on them."""
+    factors = factor.factorize(SWIGLU, random_params(SWIGLU))
+    parts = tuple(part["mlp/w12"] for part in (factors.u, factors.sigma, factors.v))
+    rng = np.random.default_rng(7)
+    eps = rng.standard_normal(parts[1].shape).astype(np.float32)
+    x = jnp.ones((7, SWIGLU.embed_dim))
+
+    @jax.jit
+    def larger(parts, eps):
+        def use(block):
+            u, sigma, v, eps = block
+            kernel = factor.merge_kernel(u, sigma + eps, v)
+            return kernel, x @ kernel
+
+        return jax.lax.map(use, (*parts, eps))
+
+    kernels, _ = larger(parts, eps)
+    for block in range(SWIGLU.depth):
+        u, sigma, v = (part[block] for part in parts)
+        alone = factor.merge_kernel(u, sigma + eps[block], v)
+        np.testing.assert_array_equal(kernels[block], alone)
+
+
+# --- What does not fit ----------------------------------------------------------------
+
+
+def test_eps_that_does_not_fit_the_factors_raises():
+    params = random_params(MLP)
+    factors = factor.factorize(MLP, params)
+    good = zeros_like(factors.sigma)
+    missing = {name: e for name, e in good.items() if name != "mlp/fc2"}
+    surplus = {**good, "mlp/w3": good["mlp/fc2"]}
+    short = {**good, "mlp/fc1": good["mlp/fc1"][:, :-1]}
+    for eps in (missing, surplus, short, {}):
+        with pytest.raises(
+            ValueError, match="eps must hold .*like the singular values"
+        ):
+            factor.merge(params, factors, eps)
+        with pytest.raises(ValueError, match="eps must hold"):
+            factor.check_eps(factors, eps)
+        with pytest.raises(ValueError, match="eps must hold"):
+            factor.spectral_variables(MLP, params, factors, eps)
+    factor.check_eps(factors, good)
+
+
+@pytest.mark.parametrize("part", ["u", "sigma", "v"])
+def test_factors_that_do_not_fit_the_kernels_raise(part):
+    params = random_params(MLP)
+    factors = factor.factorize(MLP, params)
+    _, kernels = factor.split_params(MLP, params)
+    factor.check_factors(kernels, factors)
+    arrays = getattr(factors, part)
+    without = {name: x for name, x in arrays.items() if name != "attn/v"}
+    turned = {**arrays, "attn/v": np.swapaxes(arrays["attn/v"], 0, 1)}
+    for wrong in (without, turned):
+        with pytest.raises(ValueError, match="factors u, sigma, v of attn/v must be"):
+            factor.check_factors(kernels, factors.replace(**{part: wrong}))
+
+
+# --- Layers ---------------------------------------------------------------------------
+
+
+LAYER_SHAPES = {"wide": (6, 20), "tall": (20, 6), "square": (9, 9)}
+
+
+def random_layer(width_in, width_out):
+    """Factors, ε and a bias of one layer; float64 NumPy."""
+    rng = np.random.default_rng(3)
+    kernel = rng.standard_normal((width_in, width_out))
+    v, sigma, ut = np.linalg.svd(kernel, full_matrices=False)
+    eps = 0.3 * rng.standard_normal(sigma.shape)
+    return ut.T, sigma, v, eps, rng.standard_normal(width_out)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 5)], ids=["token", "images"])
+@pytest.mark.parametrize("shape", LAYER_SHAPES)
+def test_factored_layers_agree_with_the_dense_product(shape, batch):
+    width_in, width_out = LAYER_SHAPES[shape]
+    u, sigma, v, eps, bias = random_layer(width_in, width_out)
+    x = np.random.default_rng(4).standard_normal((*batch, width_in))
+    kernel = v @ np.diag(sigma + eps) @ u.T
+    expected = x @ kernel + bias
+    single = functools.partial(jnp.asarray, dtype=jnp.float32)
+    rest = {
+        "factors": {"u": single(u), "v": single(v)},
+        "frozen": {"bias": single(bias)},
+    }
+    spectral = factor.SpectralDense(width_out).apply(
+        {"params": {"s": single(sigma + eps)}, **rest}, single(x)
+    )
+    merged = factor.MergedDense(width_out).apply(
+        {
+            "params": {"eps": single(eps)},
+            "merged": {"kernel": single(kernel)},
+            **rest,
+        },
+        single(x),
+    )
+    assert spectral.shape == merged.shape == expected.shape
+    # sums of up to 20 float32 products of size up to 5
+    np.testing.assert_allclose(spectral, expected, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=2e-5)
+
+
+def test_layers_initialize_to_orthonormal_factors_and_agree():
+    """s = 1 and ε = 0 are the same layer when drawn from the same key."""
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((4, 10)), jnp.float32)
+    outputs = []
+    for layer, trained in ((factor.SpectralDense, "s"), (factor.MergedDense, "eps")):
+        y, variables = layer(7).init_with_output(jax.random.key(1), x)
+        assert set(variables["params"]) == {trained}
+        for basis in variables["factors"].values():
+            np.testing.assert_allclose(basis.T @ basis, np.eye(7), atol=1e-6)
+        outputs.append(y)
+    np.testing.assert_allclose(*outputs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 5)], ids=["token", "images"])
+@pytest.mark.parametrize("shape", LAYER_SHAPES)
+def test_merged_product_has_the_gradient_of_the_explicit_product(shape, batch):
+    """By x and by ε, against autodiff through x·V·diag(σ + ε)·Uᵀ in float64."""
+    u, sigma, v, eps, _ = random_layer(*LAYER_SHAPES[shape])
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((*batch, len(v)))
+    weights = rng.standard_normal((*batch, len(u)))
+    with jax.enable_x64(True):
+
+        def merged(x, eps, u, v):
+            kernel = jax.lax.stop_gradient(factor.merge_kernel(u, sigma + eps, v))
+            y = factor.merged_product("highest", x, kernel, u, v, eps)
+            return jnp.sum(jnp.tanh(y) * weights)
+
+        def explicit(x, eps):
+            y = x @ v @ jnp.diag(sigma + eps) @ u.T
+            return jnp.sum(jnp.tanh(y) * weights)
+
+        arguments = [jnp.asarray(a) for a in (x, eps, u, v)]
+        *got, by_u, by_v = jax.grad(merged, argnums=(0, 1, 2, 3))(*arguments)
+        want = jax.grad(explicit, argnums=(0, 1))(*arguments[:2])
+        for ours, theirs in zip(got, want, strict=True):
+            assert ours.dtype == np.float64
+            # float64 rounding of sums of up to 20 products
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-13)
+        # ε belongs to its basis, which nothing trains
+        assert not by_u.any() and not by_v.any()

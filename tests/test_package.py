@@ -1,0 +1,43 @@
+"""What importing the package costs: neither torch nor TensorFlow nor matplotlib."""
+
+import json
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import convert
+import sinder_jax
+
+OPTIONAL = ("torch", "tensorflow", "matplotlib")
+
+IMPORT_ALL = """
+import importlib, json, sys
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def modules_of(package):
+    """Its name and those of the modules in its folder, command lines excepted."""
+    found = pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    names = [module.name for module in found]
+    return [package.__name__, *(name for name in names if "__main__" not in name)]
+
+
+def test_importing_the_library_loads_no_optional_package():
+    """A TPU host repairs a model without them."""
+    modules = [*modules_of(sinder_jax), *modules_of(convert), "experiments.cli"]
+    assert {"sinder_jax.vit", "sinder_jax.repair", "convert.io"} <= set(modules)
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, *modules],
+        cwd=pathlib.Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    loaded = json.loads(ended.stdout)
+    assert {"jax", "flax", "sinder_jax", "convert", "experiments"} <= set(loaded)
+    assert not set(OPTIONAL) & set(loaded)
