@@ -8,6 +8,10 @@ ifeq ($(filter-out 0 1 2 3,$(firstword $(subst ., ,$(MAKE_VERSION)))),)
 $(error GNU make 4 or newer is needed, this is $(MAKE_VERSION). On a Mac: install GNU make and type gmake)
 endif
 
+# Small matrices are factorized faster by one thread of OpenBLAS than by several that
+# wait for each other on busy cores. A large model, run by hand, gets them all.
+export OPENBLAS_NUM_THREADS ?= 1
+
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

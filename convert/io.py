@@ -116,6 +116,9 @@ def _replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # as any new file; safetensors makes it private
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 # What our code raises for users; anything else is a bug and shows its traceback.
-USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError)
+# ImportError: an optional package, such as torch for a .pth.
+USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
 
 TRACEBACK = "SINDER_TRACEBACK"
 

@@ -27,7 +27,8 @@ def load(name: str) -> ConfigDict:
 
     Raises:
       FileNotFoundError: there is no such file; lists the configs that come along.
-      ValueError: the file defines no `get_config`.
+      ValueError: the file defines no `get_config`, cannot be run, or its keys and their
+        types are not those of the configs that come along.
     """
     path = Path(name)
     if not path.exists() and os.sep not in name:
@@ -35,10 +36,39 @@ def load(name: str) -> ConfigDict:
     if not path.is_file():
         known = ", ".join(sorted(file.name for file in CONFIGS.glob("[!_]*.py")))
         raise FileNotFoundError(f"no config {name}; give a path or one of {known}")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise ValueError(f"{path} defines no get_config(), so it is not a config")
-    return ConfigDict(get_config()).lock()
+    config = _run(path)
+    misfits = _misfits(config, _run(CONFIGS / "giant.py"))
+    if misfits:
+        raise ValueError(f"{path}: {misfits}; see the configs of {CONFIGS}")
+    return config.lock()
+
+
+def _run(path: Path) -> ConfigDict:
+    try:
+        get_config = runpy.run_path(str(path)).get("get_config")
+        config = None if get_config is None else get_config()
+    # The file may be the user's own, and so is whatever it raises.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} cannot be used: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(
+            f"{path} defines no get_config() that returns a ConfigDict, so it is not a "
+            "config"
+        )
+    return config
+
+
+def _misfits(config: ConfigDict, like: ConfigDict) -> str:
+    """Keys of `config` that are missing, surplus, or of another type than in `like`."""
+    found = [f"{key} is missing" for key in like if key not in config]
+    found += [f"{key} is unknown" for key in config if key not in like]
+    found += [
+        f"{key} is {type(config[key]).__name__}, not {type(like[key]).__name__}"
+        for key in like
+        if key in config and type(config[key]) is not type(like[key])
+    ]
+    return ", ".join(found)
 
 
 def override(config: ConfigDict, arguments: Iterable[str]) -> None:

@@ -18,7 +18,14 @@ HUB = "https://dl.fbaipublicfiles.com/dinov2/{base}/{name}_pretrain.pth"
 PLANTED = "planted"
 # What must agree with config.model; the rest is how a checkpoint is resampled.
 ARCHITECTURE = ("embed_dim", "depth", "ffn_layer", "num_register_tokens")
-INTERVALS = ("log_every", "picture_every", "checkpoint_every", "measure_images")
+AT_LEAST_1 = (
+    "max_bad_steps",
+    "log_every",
+    "picture_every",
+    "checkpoint_every",
+    "measure_images",
+)
+LARGEST = 2**31 - 1  # positions are counted in int32
 
 
 def repair_options(config: ConfigDict) -> repair.RepairOptions:
@@ -27,11 +34,12 @@ def repair_options(config: ConfigDict) -> repair.RepairOptions:
     Raises:
       ValueError: an option or an interval out of range.
     """
-    for name in (*INTERVALS, "max_bad_steps"):
-        if config[name] < 1:
-            raise ValueError(f"config.{name} must be at least 1, got {config[name]}")
-    if config.images_per_step < 0:
-        raise ValueError("config.images_per_step must be 1 or more; 0: one a device")
+    for name, value in config.items():
+        least = int(name in AT_LEAST_1)
+        if isinstance(value, int) and not least <= value <= LARGEST:
+            raise ValueError(
+                f"config.{name} must be from {least} to {LARGEST}, got {value}"
+            )
     names = [field.name for field in dataclasses.fields(repair.RepairOptions)]
     options = {name: config[name] for name in names}
     return repair.RepairOptions(
@@ -43,7 +51,7 @@ def photographs(config: ConfigDict) -> tuple[list[Path], list[Path]]:
     """The training list, and the photographs that are not on it.
 
     Raises:
-      ValueError: no data given, or no image there; says what to give.
+      ValueError: no data given, or no image there that can be read; says what to give.
       FileNotFoundError: there is no such folder.
     """
     data.check_side("config.image_size", config.image_size)
@@ -55,7 +63,21 @@ def photographs(config: ConfigDict) -> tuple[list[Path], list[Path]]:
     sample = config.data == "sample"
     files = data.sample_images() if sample else data.list_images(config.data)
     train = data.training_list(files, config.num_images)
+    if not any(map(is_readable, train)):  # ends at the first that is
+        raise ValueError(
+            f"none of the {len(train)} images of {config.data} can be read, the first "
+            f"is {train[0]}"
+        )
     return train, sorted(set(files) - set(train))
+
+
+def is_readable(file: Path) -> bool:
+    """Whether a file holds an image; decodes it."""
+    try:
+        data.read_rgb(file)
+    except data.UnreadableImage:
+        return False
+    return True
 
 
 def check_weights_given(config: ConfigDict) -> None:

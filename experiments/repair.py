@@ -95,8 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         mask_thr=config.mask_thr,
         size=config.image_size,
     )
-    watched = results.spread(results.readable(train[:100]), 1)
-    watched += results.spread(results.readable(held_out[:100]), 1)
+    watched = results.spread(train, 1) + results.spread(held_out, 1)
     stream = data.stream(
         train,
         config.image_size,
@@ -154,8 +153,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_text(workdir.summary, json.dumps(summary, indent=2) + "\n")
     for name, numbers in measures.items():
         print(results.describe(name.replace("_", " "), numbers))
+    unreadable = len(summary["unreadable_files"])
     print(
-        f"finished after {summary['images']} images in "
+        f"finished after {summary['images']} images"
+        f"{f', {unreadable} unreadable files skipped' if unreadable else ''} in "
         f"{duration(time.monotonic() - began)}: {workdir.summary}"
     )
     return 0

@@ -5,6 +5,7 @@ params now --export--> repaired/, repaired.safetensors, repaired.pth
 """
 
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 import convert
 from convert import io
 from experiments import observe
+from experiments.inputs import is_readable
 from experiments.workdir import Workdir
 from sinder_jax import checkpoint, data, pictures, vit
 
@@ -93,16 +95,16 @@ class Observer:
         Args:
           files: photographs.
           params: the repaired params.
-          most: how many of them are measured, evenly spread.
+          most: how many of them are measured, see `spread`.
 
         Returns:
           Per-photograph means, the largest norm ratios, and all numbers by file; None
           if there is no readable photograph.
         """
         each = {}
-        for file in spread(readable(files), most):
+        for file in spread(files, most):
             before, now = self._look(file, self._original), self._look(file, params)
-            each[file.name] = observe.measure(
+            each[str(file)] = observe.measure(
                 before.tokens, now.tokens, self._direction, mask_thr=self._mask_thr
             )
         if not each:
@@ -138,23 +140,14 @@ class Observer:
         return Look(pixels, observe.last_patches(self._config, params, pixels))
 
 
-def readable(files: Sequence[Path]) -> "list[Path]":
-    """Those of the files that hold an image, as far as one can tell from outside."""
-    return [file for file in files if _is_readable(file)]
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        data.read_rgb(file)
-    except data.UnreadableImage:
-        return False
-    return True
-
-
 def spread(files: Sequence[Path], most: int) -> list[Path]:
-    """At most `most` of the files, evenly spread."""
-    places = np.linspace(0, len(files) - 1, min(most, len(files)))
-    return [files[round(place)] for place in places]
+    """The first readable file of each of `most` equal parts of a list.
+
+    No more files are decoded than that takes: there may be a million.
+    """
+    parts = np.array_split(np.arange(len(files)), min(most, len(files)) or 1)
+    readable = (filter(is_readable, (files[i] for i in part)) for part in parts)
+    return [file for found in readable for file in itertools.islice(found, 1)]
 
 
 def describe(name: str, measures: dict[str, Any] | None) -> str:

@@ -62,7 +62,7 @@ class Workdir:
           ValueError: a key that changes the result differs; names each.
         """
         path = self.path / "config.json"
-        if not path.exists():
+        if not self.frozen.exists():  # nothing has been computed by another config
             config.images_per_step = config.images_per_step or images_per_step
             write_text(path, json.dumps(config.to_dict(), indent=2) + "\n")
             return

@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct, traverse_util
-from jaxtyping import Array, Bool, Float, Int
 
 from sinder_jax import defects, factor, loss, vit
 from sinder_jax.factor import Factors, Params
@@ -99,12 +99,15 @@ class Frozen:
     Attributes:
       params: the params tree without its trainable kernels (`factor.split_params`).
       factors: U, σ and V of the trainable kernels.
-      directions: singular defect directions of the original model, unit or zero rows.
+      directions: singular defect directions of the original model [L, D], unit or zero
+        rows.
+
+    Replicated over devices, every array has one more leading axis.
     """
 
     params: Params
     factors: Factors
-    directions: Float[Array, "L D"]
+    directions: Any
 
 
 @struct.dataclass
@@ -116,8 +119,10 @@ class RepairState:
       momentum: SGD's velocity of ε, likewise.
       merged: the trainable kernels [L, in, out] with ε folded in; follows from ε and is
         not saved.
-      num_images: images passed so far, which is also the position in the training list.
-      had_defect: ring buffer over the last images that counted; starts as "had one".
+      num_images: images passed so far, which is also the position in the training list;
+        int32, as the other counts.
+      had_defect: ring buffer over the last images that counted, bool [history]; starts
+        as "had one".
       num_counted: how many images entered `had_defect`.
       num_bad: images whose loss or gradient was not finite.
       bad_in_row: how many of them came last, without a good one between.
@@ -126,11 +131,11 @@ class RepairState:
     eps: Kernels
     momentum: Kernels
     merged: Kernels
-    num_images: Int[Array, ""]
-    had_defect: Bool[Array, " history"]
-    num_counted: Int[Array, ""]
-    num_bad: Int[Array, ""]
-    bad_in_row: Int[Array, ""]
+    num_images: Any
+    had_defect: Any
+    num_counted: Any
+    num_bad: Any
+    bad_in_row: Any
 
 
 def init(
@@ -169,6 +174,8 @@ def init(
     factors = factor.factorize(config, params) if factors is None else factors
     rest, kernels = factor.split_params(config, params)
     factor.check_factors(kernels, factors)
+    if not all(vit.is_finite(np.asarray(x)) for x in jax.tree.leaves(factors)):
+        raise ValueError("factors hold values that are not finite.")
     frozen = Frozen(
         params=jax.tree.map(jnp.asarray, rest),
         factors=jax.tree.map(jnp.asarray, factors),

@@ -15,13 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import convert
 import golden
 import reference
 from sinder_jax import factor, repair, search, vit
 from test_search import image_with_overflowing_loss, relative
-from test_state import assert_same_bits, changed, host, setting, start
+from test_state import (
+    assert_same_bits,
+    changed,
+    host,
+    setting,
+    start,
+    stored,
+)
 
 Tree = dict[str, Any]
 
@@ -409,8 +417,8 @@ def test_bad_image_leaves_the_other_image_of_its_step_alone():
 def test_resumed_run_goes_on_with_the_same_bits():
     """Stored after step 2 of `moving`, when blocks 0-5 have ε and momentum."""
     case, run = setting("moving"), make_run("moving")
-    stored = {k: v for k, v in run.states[2].items() if k != "merged"}
-    state = repair.from_saved(case.config, case.params, run.frozen, stored)
+    saved = stored({k: v for k, v in run.states[2].items() if k != "merged"})
+    state = repair.from_saved(case.config, case.params, run.frozen, saved)
     assert_same_bits(host(state), run.states[2])  # the kernels among them
     step = repair.make_step(case.config, case.options)
     programs = step._cache_size()
@@ -426,9 +434,8 @@ def test_state_passed_in_is_donated():
     case, (frozen, state) = setting("gelu"), start("gelu")
     step = repair.make_step(case.config, case.options)
     state_after, _ = step(state, frozen, case.images[:1])
-    leaves = jax.tree.leaves((repair.to_saved(state), state.merged))
-    assert all(leaf.is_deleted() for leaf in leaves)
-    leaves = jax.tree.leaves((repair.to_saved(state_after), state_after.merged, frozen))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    leaves = jax.tree.leaves((state_after, frozen))
     assert not any(leaf.is_deleted() for leaf in leaves)
 
 
@@ -463,7 +470,7 @@ def defect(layer: int, gradient: float = 1.0) -> tuple[float, float, float]:
 
 
 def scripted_results(config, options, state, frozen, images):
-    """Stands in for `search.image_results`: images [B, 3] hold layer, finite, gradient."""
+    """For `search.image_results`: images [B, 3] say layer, finite, gradient."""
     layer = images[:, 0].astype(jnp.int32)
     blocks = jnp.arange(config.depth)[None, :]
     size = options.active_blocks or config.depth
@@ -536,13 +543,13 @@ def script(monkeypatch):
     [
         (4, 0.75, 3),  # 3 / 4 is exactly the share
         (5, 0.75, 4),  # 3 / 5 is not enough
-        (20, 0.55, 11),  # 0.55 * 20 is a little more than 11 in floating point
+        (25, 0.56, 14),  # 0.56 * 25 is a little more than 14 in floating point
         (3, 1.0, 3),
         (1, 0.01, 1),
     ],
 )
 def test_run_stops_at_exactly_the_share_without_defect(script, history, share, needed):
-    """The history starts as all "had one"; images after the last needed do not count."""
+    """The history starts as all "had one"; images after the end do not count."""
     run = script(history=history, stop_share=share)
     assert run.now["had_defect"].all()
     metrics = run.play(*[NONE] * (needed + 1), defect(2))
@@ -719,14 +726,12 @@ def test_every_product_takes_the_precision_of_the_options(precision):
     step = repair.make_step.__wrapped__(case.config, options)
     with jax.default_matmul_precision("default"):
         program = jax.make_jaxpr(step)(state, frozen, jnp.asarray(case.images[:1]))
-    found = [str(p) for p in product_precisions(program.jaxpr)]
-    highest, wanted = (f"({name}, {name})" for name in ("HIGHEST", precision.upper()))
+    found = [set(pair) for pair in product_precisions(program.jaxpr)]
+    wanted, highest = ({lax.Precision(name)} for name in (precision, "highest"))
     assert len(found) > 30
-    if precision == "highest":
-        assert set(found) == {highest}
-    else:  # cosine, position embedding and kernels stay exact whatever the options
-        assert set(found) == {wanted, highest}
-        assert found.count(wanted) > 20
+    # Cosine, position embedding and kernels stay exact whatever the options.
+    assert all(pair in (wanted, highest) for pair in found)
+    assert found.count(wanted) > 20
 
 
 # --- Several devices ------------------------------------------------------------------
@@ -777,9 +782,8 @@ def test_two_devices_follow_one_device():
         for field in ("num_images", "skipped", "num_bad", "bad_in_row", "done"):
             assert getattr(two, field).shape == (2,)
             assert (np.asarray(getattr(two, field)) == getattr(one, field)).all()
-    spread = {**repair.to_saved(state_2), "merged": state_2.merged}
-    assert_devices_agree(spread)
-    first, single = repair.unreplicate(spread), host(state)
+    assert_devices_agree(state_2)
+    first, single = host(repair.unreplicate(state_2)), host(state)
     for part in ("eps", "momentum"):
         for kernel, array in single[part].items():
             for block in np.flatnonzero(array.any(axis=1)):
@@ -805,14 +809,12 @@ def test_devices_add_gradients_in_the_order_of_the_images(script):
     frozen, state = (repair.replicate(x, devices) for x in (two.frozen, two.state))
     batch = np.array(images, np.float32).reshape(2, 2, 3)
     state, rows = step(state, frozen, batch)
-    spread = {**repair.to_saved(state), "merged": state.merged}
-    assert_devices_agree(spread)
-    assert_same_bits(repair.unreplicate(spread), one.now)
+    assert_devices_agree(state)
+    assert_same_bits(host(repair.unreplicate(state)), one.now)
     np.testing.assert_array_equal(np.ravel(rows.loss), metrics.loss)
     # Which images take part is said image by image, and the stopping rule is shared.
     state, rows = step(state, frozen, batch, np.array([[True, False], [False, False]]))
     assert rows.counted.tolist() == [[True, False], [False, False]]
     assert rows.num_images.tolist() == [8, 8]
     one.play(*images, valid=[True, False, False, False])
-    spread = {**repair.to_saved(state), "merged": state.merged}
-    assert_same_bits(repair.unreplicate(spread), one.now)
+    assert_same_bits(host(repair.unreplicate(state)), one.now)

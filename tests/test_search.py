@@ -211,6 +211,8 @@ def test_min_outliers_is_reached_by_exactly_that_many():
     assert find_defect(case.config, *rest, case.images[:1]) == (5, 4)
     one_short, _ = find_defect(case.config, *rest, case.images[1:2])
     assert one_short != 2
+    # Image 2 has three from block 8 to the last: no defect, so none are reported.
+    assert find_defect(case.config, *rest, case.images[2:3]) == (-1, 0)
 
 
 def test_zero_direction_detects_nothing_in_its_block():
@@ -234,19 +236,24 @@ def test_loss_is_given_the_mask_of_the_search_and_the_options(monkeypatch):
     options = dataclasses.replace(
         case.options, temperature=0.03, window=5, mask_thr=2.25
     )
-    given = []
+    given: dict[str, list] = {"outlier_mask": [], "neighbor_loss": []}
 
-    def spy(tokens, direction, **rest):
-        given.append(rest)
-        return loss.neighbor_loss(tokens, direction, **rest)
+    def spy_on(name):
+        def spy(*arrays, **rest):
+            given[name].append(rest)
+            return getattr(loss, name)(*arrays, **rest)
 
-    stand_in = types.SimpleNamespace(**vars(loss) | {"neighbor_loss": spy})
+        return spy
+
+    spies = {name: spy_on(name) for name in given}
+    stand_in = types.SimpleNamespace(**vars(loss) | spies)
     monkeypatch.setattr(search, "loss", stand_in)
     find = functools.partial(search.image_results, case.config, options)
     jax.eval_shape(find, state, frozen, jnp.asarray(case.images[:1]))
-    (given,) = given
-    assert isinstance(given.pop("mask"), jax.core.Tracer)
-    assert given == {"mask_thr": 2.25, "window": 5, "temperature": 0.03}
+    (of_mask,), (of_loss,) = given.values()
+    assert of_mask == {"mask_thr": 2.25, "window": 5}
+    assert isinstance(of_loss.pop("mask"), jax.core.Tracer)
+    assert of_loss == of_mask | {"temperature": 0.03}
 
 
 def assert_changes_nothing(result: search.ImageResult) -> None:
@@ -266,7 +273,7 @@ def test_image_without_defect_reports_so():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_pixel_that_is_not_finite_ends_the_search_at_once(value):
+def test_pixel_that_is_not_finite_is_noticed(value):
     """One pixel of the last patch, in an image that has a defect otherwise."""
     case, (frozen, state) = setting("gelu"), start("gelu")
     image = np.array(case.images[0])

@@ -59,15 +59,20 @@ def start(name: str, **given: Any) -> tuple[repair.Frozen, repair.RepairState]:
     return repair.init(case.config, case.params, case.options, **given)
 
 
+def fields(state: repair.RepairState) -> dict[str, Any]:
+    """All of a state as a dict, kernels included."""
+    return {
+        field.name: getattr(state, field.name) for field in dataclasses.fields(state)
+    }
+
+
 def host(state: repair.RepairState) -> dict[str, Any]:
-    """A copy of all of a state, kernels included, that outlives the next step."""
-    tree = {**repair.to_saved(state), "merged": state.merged}
-    return jax.tree.map(np.array, tree)
+    """A copy of `fields` that outlives the next step."""
+    return jax.tree.map(np.array, fields(state))
 
 
 def flat(tree: Any) -> dict[str, np.ndarray]:
-    """Leaves by path; a tree of dicts, or a state."""
-    tree = host(tree) if isinstance(tree, repair.RepairState) else tree
+    """Leaves by path, of a tree of dicts."""
     leaves = traverse_util.flatten_dict(dict(tree), sep="/")
     return {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
@@ -215,7 +220,7 @@ def test_given_directions_are_normalized_and_replace_the_computed_ones():
 
 
 def test_given_factors_replace_the_computed_ones():
-    """Another valid basis: every second pair of singular vectors with its sign turned."""
+    """Another valid basis: every second pair of vectors with its sign turned."""
     computed = factors("gelu")
     turned = factor.Factors(
         u={
@@ -296,7 +301,7 @@ def test_params_that_are_not_finite_raise(path, given):
     """Also where directions and factors are given, so that nothing is computed."""
     case, params = setting("gelu"), altered_params(path, with_nan)
     rest = (case.directions, factors("gelu")) if given else ()
-    with pytest.raises(ValueError, match=f"{path}.*not finite"):
+    with pytest.raises(ValueError, match=f"not finite: .*{path}"):
         repair.init(case.config, params, case.options, *rest)
 
 
@@ -327,23 +332,21 @@ def test_factors_of_another_ffn_raise():
 # --- Storage and result ---------------------------------------------------------------
 
 
-def random_state(scale: float = 0.01) -> tuple[repair.Frozen, dict[str, Any]]:
-    """Something to store: ε in blocks 1 and 3 only, every field different from init."""
+def some_state() -> tuple[repair.Frozen, dict[str, Any]]:
+    """Fields to store: ε in blocks 1 and 3 only, and none as at the start."""
     frozen, state = start("gelu")
     rng = np.random.default_rng(1)
-    moved = np.isin(np.arange(6), (1, 3))[:, None]
-    random = [
-        {
-            name: np.where(moved, scale * rng.standard_normal(zero.shape), 0).astype(
-                "f4"
-            )
+    moved = np.isin(np.arange(6), (1, 3)).astype(np.float32)[:, None]
+
+    def random():
+        return {
+            name: moved * 0.01 * rng.standard_normal(zero.shape, np.float32)
             for name, zero in state.eps.items()
         }
-        for _ in range(2)
-    ]
+
     return frozen, {
-        "eps": random[0],
-        "momentum": random[1],
+        "eps": random(),
+        "momentum": random(),
         "num_images": np.int32(19),
         "had_defect": rng.random(1_000) < 0.5,
         "num_counted": np.int32(17),
@@ -352,17 +355,30 @@ def random_state(scale: float = 0.01) -> tuple[repair.Frozen, dict[str, Any]]:
     }
 
 
+def nested(kernels: dict[str, Any]) -> dict[str, Any]:
+    """Arrays by the parts of their names, as `to_saved` has them."""
+    return traverse_util.unflatten_dict(kernels, sep="/")
+
+
+def stored(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields in the form of `to_saved`."""
+    kernels = {name: nested(values[name]) for name in ("eps", "momentum")}
+    return values | kernels
+
+
 def test_saved_fields_are_all_but_the_kernels():
     _, state = start("gelu")
-    fields = {field.name for field in dataclasses.fields(state)}
-    assert set(repair.to_saved(state)) == fields - {"merged"}
+    everything = fields(state)
+    del everything["merged"]
+    assert_same_bits(repair.to_saved(state), stored(everything))
 
 
 def test_saved_state_comes_back_with_its_bits_and_merges_its_kernels():
-    case, (frozen, saved) = setting("gelu"), random_state()
-    back = repair.from_saved(case.config, case.params, frozen, saved)
-    assert_same_bits(repair.to_saved(back), saved)
-    merged = factor.merge(case.params, frozen.factors, saved["eps"])
+    case, (frozen, values) = setting("gelu"), some_state()
+    back = repair.from_saved(case.config, case.params, frozen, stored(values))
+    assert_same_bits(host(back), values | {"merged": host(back)["merged"]})
+    assert_same_bits(repair.to_saved(back), stored(values))
+    merged = factor.merge(case.params, frozen.factors, values["eps"])
     assert_same_bits(repair.merged_params(frozen, back), merged)
     _, kernels = factor.split_params(case.config, case.params)
     for name, kernel in kernels.items():
@@ -378,19 +394,17 @@ def test_zero_epsilon_gives_back_the_params_bit_for_bit():
     assert_same_bits(repair.merged_params(frozen, state), case.params)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("eps", {}),
-        ("eps", {"attn/v": np.zeros((6, 48), np.float32)}),
-        ("momentum", {"attn/v": np.zeros((6, 48), np.float32)}),
-    ],
-    ids=["no-eps", "some-eps", "some-momentum"],
-)
-def test_saved_state_of_another_model_raises(field, value):
-    case, (frozen, saved) = setting("gelu"), random_state()
-    with pytest.raises(ValueError, match=field):
-        repair.from_saved(case.config, case.params, frozen, saved | {field: value})
+@pytest.mark.parametrize("field", ["eps", "momentum"])
+@pytest.mark.parametrize("what", ["empty", "one-kernel", "a-block-too-few"])
+def test_saved_state_of_another_model_raises(field, what):
+    case, (frozen, values) = setting("gelu"), some_state()
+    values[field] = {
+        "empty": {},
+        "one-kernel": {"attn/v": values[field]["attn/v"]},
+        "a-block-too-few": {name: x[1:] for name, x in values[field].items()},
+    }[what]
+    with pytest.raises(ValueError, match="must hold.*like the singular values; got"):
+        repair.from_saved(case.config, case.params, frozen, stored(values))
 
 
 def test_steps_leave_what_was_handed_to_them_alive():

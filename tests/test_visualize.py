@@ -147,12 +147,6 @@ def test_registers_are_no_patches():
     assert maps.norms.shape == (2, 3) and maps.norms.max() < 100
 
 
-def test_tokens_that_are_not_finite_raise():
-    tokens = jnp.ones((4, 4, 8)).at[1, 1, 0].set(jnp.nan)
-    with pytest.raises(FloatingPointError, match="not finite"):
-        visualize.token_maps(tokens, jnp.ones(8), mask_thr=4.0)
-
-
 def test_two_ways_of_resampling_positions_may_be_compared(
     photos, checkpoints, tmp_path
 ):
