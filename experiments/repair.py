@@ -57,8 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_files.load(args.config)
     config_files.override(config, overrides)
     options = inputs.repair_options(config)
-    train, held_out = inputs.photographs(config)
     inputs.check_weights_given(config)
+    train, held_out = inputs.photographs(config)
     workdir = Workdir(args.workdir)
 
     # Devices: images_per_step is part of the result, the devices only divide it.

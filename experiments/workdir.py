@@ -43,10 +43,14 @@ class Workdir:
 
     def __init__(self, path: str):
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
         probe = self.path / f".writable.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            reason = error.strerror
+            raise OSError(f"--workdir={path} cannot be written to: {reason}") from None
 
     # --- Config ---------------------------------------------------------------------
 
