@@ -20,7 +20,7 @@ class Progress:
     """
 
     def __init__(self, config: ConfigDict, *, start: int):
-        self._console = Console(highlight=False, soft_wrap=True)
+        self._console = Console(highlight=False)
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._total, self._history = config.max_iter, config.history
         self._every = config.log_every
@@ -49,7 +49,7 @@ class Progress:
 
     def print(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, markup=False)
+        self._console.print(text, markup=False, soft_wrap=True)
 
     def _line(self, num_images: int, row: dict[str, Any]) -> str:
         (first, begin), (last, end) = self._times[0], self._times[-1]
