@@ -221,7 +221,7 @@ class SpectralDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         size = min(x.shape[-1], self.features)
-        s = self.param("s", nn.initializers.ones, (size,))
+        s = jnp.asarray(self.param("s", nn.initializers.ones, (size,)))
         u, v = _factor_variables(self, x.shape[-1], self.features)
         bias = _frozen_bias(self, self.features)
         xv = jnp.matmul(x, v, precision=self.precision)
@@ -311,19 +311,18 @@ def _factor_variables(
     """U [out, S] and V [in, S] of a layer; orthonormal columns when initialized."""
     size = min(width_in, width_out)
     orthonormal = nn.initializers.orthogonal()
-    u, v = (
-        module.variable(
-            "factors",
-            name,
-            lambda w=width: orthonormal(module.make_rng("params"), (w, size)),
-        ).value
-        for name, width in (("u", width_out), ("v", width_in))
-    )
-    return u, v
+
+    def variable(name: str, width: int) -> Array:
+        def init() -> Array:
+            return orthonormal(module.make_rng("params"), (width, size))
+
+        return jnp.asarray(module.variable("factors", name, init).value)
+
+    return variable("u", width_out), variable("v", width_in)
 
 
 def _frozen_bias(module: nn.Module, width: int) -> Float[Array, " out"]:
-    return module.variable("frozen", "bias", jnp.zeros, (width,)).value
+    return jnp.asarray(module.variable("frozen", "bias", jnp.zeros, (width,)).value)
 
 
 def _row(vector: Float[Array, " D"], x: Float[Array, "*batch _"]) -> Array:

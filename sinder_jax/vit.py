@@ -144,10 +144,11 @@ def _nearest_multiples(side: int, patch: int) -> str:
 def _weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Array:
     """The weight `name` of `module`: a parameter, or a variable of its `collection`."""
     if module.collection == "params":
-        return module.param(name, init, shape)
-    return module.variable(
+        return jnp.asarray(module.param(name, init, shape))
+    variable = module.variable(
         module.collection, name, lambda: init(module.make_rng("params"), shape)
-    ).value
+    )
+    return jnp.asarray(variable.value)  # converters and checkpoints hold NumPy arrays
 
 
 def _row(module: nn.Module, name: str, init: Any, x: Float[Array, "*batch D"]) -> Array:

@@ -526,7 +526,7 @@ def failure(capsys, *arguments: object, workdir: Path | None = None) -> str:
         (["--config=tiny.py", "--config.data=notes.py"], "not a folder but a file"),
         (["--config=tiny.py", "--config.data=bad"], "none of the 2 images of bad can"),
         (["--config=tiny.py", "--config.model=x"], "config.model=x is unknown"),
-        (["--config=giant.py"], "no photographs: add"),
+        (["--config=giant.py"], "no weights of dinov2_vitg14. Fetch"),
         (
             ["--config=giant.py", "--config.data=sample"],
             "no weights of dinov2_vitg14. Fetch https://.*/dinov2_vitg14/dinov2_vitg14_"
@@ -733,7 +733,7 @@ def test_the_program_ends_with_code_2_and_one_line(tmp_path):
     """A process of its own: nothing else writes to stderr."""
     done = program("--config", "giant.py", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: no photographs: add --config.data=FOLDER")
+    assert done.stderr.startswith("error: no weights of dinov2_vitg14. Fetch https")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
