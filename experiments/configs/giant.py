@@ -5,9 +5,9 @@ r"""SINDER on DINOv2 ViT-g/14: the authors' settings.
 
 The checkpoint is made by `python -m convert to-jax dinov2_vitg14_pretrain.pth
 dinov2_vitg14`; the data are any folder of photographs, ImageNet's training set for the
-authors. Needs about 17 GB of device memory in float32 (4.5 GB of kernels, 5.3 GB of
-factors, the rest activations and copies). 30,000 images at most, and the stopping rule
-usually ends it earlier. Source: arXiv:2407.16826, section 4, and the released code.
+authors. Kernels, factors and the rest of the state are 9.2 GiB in float32, without
+activations (benchmarks/README.md). Never run on the published weights here; the authors
+used 30,000 images at most. Source: arXiv:2407.16826 and the released code.
 """
 
 from ml_collections import ConfigDict
