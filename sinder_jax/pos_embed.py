@@ -5,7 +5,7 @@
 DINOv2 calls `torch.nn.functional.interpolate(mode="bicubic")` in three conventions
 (plain: offset 0.1; registers: antialias; SINDER: antialias and offset 0.1). Bicubic
 interpolation is separable and linear, so each axis is one small matrix of weights,
-computed here in float64. `jax.image.resize` follows other conventions and is not equal.
+computed here in float64. `jax.image.resize` agrees in the register convention only.
 """
 
 import jax
