@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import observe
 from sinder_jax import factor, repair, vit
 
 
@@ -72,20 +73,9 @@ def main() -> None:
     params = random_params(config)
     image = np.random.default_rng(1).standard_normal((1, args.size, args.size, 3))
     image = image.astype(np.float32)
-    features = jax.jit(
-        lambda params, image: vit.ViT(config).apply(
-            {"params": params},
-            image,
-            blocks=(config.depth - 1,),
-            method="intermediates",
-        )[0]
-    )
-    tokens = features(params, image)
-    grid = vit.patch_grid(config, args.size, args.size)
-    patches = np.asarray(vit.split_tokens(config, tokens, *grid)[2][0], np.float64)
+    patches = observe.last_patches(config, params, image[0])
     directions = np.zeros((config.depth, config.embed_dim), np.float32)
-    directions[-1] = outlier_direction(patches)
-    del tokens, features
+    directions[-1] = outlier_direction(np.asarray(patches, np.float64))
 
     start = time.perf_counter()
     factors = factor.factorize(config, params)

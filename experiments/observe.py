@@ -94,7 +94,7 @@ def measure(
         large = norms > LARGE_NORM * np.median(norms)
         numbers[f"outliers_{name}"] = int(mask.sum())
         numbers[f"large_norms_{name}"] = int(large.sum())
-        numbers[f"norm_ratio_{name}"] = float(norms.max() / np.median(norms))
+        numbers[f"norm_ratio_{name}"] = float(analysis.norm_ratio(norms))
         sound = ~(mask | large) if sound is None else sound
     cosine = np.asarray(analysis.cosine(before, after))
     return numbers | {"cosine_of_sound_tokens": float(cosine[sound].mean())}

@@ -291,7 +291,7 @@ def log(
     rows: list[dict[str, Any]] = []
     for i, position in enumerate(batch.positions):
         valid, counted = bool(batch.valid[i]), bool(values["counted"][i])
-        if valid and not counted:
+        if position >= values["num_images"][0]:
             break  # past the end of the run
         row = {
             "image": int(position),

@@ -114,9 +114,9 @@ def make_pmapped_step(
     """The repair step on several devices, with one or more images each.
 
     The images of a device run one after the other; their ε-gradients are gathered and
-    summed in image order on every device: 2, 4 and 8 devices that share the images of a
-    step gave the same bits on a CPU. One device differs from them by float32 rounding
-    (2e-6 of ε after 5 steps), since XLA compiles a program for one device otherwise.
+    summed in image order on every device: 2 and 4 devices that share a step's images
+    gave the same bits on a CPU. One device differs from them by float32 rounding (2e-6
+    of ε after 5 steps).
 
     Args:
       config: the architecture.

@@ -83,9 +83,9 @@ class RepairOptions:
             raise ValueError(
                 f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}."
             )
-        if self.matmul_precision not in ("highest", "high", "default"):
+        if self.matmul_precision not in PRECISIONS:
             raise ValueError(
-                "matmul_precision must be 'highest', 'high' or 'default', got "
+                f"matmul_precision must be one of {PRECISIONS}, got "
                 f"{self.matmul_precision!r}."
             )
         if not 0 < self.stop_share <= 1:

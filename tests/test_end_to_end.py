@@ -487,6 +487,25 @@ def test_unreadable_photographs_are_skipped_counted_and_named(tmp_path, capsys):
     assert "held out: no photographs" in done.output
 
 
+def test_a_file_behind_the_end_of_the_run_is_not_in_its_metrics(tmp_path):
+    """A step is dispatched before one knows that the run has ended."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    shutil.copy(data.sample_images()[0], photos / "0.png")
+    (photos / "1.png").write_bytes(b"no image")
+    done = run(
+        tmp_path / "run",
+        *TINY,
+        NO_PICTURES,
+        f"--config.data={photos}",
+        "--config.num_images=2",
+        "--config.max_iter=1",
+        "--config.measure_images=1",
+    )
+    assert [row["image"] for row in rows(done.path)] == [0]
+    assert summary(done)["unreadable_files"] == []
+
+
 # --- Bad input ------------------------------------------------------------------------
 
 
