@@ -7,7 +7,9 @@ The modules are named after the concepts of the paper (arXiv:2407.16826):
     loss        outlier mask along a direction, learning target, neighbor loss
     factor      kernel -> U, σ, V and the trainable ε; folding ε back into kernels
     repair      the repair step: search the defect, update ε in the active blocks
-    data, checkpoint, analysis, pictures     what the experiments read and show
+    data, analysis, pictures     what the experiments read and show
+    checkpoint  models on disk, on top of store (arrays with digests)
+    patch       a repair as ε and the digest of the model it belongs to
     planted     a small model with planted defects, for the demo and the tests
 
 Glossary, used in every signature:

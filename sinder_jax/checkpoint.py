@@ -1,31 +1,26 @@
-"""Models and other trees of arrays as Orbax directories, checked on both ways.
+"""Models and other trees of arrays as checkpoint directories, checked on both ways.
 
-    config, params --save--> DIR (an Orbax composite) --load--> config, params
-    tree, metadata --save_tree--> DIR/arrays + DIR/metadata --load_tree--> the same
+    config, params --save--> DIR --load--> config, params
+    tree, metadata --save_tree--> DIR --load_tree--> the same
+    FOLDER/00000100, 00000200, ... --load_newest--> the newest that is not damaged
 
-A directory appears whole or not at all. Its metadata lists the shape and number format
-of every array, so that a file that lost a part is refused instead of half read.
+`sinder_jax.store` says what such a directory holds. It appears whole or not at all, and
+every array is verified against its digest when it is read.
 """
 
 import dataclasses
-import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from sinder_jax import vit
+from sinder_jax import digest, store, vit
+from sinder_jax.store import StrPath, check_destination
 
-FORMAT = "sinder_jax"
-VERSION = 1
+__all__ = ["check_destination"]
 Tree = dict[str, Any]
-StrPath = str | os.PathLike[str]
 
 
 # --- Nested trees and flat names --------------------------------------------------
@@ -44,13 +39,19 @@ def unflatten(flat: Mapping[str, Any]) -> Tree:
 # --- A model ----------------------------------------------------------------------
 
 
-def save(path: StrPath, config: vit.ViTConfig, params: Mapping[str, Any]) -> None:
+def save(
+    path: StrPath,
+    config: vit.ViTConfig,
+    params: Mapping[str, Any],
+    provenance: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a model as the checkpoint directory `path`.
 
     Args:
       path: a directory that does not exist, in one that does.
       config: the architecture.
       params: float32 arrays, of NumPy or JAX, in the layout of `vit.param_shapes`.
+      provenance: JSON values that say where the weights come from; None: not known.
 
     Raises:
       ValueError: params do not fit the config, or are not finite float32 numbers.
@@ -59,7 +60,90 @@ def save(path: StrPath, config: vit.ViTConfig, params: Mapping[str, Any]) -> Non
     """
     check_destination(path)
     check_params(config, params)
-    save_tree(path, params, {"config": dataclasses.asdict(config)})
+    with ModelWriter(path, config, provenance) as writer:
+        for name, array in flatten(params).items():
+            writer.write(name, np.asarray(array))
+
+
+class ModelWriter(store.Writer):
+    """Writes a model leaf by leaf, as `save` does; the caller has checked the leaves.
+
+    Args:
+      path, config, provenance: as for `save`.
+    """
+
+    def __init__(
+        self,
+        path: StrPath,
+        config: vit.ViTConfig,
+        provenance: Mapping[str, Any] | None = None,
+    ):
+        super().__init__(
+            path,
+            {
+                "config": dataclasses.asdict(config),
+                "provenance": dict(provenance or {}),
+            },
+        )
+        self._digest = digest.ModelDigest()
+
+    def write(self, name: str, array: Any) -> str:
+        """Adds a leaf by its flat name; gives its SHA-256."""
+        sha256 = super().write(name, array)
+        self._digest.add(name, np.asarray(array), sha256)
+        return sha256
+
+    @property
+    def digest(self) -> str:
+        """Of the model, as far as it is written (`sinder_jax.digest`)."""
+        return self._digest.hexdigest()
+
+    def _complete(self) -> None:
+        self.metadata["digest"] = self.digest
+        super()._complete()
+
+
+class ModelReader(store.Reader):
+    """Reads a model leaf by leaf.
+
+    Attributes:
+      config: the architecture.
+      digest: of the model, see `sinder_jax.digest`.
+      provenance: where the weights come from.
+
+    Raises:
+      FileNotFoundError: nothing is at `path`.
+      ValueError: it is not a checkpoint of a model, is damaged, or does not fit its own
+        config; the message is one line.
+    """
+
+    def __init__(self, path: StrPath):
+        super().__init__(path)
+        try:
+            self.config = vit.ViTConfig(**self.metadata["config"])
+            self.digest = str(self.metadata["digest"])
+            self.provenance = dict(self.metadata["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}: no checkpoint of a model ({store.reason_of(error)})."
+            ) from None
+        # Before anything is read: views of one number, with the stored shapes.
+        stored = {
+            name: np.broadcast_to(np.float32(0), entry["shape"])
+            for name, entry in self.arrays.items()
+        }
+        try:
+            vit.check_params(self.config, unflatten(stored))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def read(self, name: str) -> np.ndarray:
+        """One leaf by its flat name: finite float32, its digest verified."""
+        array = super().read(name)
+        wrong = _not_finite_float32(name, array)
+        if wrong:
+            raise ValueError(f"{self._path}: {wrong}.")
+        return array
 
 
 def load(path: StrPath) -> tuple[vit.ViTConfig, Tree]:
@@ -70,21 +154,11 @@ def load(path: StrPath) -> tuple[vit.ViTConfig, Tree]:
 
     Raises:
       FileNotFoundError: nothing is at `path`.
-      ValueError: it is not a checkpoint of a model, is damaged, or does not fit its own
-        config; the message is one line.
+      ValueError: it is not a checkpoint of a model, is damaged (an array whose digest
+        differs is named), or does not fit its own config; the message is one line.
     """
-    params, metadata = load_tree(path)
-    try:
-        config = vit.ViTConfig(**metadata["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: no checkpoint of a model ({_reason(error)})."
-        ) from None
-    try:
-        check_params(config, params)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return config, params
+    reader = ModelReader(path)
+    return reader.config, unflatten({name: reader.read(name) for name in reader.arrays})
 
 
 def check_params(config: vit.ViTConfig, params: Mapping[str, Any]) -> None:
@@ -95,21 +169,20 @@ def check_params(config: vit.ViTConfig, params: Mapping[str, Any]) -> None:
         fit, every array that is not float32 or holds NaN or infinity.
     """
     vit.check_params(config, params)
-    flat = flatten(params)
-    wrong = [
-        f"{path} is {array.dtype}, not float32"
-        for path, array in flat.items()
-        if array.dtype != np.float32
-    ]
-    wrong += [
-        f"{path} holds NaN or infinity"
-        for path, array in flat.items()
-        if array.dtype == np.float32 and not vit.is_finite(np.asarray(array))
-    ]
+    found = (_not_finite_float32(name, x) for name, x in flatten(params).items())
+    wrong = [reason for reason in found if reason]
     if wrong:
         raise ValueError(
             "params are not finite float32 numbers: " + "; ".join(wrong) + "."
         )
+
+
+def _not_finite_float32(name: str, array: Any) -> str:
+    if array.dtype != np.float32:
+        return f"{name} is {array.dtype}, not float32"
+    if not vit.is_finite(np.asarray(array)):
+        return f"{name} holds NaN or infinity"
+    return ""
 
 
 # --- Any tree ---------------------------------------------------------------------
@@ -129,46 +202,17 @@ def save_tree(
       metadata: JSON values.
 
     Raises:
-      ValueError: a leaf that cannot be stored, or metadata that is no JSON.
-      FileExistsError: `path` exists.
-      FileNotFoundError, PermissionError: the directory around it is missing or closed.
-      OSError: writing failed, for example on a full disk.
-      RuntimeError: on another process than 0, whose arrays Orbax would leave out.
+      As `store.Writer`.
     """
-    check_destination(path)
-    if jax.process_index():
-        raise RuntimeError(f"process {jax.process_index()} must leave saving to 0.")
-    path = Path(path).absolute()
-    flat = _storable(tree)
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "arrays": {
-            name: {"shape": list(array.shape), "dtype": array.dtype.name}
-            for name, array in flat.items()
-        },
-        "metadata": dict(metadata),
-    }
-    try:
-        json.dumps(header, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"metadata must be JSON values: {error}.") from None
-    items = ocp.args.Composite(
-        arrays=ocp.args.PyTreeSave(unflatten(flat)), metadata=ocp.args.JsonSave(header)
-    )
-    # A directory beside the destination: renaming is atomic there, and whatever a
-    # failure leaves goes with it.
-    with tempfile.TemporaryDirectory(
-        prefix=f".{path.name}.", dir=path.parent
-    ) as staging:
-        try:
-            with _checkpointer() as checkpointer:
-                checkpointer.save(Path(staging, path.name), items)
-        except (
-            Exception
-        ) as error:  # TensorStore has no OSError: its own are ValueErrors
-            raise OSError(f"{path}: cannot be written ({_reason(error)}).") from None
-        os.rename(Path(staging, path.name), path)
+    for keys in traverse_util.flatten_dict(dict(tree)):
+        if not all(isinstance(key, str) and "/" not in key for key in keys):
+            raise ValueError(f"{keys}: names must be text without a slash.")
+    flat = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
+    for name, array in flat.items():
+        store.check_storable(name, array)
+    with store.Writer(path, dict(metadata)) as writer:
+        for name, array in flat.items():
+            writer.write(name, array)
 
 
 def load_tree(path: StrPath) -> tuple[Tree, dict[str, Any]]:
@@ -180,128 +224,60 @@ def load_tree(path: StrPath) -> tuple[Tree, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: nothing is at `path`.
-      ValueError: it is not a checkpoint, or it is damaged; the message is one line.
+      ValueError: it is not a checkpoint, or it is damaged (`store.DamagedError`, which
+        names the array); the message is one line.
     """
-    path = Path(path).absolute()
-    header = _read_header(path)
-    flat = {}
-    with _checkpointer() as checkpointer:
-        for name, stored in header["arrays"].items():
-            array = _read_array(checkpointer, path, name)
-            found = {"shape": list(array.shape), "dtype": array.dtype.name}
-            if found != stored:
-                raise _damaged(path, f"{name} is {found}, its metadata says {stored}")
-            flat[name] = array
-    return unflatten(flat), header["metadata"]
+    reader = store.Reader(path)
+    return unflatten({name: reader.read(name) for name in reader.arrays}), (
+        reader.metadata
+    )
 
 
-def check_destination(path: StrPath) -> None:
-    """Refuses a path that cannot be written to, before any work is done for it.
+class Newest(NamedTuple):
+    """What `load_newest` found.
+
+    Attributes:
+      path: its directory.
+      tree, metadata: as from `load_tree`.
+      damaged: newer ones that were passed over, each with the error that names the
+        damaged array.
+    """
+
+    path: Path
+    tree: Tree
+    metadata: dict[str, Any]
+    damaged: dict[Path, ValueError]
+
+
+def numbered(folder: StrPath) -> list[Path]:
+    """The checkpoints of a folder that are named by a number, in its order."""
+    folder = Path(folder)
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((path for path in found if path.name.isdigit()), key=_number)
+
+
+def load_newest(folder: StrPath) -> Newest | None:
+    """The newest checkpoint of a folder whose bytes are those that were written.
+
+    Returns:
+      None where the folder holds no checkpoint, or does not exist.
 
     Raises:
-      FileExistsError: something is there.
-      FileNotFoundError: the directory around it does not exist.
-      PermissionError: the directory around it cannot be written to.
+      store.DamagedError: every one of them is damaged.
     """
-    path = Path(path).absolute()
-    if path.exists() or path.is_symlink():
-        raise FileExistsError(f"{path} exists: remove it or choose another name.")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no directory: create it first.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path.parent} cannot be written to.")
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    """A composite checkpointer of this process alone: no barrier, and it may write."""
-    here = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}
-    )
-    handler = ocp.CompositeCheckpointHandler(
-        arrays=ocp.PyTreeCheckpointHandler(multiprocessing_options=alone),
-        metadata=ocp.JsonCheckpointHandler(multiprocessing_options=alone),
-        composite_options=ocp.CompositeOptions(multiprocessing_options=alone),
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=alone)
-
-
-def _storable(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Flat names and arrays; of other leaves Orbax refuses some and changes others."""
-    for keys in traverse_util.flatten_dict(dict(tree)):
-        if not all(isinstance(key, str) and key and "/" not in key for key in keys):
-            raise ValueError(f"{keys}: names must be text without a slash.")
-    flat = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
-    if not flat:
-        raise ValueError("the tree holds no array.")
-    for name, array in flat.items():
-        # Kind V is bfloat16 and its kin, which NumPy does not know by itself.
-        if array.size == 0 or array.dtype.kind not in "biufcV":
-            raise ValueError(
-                f"{name} is {array.dtype} {array.shape}: only arrays of numbers that "
-                "are not empty can be stored."
-            )
-    return flat
-
-
-def _read_array(checkpointer: ocp.Checkpointer, path: Path, name: str) -> np.ndarray:
-    """One array: of many at once, Orbax prints a traceback for each broken one."""
-    like = unflatten({name: np.empty(0)})
-    to_numpy = unflatten({name: ocp.RestoreArgs(restore_type=np.ndarray)})
-    restore = ocp.args.PyTreeRestore(like, restore_args=to_numpy, partial_restore=True)
-    try:
-        items = checkpointer.restore(path, ocp.args.Composite(arrays=restore))
-        return flatten(items["arrays"])[name]
-    # Orbax and TensorStore raise whatever the broken byte led to.
-    except Exception as error:
-        raise _damaged(path, f"{name}: {_reason(error)}") from None
-
-
-def _read_header(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such checkpoint.")
-    if not path.is_dir():
-        raise ValueError(
-            f"{path} is a file; a checkpoint is a directory, which "
-            f"`python -m convert to-jax {path.name} DIR` makes of a PyTorch file."
+    damaged: dict[Path, ValueError] = {}
+    for path in reversed(numbered(folder)):
+        try:
+            return Newest(path, *load_tree(path), damaged)
+        except ValueError as error:  # also one whose metadata is gone
+            damaged[path] = error
+    if damaged:
+        raise store.DamagedError(
+            f"{folder}: none of its checkpoints is whole: "
+            + " ".join(str(error) for error in damaged.values())
         )
-    if not (path / "metadata").exists():
-        raise ValueError(f"{path}: no checkpoint of {FORMAT}, it holds no metadata.")
-    try:
-        with _checkpointer() as checkpointer:
-            stored = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-            header = checkpointer.restore(path, stored)["metadata"]
-    except Exception as error:  # as in `_read_array`
-        raise _damaged(path, f"metadata: {_reason(error)}") from None
-    _check_header(path, header)
-    return header
+    return None
 
 
-def _check_header(path: Path, header: Any) -> None:
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ValueError(
-            f"{path}: no checkpoint of {FORMAT}, its metadata is another's."
-        )
-    if header.get("version") != VERSION:
-        raise ValueError(
-            f"{path}: the format's version is {header.get('version')!r}, this program "
-            f"reads {VERSION}: use the program that wrote it."
-        )
-    arrays, metadata = header.get("arrays"), header.get("metadata")
-    if not (isinstance(arrays, dict) and arrays and isinstance(metadata, dict)):
-        raise _damaged(path, "metadata: its list of arrays is missing")
-    for name, entry in arrays.items():
-        if not isinstance(entry, dict) or entry.keys() != {"shape", "dtype"}:
-            raise _damaged(path, f"metadata: {name} has no shape and number format")
-
-
-def _damaged(path: Path, reason: str) -> ValueError:
-    return ValueError(f"{path}: the checkpoint is damaged ({reason}): write it again.")
-
-
-def _reason(error: Exception, limit: int = 200) -> str:
-    """The first line of an error, short enough to stand inside another one."""
-    text = str(error).strip() or "no reason given"
-    line = text.splitlines()[0]
-    line = line if len(line) <= limit else line[: limit - 1] + "…"
-    return f"{type(error).__name__}: {line}"
+def _number(path: Path) -> int:
+    return int(path.name)

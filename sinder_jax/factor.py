@@ -2,6 +2,7 @@
 
     params --factorize--> U, σ, V (float64 SVD on the host, stored as float32)
     U, σ + ε, V --merge_kernel--> kernel [in, out]   the one way a kernel is rebuilt
+    kernel --largest_singular_value--> σ_0, without an SVD
 
 Trainable are the value third of the fused qkv, the attention projection and the two
 FFN kernels. A kernel is Flax's [in, out]; the paper's W multiplies a column and is
@@ -10,12 +11,13 @@ FFN kernels. A kernel is Flax's [in, out]; the paper's W multiplies a column and
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from flax import struct, traverse_util
 from jaxtyping import Array, Float
 
@@ -90,11 +92,35 @@ class Factors:
     v: dict[str, Any]
 
 
-def factorize(config: HasFFNLayer, params: Params) -> Factors:
-    """Factors of every trainable kernel by float64 SVD on the host.
+class KernelFactors(NamedTuple):
+    """U, σ and V of one kernel, float32: kernel = V·diag(σ)·Uᵀ."""
+
+    u: Float[np.ndarray, "out S"]
+    sigma: Float[np.ndarray, " S"]
+    v: Float[np.ndarray, "in S"]
+
+
+def factorize_kernel(kernel: Float[np.ndarray, "in out"]) -> KernelFactors:
+    """Factors of one kernel by float64 SVD on the host.
 
     float32 SVDs of two libraries turn close pairs differently, which moves a merged
     kernel by 3e-6 to 3e-5 of its norm; float64 keeps that below float32 rounding.
+
+    Args:
+      kernel: any floating-point format.
+
+    Returns:
+      U, σ (descending) and V, each number rounded once to float32; S = min(in, out).
+    """
+    # kernel = V·diag(σ)·Uᵀ: NumPy's first factor is the input side.
+    v, sigma, ut = np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+    return KernelFactors(
+        *(np.array(x, np.float32, order="C") for x in (ut.T, sigma, v))
+    )
+
+
+def factorize(config: HasFFNLayer, params: Params) -> Factors:
+    """Factors of every trainable kernel, by `factorize_kernel`.
 
     Args:
       config: the model's configuration.
@@ -112,12 +138,23 @@ def factorize(config: HasFFNLayer, params: Params) -> Factors:
         sigma = factors.sigma[name] = np.empty((depth, size), np.float32)
         v = factors.v[name] = np.empty((depth, width_in, size), np.float32)
         for block, kernel in enumerate(stack):
-            # kernel = V·diag(σ)·Uᵀ: NumPy's first factor is the input side.
-            v[block], sigma[block], ut = np.linalg.svd(
-                np.asarray(kernel, np.float64), full_matrices=False
-            )
-            u[block] = ut.T
+            u[block], sigma[block], v[block] = factorize_kernel(np.asarray(kernel))
     return factors
+
+
+def largest_singular_value(kernel: Float[np.ndarray, "in out"]) -> float:
+    """σ_0 of a kernel, in float64: how far it can stretch a token.
+
+    The square root of the largest eigenvalue of the kernel's Gram matrix: the largest
+    one keeps float64's relative precision (small ones would lose half their digits).
+    Ten times faster than an SVD, and unlike an iteration it minds neither close pairs
+    nor one column nor a missing rank; a zero kernel gives 0.
+    """
+    short_side_first = kernel if kernel.shape[0] <= kernel.shape[1] else kernel.T
+    a = np.asarray(short_side_first, np.float64)
+    last = len(a) - 1
+    top = scipy.linalg.eigh(a @ a.T, eigvals_only=True, subset_by_index=[last, last])
+    return float(np.sqrt(max(top[0], 0.0)))  # rounding may turn a 0 negative
 
 
 @jax.jit

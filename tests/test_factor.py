@@ -122,6 +122,27 @@ def test_factors_rebuild_a_kernel_and_are_orthonormal(shape):
         np.testing.assert_allclose(sigma[block], exact, rtol=1e-7, atol=1e-14)
 
 
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_a_single_kernel_has_the_factors_of_the_stack_bit_for_bit(shape):
+    stack, factors = factors_of(AWKWARD[shape])
+    for block, kernel in enumerate(stack):
+        alone = factor.factorize_kernel(kernel)
+        for name, part in alone._asdict().items():
+            stacked = getattr(factors, name)["mlp/fc1"][block]
+            assert part.dtype == np.float32 and part.flags.c_contiguous
+            assert part.tobytes() == stacked.tobytes(), name
+
+
+@pytest.mark.parametrize("shape", AWKWARD)
+def test_largest_singular_value_matches_an_svd(shape):
+    stack, _ = factors_of(AWKWARD[shape])
+    for kernel in (*stack, 0 * stack[0]):
+        largest = factor.largest_singular_value(kernel)
+        exact = np.linalg.svd(kernel.astype(np.float64), compute_uv=False)[0]
+        # the Gram matrix's largest eigenvalue: S·2e-16, halved by the root
+        np.testing.assert_allclose(largest, exact, rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("name", golden.REPAIRED)
 def test_singular_values_match_the_recorded_ones(name):
     arrays, meta = golden.load(name)
