@@ -1,19 +1,28 @@
-"""Command line of the converter: `to-jax`, `to-torch`, `inspect`."""
+"""Command line of the converter: `commands`, `inspection`, `patches` do the work."""
 
 import argparse
+import io
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 EXAMPLES = """\
 examples:
   python -m convert to-jax dinov2_vitl14_pretrain.pth checkpoints/large
-  python -m convert to-jax dinov2_vitg14_pretrain.pth checkpoints/giant \\
-      --interpolate-antialias=true
+  python -m convert to-jax dinov2_vitg14 checkpoints/giant --interpolate-antialias=true
+  python -m convert to-jax facebook/dinov2-base checkpoints/base --verify
   python -m convert to-torch checkpoints/giant giant.safetensors
+  python -m convert to-torch checkpoints/giant giant_hf --layout=hf --verify
   python -m convert inspect giant.safetensors
+  python -m convert diff dinov2_vitg14_pretrain.pth repaired.pth giant.patch.safetensors
+  python -m convert diff runs/giant giant.patch.safetensors
+  python -m convert apply giant_hf giant.patch.safetensors repaired_hf --scale=0.5
 """
+SOURCE = (
+    ".pth, .pt or .safetensors file or Hugging Face directory, in the layout of the "
+    "DINOv2 hub, transformers or timm"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,14 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; None: those of the process.
 
     Returns:
-      0, or 2 after an error, of which one line stands on stderr.
+      0; 2 after an error, of which one line stands on stderr; 130 after Ctrl-C.
     """
-    options = _parser().parse_args(argv)
+    arguments = vars(_parser().parse_args(argv))
+    command = arguments.pop("command")
     try:
-        options.command(options)
+        command(**{name: x for name, x in arguments.items() if x is not None})
     except (ValueError, OSError, ImportError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -50,48 +63,131 @@ def _parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    files = ".pth, .pt or .safetensors, names as in the DINOv2 hub files"
+    _add_to_jax(commands)
+    _add_to_torch(commands)
+    _add_inspect(commands)
+    _add_diff(commands)
+    _add_apply(commands)
+    return parser
 
-    to_jax = commands.add_parser("to-jax", help="PyTorch file -> checkpoint directory")
-    to_jax.add_argument("source", metavar="SRC", type=Path, help=files)
-    to_jax.add_argument("destination", metavar="DST", type=Path, help="new directory")
-    _add_num_heads(to_jax)
-    to_jax.add_argument(
+
+def _add_to_jax(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("to-jax", help="PyTorch model -> checkpoint directory")
+    parser.add_argument(
+        "src",
+        metavar="SRC",
+        help=f"{SOURCE}; or a name to fetch: dinov2_vit{{s,b,l,g}}14[_reg], or an id "
+        "of Hugging Face such as facebook/dinov2-giant",
+    )
+    parser.add_argument("destination", metavar="DST", type=Path, help="new directory")
+    _add_num_heads(parser)
+    parser.add_argument(
         "--interpolate-antialias",
         type=_boolean,
         metavar="true|false",
         help="resample the position embedding with antialiasing (default: as the hub "
         "models, true with registers and else false; the SINDER authors: true)",
     )
-    to_jax.add_argument(
+    parser.add_argument(
         "--interpolate-offset",
         type=float,
         metavar="X",
         help="added to the sides of its new grid (default: as the hub models, 0 with "
-        "registers and else 0.1)",
+        "registers and else 0.1; transformers: 0)",
     )
-    to_jax.set_defaults(command=_to_jax)
+    _add_verify(parser)
+    parser.set_defaults(command=_to_jax)
 
-    to_torch = commands.add_parser(
-        "to-torch", help="checkpoint directory -> PyTorch file"
+
+def _add_to_torch(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "to-torch", help="checkpoint directory -> PyTorch file or directory"
     )
-    to_torch.add_argument("source", metavar="SRC", type=Path, help="directory")
-    to_torch.add_argument(
+    parser.add_argument(
+        "src",
+        metavar="SRC",
+        type=Path,
+        help="checkpoint directory, or a PyTorch model to bring into another layout",
+    )
+    parser.add_argument(
         "destination",
         metavar="DST",
         type=Path,
-        help="new .pth, .pt or .safetensors file",
+        help="new .pth, .pt or .safetensors file; for hf a new directory",
     )
-    to_torch.add_argument("--layout", default="dinov2", help="names to write: dinov2")
-    to_torch.set_defaults(command=_to_torch)
+    parser.add_argument(
+        "--layout",
+        default="dinov2",
+        metavar="dinov2|hf|timm",
+        help="for torch.hub (default), transformers or timm",
+    )
+    _add_num_heads(parser)
+    _add_verify(parser)
+    parser.set_defaults(command=_to_torch)
 
-    inspect = commands.add_parser("inspect", help="say what a file or directory holds")
-    inspect.add_argument(
-        "source", metavar="SRC", type=Path, help=f"directory, or {files}"
+
+def _add_inspect(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "inspect", help="say what a model or a patch is, and whether it is whole"
     )
-    _add_num_heads(inspect)
-    inspect.set_defaults(command=_inspect)
-    return parser
+    parser.add_argument(
+        "path",
+        metavar="SRC",
+        type=Path,
+        help=f"checkpoint directory, {SOURCE}, or a patch",
+    )
+    _add_num_heads(parser)
+    parser.set_defaults(command=_inspect)
+
+
+def _add_diff(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "diff",
+        help="what a repair changed, as a patch under 1 MB",
+        usage="%(prog)s [-h] [--num-heads N] (BASE REPAIRED | RUN) PATCH",
+    )
+    parser.add_argument(
+        "paths",
+        metavar="BASE REPAIRED | RUN",
+        nargs="+",
+        type=Path,
+        help="two models in any layout, or the workdir of experiments.repair",
+    )
+    parser.add_argument(
+        "destination", metavar="PATCH", type=Path, help="new .safetensors file"
+    )
+    parser.add_argument(
+        "--residual",
+        type=float,
+        metavar="X",
+        help="how much of a kernel may differ otherwise than in its singular values, "
+        "relative to its norm (default: 1e-5, rounding; a repair that used a float32 "
+        "SVD, as the authors' does, may need 1e-3)",
+    )
+    _add_num_heads(parser)
+    parser.set_defaults(command=_diff)
+
+
+def _add_apply(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "apply", help="repair a model by a patch, in the model's own layout"
+    )
+    parser.add_argument("base", metavar="BASE", type=Path, help="the unrepaired model")
+    parser.add_argument("patch_path", metavar="PATCH", type=Path, help="from diff")
+    parser.add_argument(
+        "destination",
+        metavar="DST",
+        type=Path,
+        help="new file, or new directory where BASE is one",
+    )
+    parser.add_argument(
+        "--scale",
+        type=float,
+        metavar="X",
+        help="apply this part of the change, above 0 to 1 (default: 1)",
+    )
+    _add_num_heads(parser)
+    parser.set_defaults(command=_apply)
 
 
 def _add_num_heads(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +195,16 @@ def _add_num_heads(parser: argparse.ArgumentParser) -> None:
         "--num-heads",
         type=int,
         metavar="N",
-        help="attention heads (default: width / 64)",
+        help="attention heads (default: what the files say, or width / 64)",
+    )
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run a photograph through the JAX model and, where PyTorch is installed, "
+        "through the PyTorch one, and print the largest difference",
     )
 
 
@@ -113,94 +218,39 @@ def _boolean(text: str) -> bool:
 # --- Commands: JAX is imported here, so that --help need not wait for it ----------
 
 
-def _to_jax(options: argparse.Namespace) -> None:
-    from sinder_jax import checkpoint
+def _to_jax(**arguments: Any) -> None:
+    from convert import commands
 
-    checkpoint.check_destination(options.destination)
-    given = {
-        "interpolate_antialias": options.interpolate_antialias,
-        "interpolate_offset": options.interpolate_offset,
-    }
-    overrides = {name: value for name, value in given.items() if value is not None}
-    config, params, state_dict = _read_torch(options, overrides)
-    converted = [name for name in _formats(state_dict) if name != "float32"]
-    size = _size(state_dict)
-    del state_dict  # the params are a copy
-    checkpoint.save(options.destination, config, params)
-    note = f"; {' and '.join(converted)} became float32" if converted else ""
-    print(f"{options.destination}: {_title(config)}, {size}{note}.")
+    commands.to_jax(**arguments)
 
 
-def _to_torch(options: argparse.Namespace) -> None:
-    from convert import io, names
-    from sinder_jax import checkpoint
+def _to_torch(**arguments: Any) -> None:
+    from convert import commands
 
-    names.check_layout_name(options.layout)
-    io.check_destination(options.destination)
-    config, params = checkpoint.load(options.source)
-    state_dict = names.to_torch(config, params, layout=options.layout)
-    io.write_state_dict(options.destination, state_dict)
-    size = _size(state_dict)
-    print(f"{options.destination}: {_title(config)}, {options.layout} layout, {size}.")
+    commands.to_torch(**arguments)
 
 
-def _inspect(options: argparse.Namespace) -> None:
-    from sinder_jax import checkpoint
+def _inspect(**arguments: Any) -> None:
+    from convert import inspection
 
-    if options.source.is_dir():
-        config, params = checkpoint.load(options.source)
-        layout, arrays = "sinder_jax checkpoint", checkpoint.flatten(params)
-        if options.num_heads not in (None, config.num_heads):
-            raise ValueError(f"{options.source}: has {config.num_heads} heads.")
-    else:
-        config, _, arrays = _read_torch(options, {})
-        layout = "dinov2 (hub)"
-    heads, antialias = config.num_heads, config.interpolate_antialias
-    lines = {
-        "architecture": _title(config),
-        "width": f"{config.embed_dim}, {heads} heads of {config.embed_dim // heads}",
-        "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden {config.hidden_dim}",
-        "registers": config.num_register_tokens,
-        "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
-        "resampling": f"antialias {antialias}, offset {config.interpolate_offset}",
-        "layout": layout,
-        "number format": ", ".join(_formats(arrays)),
-        "size": _size(arrays),
-    }
-    for name, value in lines.items():
-        print(f"{name + ':':<15}{value}")
+    inspection.inspect(**arguments)
 
 
-def _read_torch(
-    options: argparse.Namespace, overrides: Mapping[str, Any]
-) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-    from convert import io, names
+def _diff(**arguments: Any) -> None:
+    from convert import patches
 
-    state_dict = io.read_state_dict(options.source)
-    try:
-        config, params = names.from_torch(state_dict, options.num_heads, **overrides)
-    except ValueError as error:
-        raise ValueError(f"{options.source}: {error}") from None
-    return config, params, state_dict
+    patches.diff(**arguments)
 
 
-def _title(config: Any) -> str:
-    from convert import names
+def _apply(**arguments: Any) -> None:
+    from convert import patches
 
-    return names.hub_name(config) or "a DINOv2 model of its own size"
-
-
-def _formats(arrays: Mapping[str, Any]) -> list[str]:
-    return sorted({array.dtype.name for array in arrays.values()})
-
-
-def _size(arrays: Mapping[str, Any]) -> str:
-    parameters = sum(array.size for array in arrays.values())
-    return (
-        f"{len(arrays)} tensors, {parameters:,} parameters; names, shapes and finite "
-        "values checked"
-    )
+    patches.apply(**arguments)
 
 
 if __name__ == "__main__":
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            # A name that no encoding covers is shown escaped, not made an error.
+            output.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.exit(main())

@@ -6,15 +6,15 @@ config.checkpoint --> ViTConfig, params (planted, for the demo)
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 import convert
-from convert import io
+from convert import fetch, write
+from convert import source as sources
 from sinder_jax import checkpoint, data, planted, repair, vit
 
-HUB = "https://dl.fbaipublicfiles.com/dinov2/{base}/{name}_pretrain.pth"
 PLANTED = "planted"
 # What must agree with config.model; the rest is how a checkpoint is resampled.
 ARCHITECTURE = ("embed_dim", "depth", "ffn_layer", "num_register_tokens")
@@ -109,43 +109,56 @@ def check_weights_given(config: ConfigDict) -> None:
 
 def how_to_get(model: str) -> str:
     """What to fetch for a hub model, and the command that converts it."""
-    name = f"{model.removesuffix('_reg')}{'_reg4' if model.endswith('_reg') else ''}"
-    url = HUB.format(base=model.removesuffix("_reg"), name=name)
+    url = fetch.hub_url(model)
     return (
-        f"Fetch {url}, run `python -m convert to-jax {name}_pretrain.pth {model}` and "
+        f"Fetch {url}, run `python -m convert to-jax {Path(url).name} {model}` and "
         f"add --config.checkpoint={model}"
     )
 
 
-def load_model(
-    config: ConfigDict, planted_file: Path
-) -> tuple[vit.ViTConfig, dict[str, Any]]:
-    """Architecture and original params, resampled as the config says.
+class Original(NamedTuple):
+    """The model that a repair starts from.
+
+    Attributes:
+      config: its architecture, resampled as the run's config says.
+      params: its params, float32.
+      provenance: where its weights come from, see `convert.source.Model`.
+    """
+
+    config: vit.ViTConfig
+    params: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def load_model(config: ConfigDict, planted_file: Path) -> Original:
+    """The original model.
 
     Args:
-      config: names model and checkpoint, a directory of ours or a file in hub layout.
+      config: names model and checkpoint, a directory of ours or PyTorch files.
       planted_file: where planted weights are written, in hub layout, and read from.
 
     Raises:
       ValueError: no checkpoint, a damaged one, or one of another model.
     """
-    source = Path(config.checkpoint)
+    path = Path(config.checkpoint)
     want = vit.CONFIGS.get(config.model, planted.CONFIG)
     if config.model == PLANTED:
-        source = planted_file
+        path = planted_file
         made = planted.planted_model(config.seed)
         state_dict = convert.to_torch(made.config, made.params)
-        io.write_state_dict(source, state_dict, overwrite=True)
-    if source.is_dir():
-        model, params = checkpoint.load(source)
-    else:
-        model, params = convert.from_torch(io.read_state_dict(source))
+        write.write_state_dict(path, state_dict, overwrite=True)
+    model = sources.open_model(path)
     wrong = [
-        f"{name} is {getattr(model, name)} and not {getattr(want, name)}"
+        f"{name} is {getattr(model.config, name)} and not {getattr(want, name)}"
         for name in ARCHITECTURE
-        if getattr(model, name) != getattr(want, name)
+        if getattr(model.config, name) != getattr(want, name)
     ]
     if wrong:
-        raise ValueError(f"{source} is not {config.model}: {', '.join(wrong)}")
-    antialias = config.interpolate_antialias
-    return dataclasses.replace(model, interpolate_antialias=antialias), params
+        raise ValueError(f"{path} is not {config.model}: {', '.join(wrong)}")
+    return Original(
+        dataclasses.replace(
+            model.config, interpolate_antialias=config.interpolate_antialias
+        ),
+        checkpoint.unflatten(dict(model.leaves())),
+        model.provenance,
+    )

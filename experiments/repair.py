@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Weights, factors and directions: computed once, stored, read by every resume.
     if not workdir.frozen.exists():
         freeze(config, workdir)
-    model, params, factors, directions = thaw(workdir)
+    model, params, factors, directions, provenance = thaw(workdir)
     frozen, state = repair.init(model, params, options, directions, factors)
     del factors
 
@@ -135,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = runner.state
     workdir.save_state(int(state.num_images), repair.to_saved(state))
     repaired = repair.merged_params(frozen, state)
-    files = results.export(workdir, model, repaired)
+    files = results.export(workdir, model, repaired, provenance)
+    files += results.export_patch(workdir, model, params, frozen, state, provenance)
     figure = observer.closing_figure(watched, repaired)
     pictures.save_png(workdir.path / "before_after.png", figure)
     measures = {
@@ -167,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def freeze(config: ConfigDict, workdir: Workdir) -> None:
     """Loads the original weights, computes factors and directions, stores all three."""
-    model, params = inputs.load_model(config, workdir.path / "planted.safetensors")
+    model, params, provenance = inputs.load_model(
+        config, workdir.path / "planted.safetensors"
+    )
     vit.patch_grid(model, config.image_size, config.image_size)
     began = time.monotonic()
     print(f"directions of {model.depth} blocks, {config.method}", flush=True)
@@ -188,21 +191,36 @@ def freeze(config: ConfigDict, workdir: Workdir) -> None:
         },
         "directions": np.asarray(found.directions),
     }
-    header = {"config": dataclasses.asdict(model), "gaps": found.gaps.tolist()}
+    header = {
+        "config": dataclasses.asdict(model),
+        "gaps": found.gaps.tolist(),
+        "provenance": provenance,
+    }
     checkpoint.save_tree(workdir.frozen, tree, header)
 
 
-def thaw(workdir: Workdir) -> tuple[vit.ViTConfig, Any, factor.Factors, Any]:
-    """What `freeze` stored: architecture, original params, factors, directions."""
+class Thawed(NamedTuple):
+    """What `freeze` stored."""
+
+    model: vit.ViTConfig
+    params: dict[str, Any]
+    factors: factor.Factors
+    directions: np.ndarray
+    provenance: dict[str, Any]
+
+
+def thaw(workdir: Workdir) -> Thawed:
+    """Reads what `freeze` stored."""
     tree, header = checkpoint.load_tree(workdir.frozen)
     model = vit.ViTConfig(**header["config"])
-    return (
+    return Thawed(
         model,
         tree["params"],
         factor.Factors(
             **{part: checkpoint.flatten(tree["factors"][part]) for part in FACTORS}
         ),
         tree["directions"],
+        header["provenance"],
     )
 
 

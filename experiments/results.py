@@ -2,11 +2,13 @@
 
 params now --Observer--> pictures before / now, measures of photographs
 params now --export--> repaired/, repaired.safetensors, repaired.pth
+ε --export_patch--> repaired.patch.safetensors
 """
 
 import importlib.util
 import itertools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,29 +16,73 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 import convert
-from convert import io
+from convert import source as sources
+from convert import write
 from experiments import observe
 from experiments.inputs import is_readable
 from experiments.workdir import Workdir
-from sinder_jax import checkpoint, data, pictures, vit
+from sinder_jax import (
+    checkpoint,
+    data,
+    digest,
+    patch,
+    patch_file,
+    pictures,
+    repair,
+    store,
+    vit,
+)
 
 
-def export(workdir: Workdir, config: vit.ViTConfig, params: Any) -> list[str]:
+def export(
+    workdir: Workdir,
+    config: vit.ViTConfig,
+    params: Any,
+    provenance: Mapping[str, Any],
+) -> list[str]:
     """Writes the repaired model for JAX and PyTorch; names what was written.
 
     `repaired/` is a checkpoint, `repaired.safetensors` has the hub's names, and so has
-    `repaired.pth`, written where torch is installed.
+    `repaired.pth`, written where torch is installed. All say where the weights that
+    were repaired come from.
     """
+    provenance = sources.with_step(provenance, f"repaired by {store.tool()}")
     target = workdir.path / "repaired"
     if not target.exists():  # else from a finish that was cut short: the same model
-        checkpoint.save(target, config, params)
+        checkpoint.save(target, config, params, provenance)
     names = ["repaired.safetensors"]
     if importlib.util.find_spec("torch"):
         names.append("repaired.pth")
     state_dict = convert.to_torch(config, params)
+    told = sources.metadata_of(
+        config, provenance, digest.of_model(checkpoint.flatten(params))
+    )
     for name in names:
-        io.write_state_dict(workdir.path / name, state_dict, overwrite=True)
+        write.write_state_dict(
+            workdir.path / name, state_dict, overwrite=True, metadata=told
+        )
     return ["repaired", *names]
+
+
+def export_patch(
+    workdir: Workdir,
+    config: vit.ViTConfig,
+    params: Any,
+    frozen: repair.Frozen,
+    state: repair.RepairState,
+    provenance: Mapping[str, Any],
+) -> list[str]:
+    """Writes what the repair changed, `repaired.patch.safetensors`; names the file.
+
+    Nothing is written where it changed nothing.
+    """
+    if not any(np.any(e) for e in state.eps.values()):
+        return []
+    made = patch.from_eps(config, params, frozen.factors, state.eps)
+    target = workdir.path / "repaired.patch.safetensors"
+    target.unlink(missing_ok=True)  # from a finish that was cut short: the same patch
+    patch_file.save(target, made, {"provenance": json.dumps(dict(provenance))})
+    return [target.name]
 
 
 class Look(NamedTuple):

@@ -12,6 +12,7 @@ Each file appears whole or not at all; summary.json is the last one and ends a r
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,23 +93,39 @@ class Workdir:
 
     def save_state(self, num_images: int, saved: Mapping[str, Any]) -> None:
         """Writes a state (`repair.to_saved`) and removes all but the newest."""
-        target = self.path / "states" / f"{num_images:08d}"
+        target = self.states / f"{num_images:08d}"
         target.parent.mkdir(exist_ok=True)
         if not target.exists():
             checkpoint.save_tree(target, saved, {"num_images": num_images})
-        for old in self._states()[:-KEPT_STATES]:
+        for old in checkpoint.numbered(self.states)[:-KEPT_STATES]:
             shutil.rmtree(old)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest state, or None on a first start."""
-        states = self._states()
-        return checkpoint.load_tree(states[-1])[0] if states else None
+        """The newest state whose bytes are whole, or None on a first start.
 
-    def _states(self) -> list[Path]:
-        folder = self.path / "states"
-        if not folder.is_dir():
-            return []
-        return sorted(path for path in folder.iterdir() if path.name.isdigit())
+        Newer ones that are damaged are said, and set aside under another name.
+
+        Raises:
+          store.DamagedError: there are states, and all are damaged.
+        """
+        newest = checkpoint.load_newest(self.states)
+        if newest is None:
+            return None
+        for path, error in newest.damaged.items():
+            aside = path.with_name(f"{path.name}.damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(
+                f"warning: {error} It is set aside as {aside.name}; going on from the "
+                f"one before, {newest.path.name}.",
+                file=sys.stderr,
+            )
+        return newest.tree
+
+    @property
+    def states(self) -> Path:
+        """The folder of the states."""
+        return self.path / "states"
 
     # --- Metrics --------------------------------------------------------------------
 

@@ -1,59 +1,15 @@
 import dataclasses
-import pickle
 import re
-import sys
-import warnings
-from pathlib import Path
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 import convert
 import golden
-from convert import io, names
+from convert import infer, layouts
+from samples import SMALL, assert_same_bytes, error_of, random_params, random_state
 from sinder_jax import checkpoint, vit
-
-SMALL = {
-    "mlp": vit.ViTConfig(128, 3, 2, "mlp", img_size=56),
-    "swiglu": vit.ViTConfig(64, 2, 1, "swiglu", img_size=28),
-    "registers": vit.ViTConfig(64, 2, 1, "mlp", 42, 14, 4, True, 0.0),
-    "swiglu-registers": vit.ViTConfig(64, 1, 1, "swiglu", 16, 8, 2, True, 0.0),
-}
-
-
-def random_params(config, seed=0):
-    rng = np.random.default_rng(seed)
-    shapes = checkpoint.flatten(vit.param_shapes(config))
-    return checkpoint.unflatten(
-        {
-            path: rng.standard_normal(leaf.shape, np.float32)
-            for path, leaf in shapes.items()
-        }
-    )
-
-
-def random_state(config, seed=0):
-    return convert.to_torch(config, random_params(config, seed))
-
-
-def assert_same_bytes(got, want):
-    assert list(got) == list(want)
-    for name in want:
-        assert got[name].dtype == want[name].dtype, name
-        assert got[name].shape == want[name].shape, name
-        assert got[name].tobytes() == want[name].tobytes(), name
-
-
-def error_of(call, *args, kind=ValueError, **kwargs):
-    """The message of the error that a call ends with, which must be one line."""
-    with pytest.raises(kind) as caught:
-        call(*args, **kwargs)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
 
 # --- Round trips and axes ---------------------------------------------------------
 
@@ -131,17 +87,22 @@ def test_other_float_formats_become_float32(number_format):
 # --- What the tensors tell --------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", layouts.LAYOUTS)
 @pytest.mark.parametrize("name", vit.CONFIGS)
-def test_hub_architecture_is_inferred_from_its_shapes(name):
+def test_hub_architecture_is_inferred_from_its_shapes(name, layout):
     config = vit.CONFIGS[name]
-    shapes = {key: slot.shape for key, slot in names.table("dinov2", config).items()}
-    assert sum(np.prod(shape) for shape in shapes.values()) == vit.num_params(config)
+    shapes = {key: slot.shape for key, slot in layouts.table(layout, config).items()}
+    if layout != "timm":  # which has no mask token and adds up the class token
+        total = sum(np.prod(shape) for shape in shapes.values())
+        assert total == vit.num_params(config)
     # Views of one number: the giant's shapes without the giant's memory.
     state = {
         key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()
     }
-    assert names.infer_config(state) == config
-    assert names.hub_name(config) == name
+    seen = {key: x.shape for key, x in state.items()}
+    assert infer.layout_of(seen) == layout
+    assert infer.config_of(layout, seen) == config
+    assert infer.hub_name(config) == name
 
 
 @pytest.mark.parametrize("name", vit.CONFIGS)
@@ -158,7 +119,7 @@ def test_one_block_of_a_hub_model_comes_back_with_the_same_bytes(name):
 
 def test_hub_names_of_a_block_are_those_published():
     # facebookresearch/dinov2, dinov2_vitg14_reg4_pretrain.pth.
-    block = names.table("dinov2", vit.CONFIGS["dinov2_vitg14_reg"])
+    block = layouts.table("dinov2", vit.CONFIGS["dinov2_vitg14_reg"])
     assert {key for key in block if not key.startswith("blocks.")} == {
         "cls_token",
         "pos_embed",
@@ -240,18 +201,18 @@ def test_override_of_another_kind_is_refused(overrides):
 
 def test_one_error_names_every_misfit():
     state = random_state(SMALL["mlp"])
-    del state["norm.bias"], state["blocks.1.ls1.gamma"], state["mask_token"]
+    del state["norm.bias"], state["blocks.1.ls1.gamma"], state["cls_token"]
     state["head.weight"] = np.ones((2, 3), np.float32)
     state["blocks.2.attn.qkv.weight"] = state["blocks.2.attn.qkv.weight"].T
-    state["cls_token"] = state["cls_token"][0]
+    state["mask_token"] = state["mask_token"][0]
     state["norm.weight"] = state["norm.weight"].astype(np.int64)
     state["pos_embed"][0, 3, 5] = np.nan
     state["blocks.0.mlp.fc1.bias"][7] = -np.inf
     message = error_of(convert.from_torch, state)
     for part in (
-        "3 missing: mask_token, blocks.1.ls1.gamma, norm.bias;",
+        "3 missing: cls_token, blocks.1.ls1.gamma, norm.bias;",
         "1 surplus: head.weight;",
-        "2 misshapen: cls_token is (1, 128), not (1, 1, 128), ",
+        "2 misshapen: mask_token is (128,), not (1, 128), ",
         "blocks.2.attn.qkv.weight is (128, 384), not (384, 128);",
         "norm.weight (int64)",
         "2 with NaN or infinity (as float32): pos_embed, blocks.0.mlp.fc1.bias",
@@ -259,11 +220,19 @@ def test_one_error_names_every_misfit():
         assert part in message
 
 
-@pytest.mark.parametrize("key", names.table("dinov2", SMALL["swiglu"]))
-def test_any_single_missing_tensor_is_named(key):
-    state = random_state(SMALL["swiglu"])
-    del state[key]
-    assert f"1 missing: {key}." in error_of(convert.from_torch, state)
+@pytest.mark.parametrize("layout", layouts.WRITTEN)
+@pytest.mark.parametrize("kind", ["swiglu", "registers"])
+def test_any_single_missing_tensor_is_named(kind, layout):
+    state = convert.to_torch(SMALL[kind], random_params(SMALL[kind]), layout)
+    for key in state:
+        rest = {name: tensor for name, tensor in state.items() if name != key}
+        if "mask_token" in key:
+            convert.from_torch(rest)
+        elif "reg" in key:
+            if layout == "timm":  # else the rest is a whole model without registers
+                assert "pos_embed is" in error_of(convert.from_torch, rest)
+        else:
+            assert f"1 missing: {key}." in error_of(convert.from_torch, rest)
 
 
 def test_a_long_list_of_misfits_is_cut():
@@ -293,42 +262,217 @@ def test_something_else_than_a_vision_transformer_is_refused():
     assert "no DINOv2 model" in message and "fc.weight" in message
 
 
-def renamed(old, new, kind="mlp"):
-    state = random_state(SMALL[kind])
-    return {re.sub(old, new, key): array for key, array in state.items()}
+# --- Layouts ----------------------------------------------------------------------
+
+
+def renamed(state, *replacements):
+    for old, new in replacements:
+        state = {re.sub(old, new, key): tensor for key, tensor in state.items()}
+    return state
+
+
+def in_memory_of_transformers(state):
+    """Files of transformers under the names that its version 5 has in memory."""
+    names = [("attention.attention.query", "attention.q_proj")]
+    names += [("attention.attention.key", "attention.k_proj")]
+    names += [("attention.attention.value", "attention.v_proj")]
+    names += [("attention.output.dense", "attention.o_proj")]
+    names += [("weights_out", "down_proj")]
+    split = {}
+    for key, tensor in renamed(state, *names).items():
+        if "weights_in" in key:
+            gate, up = np.split(tensor, 2)
+            split[key.replace("weights_in", "gate_proj")] = gate
+            split[key.replace("weights_in", "up_proj")] = up
+        else:
+            split[key] = tensor
+    return split
+
+
+@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("layout", ["dinov2", "hf"])
+def test_every_tensor_of_a_layout_comes_back_with_the_same_bytes(layout, kind):
+    params = random_params(SMALL[kind])
+    state = convert.to_torch(SMALL[kind], params, layout)
+    config, back = convert.from_torch(state)
+    assert config == SMALL[kind]
+    flat, flat_back = checkpoint.flatten(params), checkpoint.flatten(back)
+    assert_same_bytes({path: flat_back[path] for path in flat}, flat)
+    assert_same_bytes(convert.to_torch(config, back, layout), state)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_timm_comes_back_with_the_same_bytes(kind):
+    params = random_params(SMALL[kind])
+    params["pos_embed"][0, 0, :2] = -0.0
+    params["cls_token"][0, 0, :2] = [-0.0, 0.0]
+    state = convert.to_torch(SMALL[kind], params, "timm")
+    config, back = convert.from_torch(state)
+    assert config == SMALL[kind]
+    assert not np.any(back["mask_token"])
+    assert_same_bytes(convert.to_torch(config, back, "timm"), state)
+
+
+@pytest.mark.parametrize("kind", ["registers", "swiglu-registers"])
+def test_timm_with_registers_is_the_same_function(kind):
+    config, params = SMALL[kind], random_params(SMALL[kind])
+    _, folded = convert.from_torch(convert.to_torch(config, params, "timm"))
+    assert np.any(folded["cls_token"] != params["cls_token"])
+    side = 2 * config.img_size + config.patch_size
+    image = np.random.default_rng(1).random((1, side, config.img_size, 3))
+    image = jnp.asarray(image, jnp.float32)
+    features = [
+        vit.ViT(config).apply({"params": tree}, image) for tree in (params, folded)
+    ]
+    for got, want in zip(*features, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_names_in_the_memory_of_transformers_are_read(kind):
+    params = random_params(SMALL[kind])
+    state = convert.to_torch(SMALL[kind], params, "hf")
+    config, back = convert.from_torch(in_memory_of_transformers(state))
+    assert config == SMALL[kind]
+    for path, leaf in checkpoint.flatten(params).items():
+        assert checkpoint.flatten(back)[path].tobytes() == leaf.tobytes(), path
+
+
+def training(state):
+    """As a training run of DINOv2 stores it: wrapped, in chunks, beside heads."""
+    chunked = renamed(
+        state, (r"^blocks\.0\.", "blocks.0.0."), (r"^blocks\.1\.", "blocks.1.1.")
+    )
+    wrapped = renamed(
+        chunked, (r"^blocks\.2\.", "blocks.1.2."), ("^", "teacher.backbone.")
+    )
+    heads = {"teacher.dino_head.last_layer.weight_g": np.ones((3, 1), np.float32)}
+    return wrapped | heads | {"student.backbone.cls_token": np.ones(3, np.float32)}
 
 
 @pytest.mark.parametrize(
-    ("layout", "state"),
+    "wrap",
     [
-        ("Hugging Face", renamed(r"^blocks\.", "encoder.layer.")),
-        ("Hugging Face", renamed("^cls_token", "dinov2.embeddings.cls_token")),
-        ("timm", renamed("^register_tokens", "reg_token", "registers")),
-        ("training", renamed("^", "teacher.backbone.")),
-        ("training", renamed(r"^blocks\.", "blocks.0.")),
+        training,
+        lambda state: renamed(state, ("^", "module.backbone.")),
+        lambda state: renamed(state, ("^", "_orig_mod.")),
+        lambda state: renamed(state, (r"^blocks\.(\d)", r"blocks.0.\1")),
     ],
-    ids=["hf", "hf-prefixed", "timm-registers", "teacher", "chunked"],
+    ids=["training", "ddp", "compiled", "chunks"],
 )
-def test_other_layouts_are_recognized_by_name(layout, state):
+def test_what_training_wraps_around_the_names_is_stripped(wrap):
+    params = random_params(SMALL["mlp"])
+    config, back = convert.from_torch(wrap(convert.to_torch(SMALL["mlp"], params)))
+    assert config == SMALL["mlp"]
+    for path, leaf in checkpoint.flatten(params).items():
+        assert checkpoint.flatten(back)[path].tobytes() == leaf.tobytes(), path
+
+
+@pytest.mark.parametrize("prefix", ["dinov2", "dinov2_with_registers"])
+def test_the_backbone_of_a_classifier_is_read(prefix):
+    kind = "registers" if "reg" in prefix else "swiglu"
+    params = random_params(SMALL[kind])
+    state = renamed(convert.to_torch(SMALL[kind], params, "hf"), ("^", f"{prefix}."))
+    state["classifier.weight"] = np.ones((2, 64), np.float32)
+    config, back = convert.from_torch(state)
+    assert config == SMALL[kind]
+    np.testing.assert_array_equal(back["pos_embed"], params["pos_embed"])
+
+
+def test_two_names_of_one_tensor_are_refused():
+    state = random_state(SMALL["mlp"])
+    state["blocks.0.2.ls1.gamma"] = state["blocks.2.ls1.gamma"]
     message = error_of(convert.from_torch, state)
-    assert layout in message and "dinov2 layout" in message
+    assert "blocks.2.ls1.gamma and blocks.0.2.ls1.gamma are both" in message
 
 
-def test_timm_is_recognized_by_its_shapes():
-    folded = random_state(SMALL["registers"])
-    folded["pos_embed"] = folded["pos_embed"][:, 1:]
-    assert "timm" in error_of(convert.from_torch, folded)
-    packed = {
-        key.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): array
-        for key, array in random_state(SMALL["swiglu"]).items()
+def test_a_head_beside_bare_names_is_surplus():
+    state = random_state(SMALL["mlp"]) | {"head.weight": np.ones((2, 3), np.float32)}
+    assert "1 surplus: head.weight" in error_of(convert.from_torch, state)
+
+
+def test_a_mixture_of_two_layouts_is_refused():
+    state = random_state(SMALL["mlp"])
+    state["embeddings.cls_token"] = state.pop("cls_token")
+    message = error_of(convert.from_torch, state)
+    assert "surplus" in message and "missing" in message
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_missing_mask_token_becomes_zeros(kind):
+    state = random_state(SMALL[kind])
+    del state["mask_token"]
+    config, params = convert.from_torch(state)
+    assert config == SMALL[kind]
+    assert params["mask_token"].shape == (1, config.embed_dim)
+    assert not np.any(params["mask_token"])
+
+
+@pytest.mark.parametrize("kind", ["mlp", "swiglu", "registers"])
+def test_the_hubs_modules_load_strictly_what_is_written(kind):
+    torch = pytest.importorskip("torch")
+    from hub_module import Hub
+
+    config = SMALL[kind]
+    state = random_state(config)
+    model = Hub(
+        config.embed_dim,
+        config.depth,
+        config.ffn_layer == "swiglu",
+        config.num_register_tokens,
+        positions=1 + config.grid_size**2,
+    )
+    tensors = {key: torch.from_numpy(tensor) for key, tensor in state.items()}
+    model.load_state_dict(tensors, strict=True)
+    assert list(model.state_dict()) == list(state)
+
+
+# timm 1.0.31: the names and shapes of vit_giant_patch14_reg4_dinov2 and
+# vit_small_patch14_dinov2 (created without weights, num_classes=0), block 0 of each.
+TIMM_BLOCK = {
+    "norm1.weight": "D", "norm1.bias": "D", "attn.qkv.weight": "3D D",
+    "attn.qkv.bias": "3D", "attn.proj.weight": "D D", "attn.proj.bias": "D",
+    "ls1.gamma": "D", "norm2.weight": "D", "norm2.bias": "D", "mlp.fc1.weight": "F D",
+    "mlp.fc1.bias": "F", "mlp.fc2.weight": "D G", "mlp.fc2.bias": "D", "ls2.gamma": "D",
+}  # fmt: skip
+TIMM_REST = {
+    "cls_token": "1 1 D", "pos_embed": "1 P D", "patch_embed.proj.weight": "D 3 14 14",
+    "patch_embed.proj.bias": "D", "norm.weight": "D", "norm.bias": "D",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "count"),
+    [
+        ("dinov2_vits14", {"D": 384, "F": 1536, "G": 1536, "P": 1370}, 174),
+        ("dinov2_vits14_reg", {"D": 384, "F": 1536, "G": 1536, "P": 1369}, 175),
+        ("dinov2_vitg14", {"D": 1536, "F": 8192, "G": 4096, "P": 1370}, 566),
+        ("dinov2_vitg14_reg", {"D": 1536, "F": 8192, "G": 4096, "P": 1369}, 567),
+    ],
+)
+def test_names_and_shapes_are_those_of_timm(name, sizes, count):
+    config = vit.CONFIGS[name]
+    sizes = sizes | {"3D": 3 * sizes["D"]}
+    recorded = dict(TIMM_REST)
+    if config.num_register_tokens:
+        recorded["reg_token"] = "1 4 D"
+    for block in range(config.depth):
+        recorded |= {f"blocks.{block}.{key}": axes for key, axes in TIMM_BLOCK.items()}
+    want = {
+        key: tuple(sizes.get(axis) or int(axis) for axis in axes.split())
+        for key, axes in recorded.items()
     }
-    assert "timm" in error_of(convert.from_torch, packed)
+    assert len(want) == count
+    table = layouts.table("timm", config)
+    assert {key: slot.shape for key, slot in table.items()} == want
 
 
 def test_unknown_layout_lists_the_allowed_ones():
     config = SMALL["mlp"]
     message = error_of(convert.to_torch, config, random_params(config), layout="onnx")
-    assert "'onnx'" in message and "'dinov2'" in message
+    assert "'onnx'" in message
+    assert all(f"'{name}'" in message for name in ("dinov2", "hf", "timm"))
+    assert "memory" not in message
 
 
 def test_params_that_do_not_fit_are_refused_on_the_way_out():
@@ -339,264 +483,3 @@ def test_params_that_do_not_fit_are_refused_on_the_way_out():
     message = error_of(convert.to_torch, config, params)
     for path in ("norm/bias", "head", "cls_token"):
         assert path in message
-
-
-# --- Files ------------------------------------------------------------------------
-
-
-SUFFIXES = [".pth", ".pt", ".safetensors"]
-
-
-def file_with(suffix, folder):
-    if suffix != ".safetensors":
-        pytest.importorskip("torch")
-    return folder / f"model{suffix}"
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("number_format", ["float32", "float16", "bfloat16", "float64"])
-def test_file_gives_back_the_bytes_and_the_number_format(
-    suffix, number_format, tmp_path
-):
-    path = file_with(suffix, tmp_path)
-    state = {
-        key: array.astype(np.dtype(number_format))
-        for key, array in random_state(SMALL["registers"]).items()
-    }
-    io.write_state_dict(path, state)
-    back = io.read_state_dict(path)
-    assert_same_bytes({key: back[key] for key in state}, state)
-    assert back.keys() == state.keys()
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_views_are_written_as_what_they_show(suffix, tmp_path):
-    path = file_with(suffix, tmp_path)
-    base = np.arange(24, dtype=np.float32).reshape(4, 6)
-    frozen = base[0].copy()
-    frozen.flags.writeable = False
-    state = {
-        "turned": base.T,
-        "part": base[:, ::2],
-        "one": base[1, 1],
-        "frozen": frozen,
-    }
-    io.write_state_dict(path, {key: np.asarray(x) for key, x in state.items()})
-    back = io.read_state_dict(path)
-    for key, array in state.items():
-        assert back[key].shape == array.shape
-        np.testing.assert_array_equal(back[key], array)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_bytes_of_a_file_do_not_depend_on_its_name(suffix, tmp_path):
-    path = file_with(suffix, tmp_path)
-    state = random_state(SMALL["swiglu"])
-    io.write_state_dict(path, state)
-    io.write_state_dict(tmp_path / f"other{suffix}", state)
-    assert path.read_bytes() == (tmp_path / f"other{suffix}").read_bytes()
-
-
-def test_pytorch_loads_what_is_written(tmp_path):
-    torch = pytest.importorskip("torch")
-    state = random_state(SMALL["mlp"])
-    io.write_state_dict(tmp_path / "model.pth", state)
-    loaded = torch.load(tmp_path / "model.pth", weights_only=True)
-    assert list(loaded) == list(state)
-    assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
-
-
-def test_written_safetensors_name_the_format_that_transformers_asks_for(tmp_path):
-    io.write_state_dict(tmp_path / "a.safetensors", random_state(SMALL["mlp"]))
-    with safe_open(tmp_path / "a.safetensors", framework="np") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-def test_reads_what_pytorch_writes(tmp_path):
-    torch = pytest.importorskip("torch")
-    layer = torch.nn.Linear(3, 2).to(torch.bfloat16)
-    want = {key: tensor.float().numpy() for key, tensor in layer.state_dict().items()}
-    for name, new in (("new.pth", True), ("old.pth", False)):
-        torch.save(
-            layer.state_dict(), tmp_path / name, _use_new_zipfile_serialization=new
-        )
-        back = io.read_state_dict(tmp_path / name)
-        assert {array.dtype for array in back.values()} == {
-            np.dtype(ml_dtypes.bfloat16)
-        }
-        for key, array in want.items():
-            np.testing.assert_array_equal(back[key].astype(np.float32), array)
-
-
-def test_parameters_and_shared_storage_are_read(tmp_path):
-    torch = pytest.importorskip("torch")
-    x = torch.arange(6.0).reshape(2, 3)
-    torch.save({"p": torch.nn.Parameter(x), "t": x.T}, tmp_path / "model.pt")
-    back = io.read_state_dict(tmp_path / "model.pt")
-    np.testing.assert_array_equal(back["p"], x.numpy())
-    np.testing.assert_array_equal(back["t"], x.numpy().T)
-
-
-def test_existing_file_is_replaced_only_when_asked(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(b"mine")
-    state = random_state(SMALL["mlp"])
-    message = error_of(io.write_state_dict, path, state, kind=FileExistsError)
-    assert str(path) in message and path.read_bytes() == b"mine"
-    io.write_state_dict(path, state, overwrite=True)
-    assert_same_bytes(
-        dict(sorted(io.read_state_dict(path).items())), dict(sorted(state.items()))
-    )
-
-
-def test_missing_directory_and_unknown_suffix_are_refused_before_writing(tmp_path):
-    state = random_state(SMALL["mlp"])
-    error_of(
-        io.write_state_dict,
-        tmp_path / "none" / "model.safetensors",
-        state,
-        kind=FileNotFoundError,
-    )
-    assert ".safetensors" in error_of(
-        io.write_state_dict, tmp_path / "model.onnx", state
-    )
-    assert not list(tmp_path.iterdir())
-
-
-def test_failed_writing_leaves_nothing(tmp_path, monkeypatch):
-    def half_a_file(path, arrays):
-        path.write_bytes(b"half")
-        raise RuntimeError("disk full")
-
-    monkeypatch.setattr(io, "_write_safetensors", half_a_file)
-    state = random_state(SMALL["mlp"])
-    path = tmp_path / "model.safetensors"
-    assert "disk full" in error_of(io.write_state_dict, path, state, kind=OSError)
-    assert not list(tmp_path.iterdir())
-    path.write_bytes(b"mine")
-    error_of(io.write_state_dict, path, state, overwrite=True, kind=OSError)
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"mine"]
-
-
-def test_missing_torch_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
-    path = tmp_path / "model.pth"
-    path.write_bytes(b"anything")
-    for call in (io.read_state_dict, lambda path: io.write_state_dict(path, {})):
-        message = error_of(call, path, kind=ImportError)
-        assert "pip install 'sinder_jax[torch]'" in message
-
-
-# --- Files that are not what they should be ---------------------------------------
-
-
-def test_missing_file_directory_and_unknown_suffix_are_named(tmp_path):
-    missing = tmp_path / "none.safetensors"
-    assert str(missing) in error_of(io.read_state_dict, missing, kind=FileNotFoundError)
-    assert "directory" in error_of(io.read_state_dict, tmp_path)
-    other = tmp_path / "model.onnx"
-    other.write_bytes(b"x")
-    assert "'.onnx'" in error_of(io.read_state_dict, other)
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.1, 0.5, 0.9, -1], ids=str)
-def test_truncated_file_is_refused(suffix, kept, tmp_path):
-    path = file_with(suffix, tmp_path)
-    io.write_state_dict(path, random_state(SMALL["swiglu"]))
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
-    message = error_of(io.read_state_dict, path)
-    assert str(path) in message and "damaged" in message
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-@pytest.mark.parametrize(
-    "data", [b"hello, world\n" * 99, b"\xff" * 999, b"PK\3\4" * 99]
-)
-def test_file_of_something_else_is_refused(suffix, data, tmp_path):
-    path = file_with(suffix, tmp_path)
-    path.write_bytes(data)
-    assert str(path) in error_of(io.read_state_dict, path)
-
-
-class Evil:
-    """Unpickling it makes a directory."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.mkdir, (Path(self.target),)
-
-
-@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-def test_pickle_that_would_run_code_is_refused_and_runs_nothing(new_format, tmp_path):
-    torch = pytest.importorskip("torch")
-    path, target = tmp_path / "evil.pth", tmp_path / "executed"
-    contents = {"cls_token": torch.ones(3), "x": Evil(target)}
-    torch.save(contents, path, _use_new_zipfile_serialization=new_format)
-    with warnings.catch_warnings(record=True) as caught:
-        message = error_of(io.read_state_dict, path)
-    assert not caught
-    assert "would run code" in message and str(path) in message
-    assert not target.exists()
-    # Control: it is evil, and a loader that trusts it does run it.
-    torch.load(path, weights_only=False)
-    assert target.exists()
-
-
-def test_plain_pickle_that_would_run_code_is_refused(tmp_path):
-    pytest.importorskip("torch")
-    path, target = tmp_path / "evil.pt", tmp_path / "executed"
-    path.write_bytes(pickle.dumps({"x": Evil(target)}))
-    message = error_of(io.read_state_dict, path)
-    assert "would run code" in message
-    assert not target.exists()
-
-
-def test_whole_pickled_model_is_refused(tmp_path):
-    torch = pytest.importorskip("torch")
-    torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
-    message = error_of(io.read_state_dict, tmp_path / "model.pth")
-    assert "torch.nn.modules.linear.Linear" in message and "state_dict()" in message
-
-
-@pytest.mark.parametrize(
-    ("contents", "named"),
-    [
-        ([1, 2], "list"),
-        ({}, "no tensor"),
-        ({"epoch": 3}, "'epoch' holds a int"),
-        ({1: "tensor"}, "1"),
-        ({"teacher": {"x": "tensor"}, "epoch": 1}, "training checkpoint"),
-    ],
-    ids=["list", "empty", "number", "numbered", "nested"],
-)
-def test_pickle_of_something_else_is_refused(contents, named, tmp_path):
-    torch = pytest.importorskip("torch")
-
-    def with_tensors(value):
-        if isinstance(value, dict):
-            return {key: with_tensors(inner) for key, inner in value.items()}
-        return torch.ones(2) if value == "tensor" else value
-
-    torch.save(with_tensors(contents), tmp_path / "model.pth")
-    message = error_of(io.read_state_dict, tmp_path / "model.pth")
-    assert named in message and "state dict" in message
-
-
-def test_sparse_tensor_is_refused(tmp_path):
-    torch = pytest.importorskip("torch")
-    torch.save({"x": torch.ones(3).to_sparse()}, tmp_path / "model.pth")
-    message = error_of(io.read_state_dict, tmp_path / "model.pth")
-    assert "Sparse" in message and "dense" in message
-
-
-def test_safetensors_of_an_unknown_number_format_is_refused(tmp_path):
-    path = tmp_path / "model.safetensors"
-    save_file({"x": np.ones(4, np.float32)}, path)
-    data = path.read_bytes()
-    assert data.count(b'"F32"') == 1
-    path.write_bytes(data.replace(b'"F32"', b'"X32"'))
-    assert str(path) in error_of(io.read_state_dict, path)

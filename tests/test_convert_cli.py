@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -6,10 +7,13 @@ import numpy as np
 import pytest
 
 import convert
-from convert import io
+from convert import read, write
 from convert.__main__ import main
+from samples import assert_same_bytes
 from sinder_jax import checkpoint, vit
 
+SOURCE_FILES = {".safetensors": [".safetensors", ".safetensors.sha256"]}
+SOURCE_FILES[".pth"] = SOURCE_FILES[".safetensors"] + [".pth", ".pth.sha256"]
 CONFIG = vit.ViTConfig(64, 2, 1, "swiglu", img_size=28)
 NUM_PARAMS = f"{vit.num_params(CONFIG):,} parameters"
 
@@ -24,7 +28,7 @@ def state():
 
 @pytest.fixture
 def source(tmp_path, state):
-    io.write_state_dict(tmp_path / "hub.safetensors", state)
+    write.write_state_dict(tmp_path / "hub.safetensors", state)
     return tmp_path / "hub.safetensors"
 
 
@@ -46,6 +50,11 @@ def failure(capsys, *arguments):
     return err
 
 
+def fields(out):
+    """The lines `name: value` of an output."""
+    return dict(line.split(":", 1) for line in out.splitlines() if ":" in line)
+
+
 # --- What it does -----------------------------------------------------------------
 
 
@@ -53,18 +62,23 @@ def failure(capsys, *arguments):
 def test_there_and_back_gives_the_same_bytes(suffix, source, state, tmp_path, capsys):
     if suffix == ".pth":
         pytest.importorskip("torch")
-        io.write_state_dict(tmp_path / "hub.pth", state)
+        write.write_state_dict(tmp_path / "hub.pth", state)
         source = tmp_path / "hub.pth"
     assert run("to-jax", source, tmp_path / "jax") == 0
     assert run("to-torch", tmp_path / "jax", tmp_path / f"back{suffix}") == 0
     out, err = capsys.readouterr()
     assert err == ""
+    digests = set()
     for line in out.splitlines():
         assert f"{len(state)} tensors" in line and NUM_PARAMS in line
-    assert len(out.splitlines()) == 2
-    assert (tmp_path / f"back{suffix}").read_bytes() == source.read_bytes()
+        digests.add(re.search("digest ([0-9a-f]{64})", line)[1])
+    assert len(out.splitlines()) == 2 and len(digests) == 1
+    back = read.read_state_dict(tmp_path / f"back{suffix}")
+    assert_same_bytes({key: back[key] for key in state}, state)
+    assert back.keys() == state.keys()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names - {"hub.safetensors"} <= {source.name, "jax", f"back{suffix}"}
+    made = {"jax", f"back{suffix}", f"back{suffix}.sha256"}
+    assert names == made | {f"hub{end}" for end in SOURCE_FILES[suffix]}
 
 
 def test_options_reach_the_config(source, tmp_path):
@@ -81,7 +95,7 @@ def test_options_reach_the_config(source, tmp_path):
 
 def test_conversion_to_float32_is_said(state, tmp_path, capsys):
     half = {key: array.astype(ml_dtypes.bfloat16) for key, array in state.items()}
-    io.write_state_dict(tmp_path / "half.safetensors", half)
+    write.write_state_dict(tmp_path / "half.safetensors", half)
     assert run("to-jax", tmp_path / "half.safetensors", tmp_path / "jax") == 0
     assert "bfloat16 became float32" in capsys.readouterr().out
 
@@ -96,7 +110,7 @@ def test_inspect_says_what_is_there(kind, source, tmp_path, capsys):
         "checkpoint": (tmp_path / "jax", "sinder_jax"),
     }[kind]
     assert run("inspect", path) == 0
-    lines = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    lines = fields(capsys.readouterr().out)
     assert lines["width"].strip() == "64, 1 heads of 64"
     assert lines["blocks"].strip() == "2, FFN swiglu, hidden 176"
     assert lines["number format"].strip() == "float32"
@@ -144,7 +158,7 @@ def test_a_name_of_two_lines_gives_an_error_of_one(tmp_path, capsys):
         (["to-jax", "hub.safetensors", "none/dst"], "none"),
         (["to-jax", "folder", "dst"], "directory"),
         (["to-jax", "broken.safetensors", "dst"], "damaged"),
-        (["to-jax", "hf.safetensors", "dst"], "Hugging Face"),
+        (["to-jax", "hf.safetensors", "dst"], "encoder.layer.0"),
         (["to-jax", "nan.safetensors", "dst"], "NaN"),
         (["to-jax", "hub.safetensors", "dst", "--num-heads=5"], "num_heads=5"),
         (["to-jax", "hub.safetensors", "dst", "--interpolate-offset=nan"], "offset"),
@@ -153,7 +167,18 @@ def test_a_name_of_two_lines_gives_an_error_of_one(tmp_path, capsys):
         (["to-jax", "hub.safetensors"], "DST"),
         (["to-torch", "none", "dst.safetensors"], "none"),
         (["to-torch", "folder", "dst.safetensors"], "no checkpoint"),
-        (["to-torch", "hub.safetensors", "dst.safetensors"], "is a file"),
+        (["to-torch", "hub.safetensors", "dst.pth", "--layout=hf"], "directory"),
+        (["to-jax", "dinov2_vitx14", "dst"], "dinov2_vits14"),
+        (["diff", "hub.safetensors", "patch.safetensors"], "no workdir"),
+        (["diff", "hub.safetensors", "nan.safetensors", "patch.safetensors"], "NaN"),
+        (["diff", "hub.safetensors", "hub.safetensors", "p.safetensors"], "not differ"),
+        (["diff", "hub.safetensors", "hub.safetensors", "patch.pth"], "patch.pth"),
+        (["diff", "a", "b", "c", "patch.safetensors"], "BASE REPAIRED PATCH"),
+        (["diff", "hub.safetensors"], "PATCH"),
+        (["apply", "hub.safetensors", "none.safetensors", "dst.safetensors"], "none"),
+        (["apply", "hub.safetensors", "hub.safetensors", "a.safetensors"], "patch"),
+        (["apply", "hub.safetensors", "x", "dst.safetensors", "--scale=2"], "scale"),
+        (["apply", "hub.safetensors", "x", "dst"], "suffix"),
         (["to-torch", "folder", "dst.onnx"], ".onnx"),
         (["to-torch", "folder", "dst.safetensors", "--layout=x"], "'dinov2'"),
         (["inspect", "none"], "none"),
@@ -170,9 +195,9 @@ def test_failure_is_one_line_and_writes_nothing(
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.safetensors").write_bytes(source.read_bytes()[:-10])
     hf = {key.replace("blocks.", "encoder.layer."): x for key, x in state.items()}
-    io.write_state_dict("hf.safetensors", hf)
+    write.write_state_dict("hf.safetensors", hf)
     nan = state | {"norm.bias": np.full(64, np.nan, np.float32)}
-    io.write_state_dict("nan.safetensors", nan)
+    write.write_state_dict("nan.safetensors", nan)
     before = sorted(tmp_path.rglob("*"))
     assert named in failure(capsys, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
@@ -180,7 +205,7 @@ def test_failure_is_one_line_and_writes_nothing(
 
 def test_misfits_stand_in_one_line_with_the_file(state, tmp_path, capsys):
     broken = {key: array for key, array in state.items() if "norm1" not in key}
-    io.write_state_dict(tmp_path / "a.safetensors", broken)
+    write.write_state_dict(tmp_path / "a.safetensors", broken)
     line = failure(capsys, "to-jax", tmp_path / "a.safetensors", tmp_path / "dst")
     assert "a.safetensors" in line and "4 missing: blocks.0.norm1.weight" in line
 

@@ -20,7 +20,8 @@ import pytest
 from PIL import Image
 
 import convert
-from convert import io as convert_io
+from convert import read, write
+from convert.__main__ import main as convert_main
 from experiments import cli, inputs, repair, results
 from sinder_jax import checkpoint, data, factor, planted, vit
 
@@ -38,6 +39,7 @@ FILES = {
     "repaired",
     "repaired.pth",
     "repaired.safetensors",
+    "repaired.patch.safetensors",
     "states",
     "summary.json",
 }
@@ -108,7 +110,13 @@ def finished(tmp_path_factory) -> Run:
 
 
 def test_the_run_ends_by_the_stopping_rule_with_all_its_files(finished):
-    assert {path.name for path in finished.path.iterdir()} | {"repaired.pth"} == FILES
+    names = {path.name for path in finished.path.iterdir()}
+    assert {name for name in names if not name.endswith(".sha256")} | {
+        "repaired.pth"
+    } == FILES
+    for name in names:  # every file of weights that PyTorch reads has its digest
+        exported = name.endswith((".safetensors", ".pth")) and "patch" not in name
+        assert (f"{name}.sha256" in names) == exported
     told = summary(finished)
     assert told["finished"] is True and told["model"] == "planted"
     assert told["images"] < 400 and told["images_with_defect"] >= 4
@@ -117,6 +125,27 @@ def test_the_run_ends_by_the_stopping_rule_with_all_its_files(finished):
     assert set(told["files"]) == {
         name for name in FILES if name.startswith(("repaired", "before"))
     } & {path.name for path in finished.path.iterdir()}
+
+
+@pytest.mark.parametrize("taken", ["from the run", "left by the run"])
+def test_the_patch_of_a_run_gives_its_repaired_model_bit_for_bit(
+    taken, finished, tmp_path, capsys
+):
+    made = finished.path / "repaired.patch.safetensors"
+    if taken == "from the run":
+        made = tmp_path / "made.safetensors"
+        assert convert_main(["diff", str(finished.path), str(made)]) == 0
+        assert (
+            f"ε after {summary(finished)['images']} images" in capsys.readouterr().out
+        )
+    assert made.stat().st_size < 100_000
+    base, done = finished.path / "planted.safetensors", tmp_path / "done.safetensors"
+    assert convert_main(["apply", str(base), str(made), str(done)]) == 0
+    want = read.read_state_dict(finished.path / "repaired.safetensors")
+    got = read.read_state_dict(done)
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert got[key].tobytes() == tensor.tobytes(), key
 
 
 @pytest.mark.parametrize("photographs", ["repaired_on", "held_out"])
@@ -200,7 +229,7 @@ def test_pictures_are_made_on_the_way_and_at_the_end(finished):
 def test_the_safetensors_file_is_the_checkpoint(finished):
     config, params = checkpoint.load(finished.path / "repaired")
     assert config == dataclasses.replace(planted.CONFIG, interpolate_antialias=True)
-    stored = convert_io.read_state_dict(finished.path / "repaired.safetensors")
+    stored = read.read_state_dict(finished.path / "repaired.safetensors")
     again, again_params = convert.from_torch(stored, interpolate_antialias=True)
     assert again == config
     assert jax.tree.all(jax.tree.map(np.array_equal, params, again_params))
@@ -209,7 +238,7 @@ def test_the_safetensors_file_is_the_checkpoint(finished):
 def test_the_pth_file_holds_the_same_tensors_under_the_same_names(finished):
     torch = pytest.importorskip("torch")
     loaded = torch.load(finished.path / "repaired.pth", weights_only=True)
-    stored = convert_io.read_state_dict(finished.path / "repaired.safetensors")
+    stored = read.read_state_dict(finished.path / "repaired.safetensors")
     assert loaded.keys() == stored.keys()
     for key, tensor in loaded.items():
         assert tensor.dtype == torch.float32
@@ -220,7 +249,7 @@ def test_only_trainable_kernels_of_changed_blocks_have_other_bits(finished):
     changed = summary(finished)["changed_blocks"]
     assert changed == list(range(planted.BLOCK + 1))  # within ten of the defect
     before, after = (
-        convert_io.read_state_dict(finished.path / f"{name}.safetensors")
+        read.read_state_dict(finished.path / f"{name}.safetensors")
         for name in ("planted", "repaired")
     )
     width = planted.CONFIG.embed_dim
@@ -307,7 +336,7 @@ def test_a_run_interrupted_everywhere_is_the_uninterrupted_one(
 
     output = io.StringIO()
     with monkeypatch.context() as patched, contextlib.redirect_stdout(output):
-        patched.setattr(results.io, "write_state_dict", cut_short)
+        patched.setattr(results.write, "write_state_dict", cut_short)
         with pytest.raises(KeyboardInterrupt):
             # Keys that do not change the result may be changed at a restart.
             free = ["--config.log_every=5", "--config.checkpoint_every=7"]
@@ -323,6 +352,26 @@ def test_a_run_interrupted_everywhere_is_the_uninterrupted_one(
     told, expected = summary(last), summary(finished)
     del told["seconds"], expected["seconds"]
     assert told == expected
+
+
+def test_a_damaged_state_is_set_aside_and_the_one_before_taken(
+    finished, tmp_path, monkeypatch, capsys
+):
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        interrupt(patched, 45, SystemExit(1))
+        run(workdir, *TINY, NO_PICTURES)
+    assert sorted(os.listdir(workdir / "states")) == ["00000020", "00000040"]
+    chunk = next((workdir / "states/00000040").glob("arrays_0/eps.mlp.w3/[0-9]*"))
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    last = run(workdir, *TINY, NO_PICTURES)
+    warning = capsys.readouterr().err
+    assert "eps/mlp/w3" in warning and "going on from the one before" in warning
+    assert "going on after 20 images\n" in last.output
+    assert (workdir / "states/00000040.damaged").is_dir()
+    assert_same_run(workdir, finished.path)
 
 
 def test_a_killed_process_goes_on_to_the_same_bits(finished, tmp_path):
@@ -393,7 +442,7 @@ def assert_same_trajectory(one: Path, two: Path):
         values = [np.array([row[key] for row in part], float) for part in lines]
         np.testing.assert_allclose(*values, rtol=1e-5)  # 4e-7 measured
     models = [
-        convert_io.read_state_dict(path / "repaired.safetensors") for path in (one, two)
+        read.read_state_dict(path / "repaired.safetensors") for path in (one, two)
     ]
     for key, tensor in models[0].items():
         distance = np.linalg.norm(tensor - models[1][key])
@@ -416,7 +465,7 @@ def hub(monkeypatch, tmp_path) -> Path:
     monkeypatch.setitem(vit.CONFIGS, "dinov2_vits14_reg", registers)
     made = planted.planted_model(1)
     file = tmp_path / "hub.safetensors"
-    convert_io.write_state_dict(file, convert.to_torch(made.config, made.params))
+    write.write_state_dict(file, convert.to_torch(made.config, made.params))
     return file
 
 
@@ -602,7 +651,7 @@ class Evil:
 def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
     """Something that `config.checkpoint` might point to by mistake, or worse."""
     target = folder / kind
-    state_dict = convert_io.read_state_dict(hub)
+    state_dict = read.read_state_dict(hub)
     if kind == "empty_folder":
         target.mkdir()
     elif kind == "photo.png":
@@ -618,24 +667,26 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
         renamed = {
             k.replace("blocks.", "encoder.layer."): x for k, x in state_dict.items()
         }
-        convert_io.write_state_dict(target, renamed)
+        write.write_state_dict(target, renamed)
     elif kind == "nan.safetensors":
         bias = state_dict["blocks.3.mlp.w3.bias"].copy()
         bias[5] = np.nan
-        convert_io.write_state_dict(target, state_dict | {"blocks.3.mlp.w3.bias": bias})
+        write.write_state_dict(target, state_dict | {"blocks.3.mlp.w3.bias": bias})
     elif kind == "nan_checkpoint":
         config, params = convert.from_torch(state_dict)
         params["norm"]["bias"][5] = np.nan
-        checkpoint.save_tree(target, params, {"config": dataclasses.asdict(config)})
+        with checkpoint.ModelWriter(target, config) as writer:  # unchecked
+            for name, array in checkpoint.flatten(params).items():
+                writer.write(name, array)
     elif kind == "cut.safetensors":
         del state_dict["blocks.7.ls2.gamma"]
-        convert_io.write_state_dict(target, state_dict)
+        write.write_state_dict(target, state_dict)
     elif kind in ("evil.pth", "truncated.pth"):
         torch = pytest.importorskip("torch")
         if kind == "evil.pth":
             torch.save({"cls_token": Evil(folder / "executed")}, target)
         else:
-            convert_io.write_state_dict(target, state_dict)
+            write.write_state_dict(target, state_dict)
             target.write_bytes(target.read_bytes()[:-1000])
     return target
 
@@ -643,12 +694,12 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("empty_folder", "empty_folder: no checkpoint of sinder_jax"),
+        ("empty_folder", "empty_folder: no checkpoint, but a directory"),
         ("photo.png", "photo.png: unknown suffix '.png'"),
         ("truncated.safetensors", "truncated.safetensors: damaged"),
         ("truncated.pth", "truncated.pth: damaged"),
         ("truncated_checkpoint", "truncated_checkpoint: the checkpoint is damaged"),
-        ("hf.safetensors", "looks like the Hugging Face layout"),
+        ("hf.safetensors", "hf.safetensors: no DINOv2 model"),
         ("nan.safetensors", "1 with NaN or infinity .*blocks.3.mlp.w3.bias"),
         ("nan_checkpoint", "nan_checkpoint: .*norm/bias holds NaN"),
         ("cut.safetensors", "1 missing: blocks.7.ls2.gamma"),

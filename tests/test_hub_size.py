@@ -1,15 +1,17 @@
 """A model of a published size, with random weights, through the whole main job."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
 import convert
-from benchmarks import giant_step
-from convert import io
+from benchmarks import convert_giant, giant_step
+from convert import read, write
+from convert.__main__ import main as convert_main
 from experiments import repair
-from sinder_jax import checkpoint, vit
+from sinder_jax import checkpoint, digest, vit
 
 
 @pytest.mark.slow
@@ -18,7 +20,7 @@ def test_small_config_repairs_a_hub_file_of_its_size(tmp_path, capsys):
     config = vit.CONFIGS["dinov2_vits14"]
     params = giant_step.random_params(config)
     source = tmp_path / "dinov2_vits14_pretrain.safetensors"
-    io.write_state_dict(source, convert.to_torch(config, params))
+    write.write_state_dict(source, convert.to_torch(config, params))
     workdir = tmp_path / "run"
     code = repair.main(
         [
@@ -34,8 +36,8 @@ def test_small_config_repairs_a_hub_file_of_its_size(tmp_path, capsys):
     )
     assert code == 0
     assert json.loads((workdir / "summary.json").read_text())["images"] == 4
-    repaired = io.read_state_dict(workdir / "repaired.safetensors")
-    original = io.read_state_dict(source)
+    repaired = read.read_state_dict(workdir / "repaired.safetensors")
+    original = read.read_state_dict(source)
     assert repaired.keys() == original.keys()
     _, loaded = checkpoint.load(workdir / "repaired")
     _, converted = convert.from_torch(repaired)
@@ -56,3 +58,34 @@ def test_benchmark_of_a_whole_step_reaches_the_last_block(monkeypatch, capsys):
     numbers = json.loads(capsys.readouterr().out)
     assert numbers["layer"] == 11 and numbers["outliers"] >= 3
     assert np.isfinite(numbers["loss"])
+
+
+SIZES = {"s": (384, 12, False), "b": (768, 12, False), "l": (1024, 24, False)}
+SIZES["g"] = (1536, 40, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", vit.CONFIGS)
+def test_hub_file_comes_back_byte_for_byte_and_loads_strictly(name, tmp_path):
+    """At full shape: .safetensors -> checkpoint -> .pth; 4.5 GB each for the giant."""
+    torch = pytest.importorskip("torch")
+    from hub_module import Hub
+
+    source, back = tmp_path / "hub.safetensors", tmp_path / "back.pth"
+    convert_giant.make_source(source, name)
+    for command in (["to-jax", source, "jax"], ["to-torch", "jax", back]):
+        words = [tmp_path / word if word == "jax" else word for word in command]
+        assert convert_main([str(word) for word in words]) == 0
+    size = name.removeprefix("dinov2_vit")[0]
+    with torch.device("meta"):
+        model = Hub(*SIZES[size], 4 if name.endswith("_reg") else 0)
+    loaded = torch.load(back, weights_only=True, mmap=True)
+    result = model.load_state_dict(loaded, strict=True, assign=True)
+    assert not (result.missing_keys or result.unexpected_keys)
+    want = read.open_state_dict(source)
+    assert list(loaded) == list(model.state_dict())
+    for key, parameter in model.state_dict().items():
+        assert digest.of_array(parameter.numpy()) == digest.of_array(want[key]), key
+    for file in (source, back):
+        file.unlink()
+    shutil.rmtree(tmp_path / "jax")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import convert
-from convert import io
+from convert import read, write
 from experiments import config as config_files
 from experiments import inputs
 from sinder_jax import checkpoint, data, planted, vit
@@ -177,15 +177,17 @@ def test_a_checkpoint_of_any_kind_gives_the_same_model(
     else:
         if kind == ".pth":
             pytest.importorskip("torch")
-        io.write_state_dict(source, convert.to_torch(architecture, params))
+        write.write_state_dict(source, convert.to_torch(architecture, params))
     given = config(model=model, checkpoint=str(source))
     inputs.check_weights_given(given)
-    loaded, loaded_params = inputs.load_model(given, tmp_path / "planted.safetensors")
+    loaded, loaded_params, _ = inputs.load_model(
+        given, tmp_path / "planted.safetensors"
+    )
     # The authors' antialias; registers keep the offset they were trained with.
     assert loaded == dataclasses.replace(architecture, interpolate_antialias=True)
     assert_same(loaded_params, params)
     given.interpolate_antialias = False
-    loaded, _ = inputs.load_model(given, tmp_path / "planted.safetensors")
+    loaded, *_ = inputs.load_model(given, tmp_path / "planted.safetensors")
     assert loaded == dataclasses.replace(architecture, interpolate_antialias=False)
     assert not (tmp_path / "planted.safetensors").exists()
 
@@ -217,7 +219,7 @@ def test_a_checkpoint_of_another_image_size_is_still_that_model(small_hub, tmp_p
     architecture = dataclasses.replace(PLAIN, img_size=56)
     checkpoint.save(tmp_path / "fine", architecture, weights(architecture))
     given = config(model="dinov2_vits14", checkpoint=str(tmp_path / "fine"))
-    loaded, params = inputs.load_model(given, tmp_path / "planted.safetensors")
+    loaded, params, _ = inputs.load_model(given, tmp_path / "planted.safetensors")
     assert loaded.img_size == 56 and params["pos_embed"].shape == (1, 17, 64)
 
 
@@ -225,9 +227,9 @@ def test_a_checkpoint_of_another_image_size_is_still_that_model(small_hub, tmp_p
 def test_planted_weights_go_through_a_file_in_hub_layout(seed, tmp_path):
     file = tmp_path / "planted.safetensors"
     given = config("tiny.py", seed=seed)
-    loaded, params = inputs.load_model(given, file)
+    loaded, params, _ = inputs.load_model(given, file)
     made = planted.planted_model(seed)
     assert loaded == dataclasses.replace(made.config, interpolate_antialias=True)
     assert_same(params, made.params)
-    assert_same(convert.from_torch(io.read_state_dict(file))[1], made.params)
+    assert_same(convert.from_torch(read.read_state_dict(file))[1], made.params)
     inputs.load_model(given, file)  # again, after a start that was cut short

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import convert
-from convert import io
+from convert import read, source
 from experiments import observe, results
 from experiments.workdir import Workdir
 from sinder_jax import analysis, checkpoint, data, loss, vit
@@ -248,33 +248,51 @@ def test_a_figure_shows_photograph_before_and_now(two_models, direction, photos)
 
 # --- results: the repaired model ------------------------------------------------------
 
+PROVENANCE = {"source": "hub.pth", "steps": ["to-jax"]}
+
 
 def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
     workdir = Workdir(str(tmp_path))
-    names = results.export(workdir, CONFIG, two_models[0])
+    names = results.export(workdir, CONFIG, two_models[0], PROVENANCE)
     has_torch = importlib.util.find_spec("torch") is not None
     files = ["repaired.safetensors", *(["repaired.pth"] if has_torch else [])]
     assert names == ["repaired", *files]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    sides = [f"{file}.sha256" for file in files]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names + sides)
     config, params = checkpoint.load(tmp_path / "repaired")
     assert config == CONFIG
     assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
     for file in files:
-        _, params = convert.from_torch(io.read_state_dict(tmp_path / file))
+        _, params = convert.from_torch(read.read_state_dict(tmp_path / file))
         assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
+
+
+def test_exports_say_where_the_weights_come_from(two_models, tmp_path):
+    results.export(Workdir(str(tmp_path)), CONFIG, two_models[0], PROVENANCE)
+    digests = set()
+    for path in tmp_path.iterdir():
+        if path.suffix == ".sha256":
+            continue
+        model = source.open_model(path)
+        assert model.provenance["source"] == "hub.pth"
+        assert model.provenance["steps"][0] == "to-jax"
+        assert "repaired by sinder_jax" in model.provenance["steps"][1]
+        digests.add(model.digest)
+    assert len(digests) == 1 and None not in digests
 
 
 def test_without_torch_no_pth_is_written(two_models, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    names = results.export(Workdir(str(tmp_path)), CONFIG, two_models[0])
+    names = results.export(Workdir(str(tmp_path)), CONFIG, two_models[0], PROVENANCE)
     assert names == ["repaired", "repaired.safetensors"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [*names, "repaired.safetensors.sha256"]
 
 
 def test_an_export_that_was_cut_short_is_completed(two_models, tmp_path):
     workdir = Workdir(str(tmp_path))
-    results.export(workdir, CONFIG, two_models[0])
+    results.export(workdir, CONFIG, two_models[0], PROVENANCE)
     expected = (tmp_path / "repaired.safetensors").read_bytes()
     (tmp_path / "repaired.safetensors").write_bytes(b"half")
-    results.export(workdir, CONFIG, two_models[0])
+    results.export(workdir, CONFIG, two_models[0], PROVENANCE)
     assert (tmp_path / "repaired.safetensors").read_bytes() == expected

@@ -1,0 +1,119 @@
+"""`inspect`: what a model or a patch is, where it comes from, whether it is whole."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert import layouts, read, report, source, write
+from convert.source import Model
+from sinder_jax import digest, factor, patch_file, vit
+
+
+def inspect(path: Path, num_heads: int | None = None) -> None:
+    """Prints what a model is, where it comes from, and whether its bytes are whole."""
+    if _is_patch(path):
+        _inspect_patch(path)
+        return
+    model = source.open_model(path, num_heads)
+    found, tops = digest.ModelDigest(), dict[str, np.ndarray]()
+    for name, leaf in model.leaves():
+        found.add(name, leaf)
+        tops |= _largest_singular_values(model.config, name, leaf)
+    config = model.config
+    heads, antialias = config.num_heads, config.interpolate_antialias
+    lines = {
+        "architecture": report.title(config),
+        "width": f"{config.embed_dim}, {heads} heads of {config.embed_dim // heads}",
+        "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden {config.hidden_dim}",
+        "registers": str(config.num_register_tokens),
+        "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
+        "resampling": f"antialias {antialias}, offset {config.interpolate_offset}",
+        "layout": _layout_line(model),
+        "number format": ", ".join(model.formats),
+        "size": f"{model.num_tensors} tensors, {model.num_params:,} parameters; names, "
+        "shapes and finite values checked",
+        "digest": found.hexdigest(),
+        "verified": _verified(model),
+        "provenance": report.origin(model.provenance),
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':<15}{value}")
+    for step in model.provenance.get("steps", []):
+        print(f"{'':<15}then {step}")
+    for note in report.notes(model):
+        print(f"{'note:':<15}{note}")
+    print("largest singular values of the trainable kernels, block by block:")
+    in_order = {name: tops[name] for name in factor.kernel_names(config)}
+    for line in _columns(in_order, config.depth):
+        print(line)
+
+
+def _largest_singular_values(
+    config: vit.ViTConfig, path: str, leaf: np.ndarray
+) -> dict[str, np.ndarray]:
+    """By kernel name, [L], where the leaf holds a trainable kernel."""
+    for name in factor.kernel_names(config):
+        home = "attn/qkv" if name == "attn/v" else name
+        if path == f"blocks/{home}/kernel":
+            stack = leaf[..., -config.embed_dim :] if name == "attn/v" else leaf
+            return {name: np.array([*map(factor.largest_singular_value, stack)])}
+    return {}
+
+
+def _columns(tops: Mapping[str, np.ndarray], depth: int) -> Iterator[str]:
+    yield "block  " + "".join(f"{name:>12}" for name in tops)
+    for block in range(depth):
+        yield f"{block:>5}  " + "".join(f"{top[block]:>12.4f}" for top in tops.values())
+
+
+def _layout_line(model: Model) -> str:
+    if model.torch is None:
+        return "sinder_jax checkpoint"
+    return f"{model.layout}, {layouts.DESCRIPTIONS[model.layout]}"
+
+
+def _verified(model: Model) -> str:
+    if model.torch is None:
+        return "every array against the SHA-256 stored with it"
+    checked = []
+    if write.side_file(model.path).is_file():
+        checked.append(f"the bytes against {write.side_file(model.path).name}")
+    if model.digest:
+        checked.append("the tensors against the digest in the file")
+    sha256 = read.sha256_of_files(model.files)
+    whole = " and ".join(checked) or "against nothing: no .sha256 is beside it"
+    return f"{whole}; SHA-256 {sha256}"
+
+
+def _is_patch(path: Path) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return read.open_state_dict(path).metadata.get("format") == patch_file.FORMAT
+
+
+def _inspect_patch(path: Path) -> None:
+    repair, metadata = patch_file.load(path)
+    lines = {
+        "patch for": report.title(repair.config),
+        "base digest": repair.base,
+        "size": f"{path.stat().st_size:,} bytes",
+        "verified": "all of it against the digest in the file; "
+        f"SHA-256 {read.sha256_of_file(path)}",
+        "written by": metadata.get("writer", "not known"),
+        "base from": report.origin(_json(metadata.get("provenance", "{}"))),
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':<15}{value}")
+    for line in report.about_patch(repair):
+        print(line)
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,207 @@
+"""DINOv2's forward pass in PyTorch, straight on the tensors of a state dict.
+
+    images [B, 3, height, width] --conv, positions--> tokens [B, T, D] --L blocks-->
+    tokens --norm--> Features;  weights by name, as they stand in a file
+
+A second opinion on a conversion: it shares nothing with the JAX model, neither code nor
+the table of names, so that agreement proves both. Importing this module imports torch;
+`verify` does so when there is something to compare.
+
+It reads the layouts of the torch.hub files and of timm, which differ in:
+
+    registers       `register_tokens`, or timm's `reg_token`
+    pos_embed       1 + N rows; timm's register models have N, the class token's row
+                    being part of `cls_token` already
+    SwiGLU          `mlp.w12`, `mlp.w3`, or timm's `mlp.fc1`, `mlp.fc2` of those shapes
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+
+LAYER_NORM_EPSILON = 1e-6
+
+State = Mapping[str, torch.Tensor]
+
+
+class Features(NamedTuple):
+    """Tokens after the final norm; patches as a grid of H rows and W columns."""
+
+    cls: Float[torch.Tensor, "B D"]
+    registers: Float[torch.Tensor, "B R D"]
+    patches: Float[torch.Tensor, "B H W D"]
+
+
+def features(
+    state_dict: State,
+    images: Float[torch.Tensor, "B 3 height width"],
+    *,
+    num_heads: int,
+    interpolate_antialias: bool = False,
+    interpolate_offset: float = 0.1,
+) -> Features:
+    """Class token, registers and patches after the final norm.
+
+    Args:
+      state_dict: tensors by name, in the layout of the hub files or of timm; of one
+        number format, in which everything is computed. Each is asked for when it is
+        used, so a mapping may read or convert it then.
+      images: RGB, normalized by ImageNet's mean and standard deviation, in the number
+        format of the weights; both sides multiples of the patch size.
+      num_heads: attention heads M, which no tensor tells.
+      interpolate_antialias: how the position embedding is resampled to a grid other
+        than the stored one, see `resample_positions`.
+      interpolate_offset: likewise.
+
+    Returns:
+      `Features`; R is 0 without registers.
+
+    Raises:
+      KeyError: a tensor is missing.
+      RuntimeError: from PyTorch, when shapes do not fit.
+    """
+    grid = _linear_patches(state_dict, images)
+    rows, columns = grid.shape[1:3]
+    tokens = _embed(state_dict, grid, interpolate_antialias, interpolate_offset)
+    for i in range(_depth(state_dict)):
+        tokens = _block(state_dict, f"blocks.{i}.", tokens, num_heads)
+    tokens = _norm(state_dict, "norm", tokens)
+    first = tokens.shape[1] - rows * columns
+    return Features(
+        cls=tokens[:, 0],
+        registers=tokens[:, 1:first],
+        patches=tokens[:, first:].unflatten(1, (rows, columns)),
+    )
+
+
+def resample_positions(
+    grid: Float[torch.Tensor, "M M D"],
+    rows: int,
+    columns: int,
+    *,
+    antialias: bool,
+    offset: float,
+) -> Float[torch.Tensor, "{rows} {columns} D"]:
+    """The stored position embedding of the patches, resampled as the hub does it.
+
+    After DINOv2's `interpolate_pos_encoding`: a grid equal to the stored one is used
+    untouched. Otherwise an offset enters as a scale factor, (rows + offset)/M, which
+    PyTorch then samples by although the size is not quite in that ratio; offset 0 asks
+    for the size, and the scale is exact.
+
+    Args:
+      grid: stored embedding of M x M patches.
+      rows: wanted rows, in patches.
+      columns: wanted columns, in patches.
+      antialias: PyTorch's `antialias=True`.
+      offset: DINOv2's `interpolate_offset`.
+    """
+    stored = len(grid)
+    if (rows, columns) == (stored, stored):
+        return grid
+    scale = ((rows + offset) / stored, (columns + offset) / stored)
+    resampled = F.interpolate(
+        grid.permute(2, 0, 1)[None],
+        size=None if offset else (rows, columns),
+        scale_factor=scale if offset else None,
+        mode="bicubic",
+        antialias=antialias,
+    )
+    return resampled[0].permute(1, 2, 0)
+
+
+# --- Images to tokens -------------------------------------------------------------
+
+
+def _linear_patches(
+    state: State, images: Float[torch.Tensor, "B 3 height width"]
+) -> Float[torch.Tensor, "B H W D"]:
+    kernel = state["patch_embed.proj.weight"]
+    bias = state["patch_embed.proj.bias"]
+    return F.conv2d(images, kernel, bias, stride=kernel.shape[-1]).movedim(1, -1)
+
+
+def _embed(
+    state: State,
+    patches: Float[torch.Tensor, "B H W D"],
+    antialias: bool,
+    offset: float,
+) -> Float[torch.Tensor, "B T D"]:
+    positions, cls = state["pos_embed"][0], state["cls_token"]
+    side = math.isqrt(len(positions))
+    if side**2 != len(positions):  # 1 + M x M is never a square, M x M always
+        side = math.isqrt(len(positions) - 1)
+        cls = cls + positions[0]
+    grid = positions[-(side**2) :].unflatten(0, (side, side))
+    rows, columns = patches.shape[1:3]
+    patches = patches + resample_positions(
+        grid, rows, columns, antialias=antialias, offset=offset
+    )
+    # Registers have no position: they enter after it is added.
+    parts = [cls, *_registers(state), patches.flatten(1, 2)]
+    return torch.cat([part.expand(len(patches), -1, -1) for part in parts], dim=1)
+
+
+def _registers(state: State) -> list[torch.Tensor]:
+    return [state[name] for name in ("register_tokens", "reg_token") if name in state]
+
+
+# --- Blocks -----------------------------------------------------------------------
+
+
+def _depth(state: State) -> int:
+    found = (re.match(r"blocks\.(\d+)\.", key) for key in state)
+    return 1 + max((int(match[1]) for match in found if match), default=-1)
+
+
+def _block(
+    state: State, block: str, x: Float[torch.Tensor, "B T D"], num_heads: int
+) -> Float[torch.Tensor, "B T D"]:
+    attention = _attention(
+        state, block + "attn.", _norm(state, block + "norm1", x), num_heads
+    )
+    x = x + attention * state[block + "ls1.gamma"]
+    ffn = _ffn(state, block + "mlp.", _norm(state, block + "norm2", x))
+    return x + ffn * state[block + "ls2.gamma"]
+
+
+def _attention(
+    state: State, name: str, x: Float[torch.Tensor, "B T D"], num_heads: int
+) -> Float[torch.Tensor, "B T D"]:
+    # Rows of qkv: q, k, v; within each, the head is the slow index.
+    qkv = _linear(state, name + "qkv", x).unflatten(-1, (3, num_heads, -1))
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    mixed = F.scaled_dot_product_attention(q, k, v)
+    return _linear(state, name + "proj", mixed.transpose(1, 2).flatten(2))
+
+
+def _ffn(
+    state: State, name: str, x: Float[torch.Tensor, "B T D"]
+) -> Float[torch.Tensor, "B T D"]:
+    packed = name + "w12.weight" in state
+    first, last = ("w12", "w3") if packed else ("fc1", "fc2")
+    hidden = _linear(state, name + first, x)
+    if packed or hidden.shape[-1] == 2 * state[name + last + ".weight"].shape[1]:
+        gate, value = hidden.chunk(2, dim=-1)
+        hidden = F.silu(gate) * value
+    else:
+        hidden = F.gelu(hidden)
+    return _linear(state, name + last, hidden)
+
+
+def _linear(
+    state: State, name: str, x: Float[torch.Tensor, "B T in"]
+) -> Float[torch.Tensor, "B T out"]:
+    return F.linear(x, state[name + ".weight"], state[name + ".bias"])
+
+
+def _norm(
+    state: State, name: str, x: Float[torch.Tensor, "B T D"]
+) -> Float[torch.Tensor, "B T D"]:
+    weight, bias = state[name + ".weight"], state[name + ".bias"]
+    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPSILON)

@@ -1,0 +1,187 @@
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import convert
+import golden
+from sinder_jax import checkpoint, vit
+
+torch = pytest.importorskip("torch")
+torch_vit = pytest.importorskip("convert.torch_vit")
+
+# Stored grid 5 x 5. Every FFN, with and without registers, every way to resample.
+CASES = {
+    "mlp-as-plain-hub": vit.ViTConfig(32, 2, 2, "mlp", img_size=70),
+    "swiglu-registers-as-hub": vit.ViTConfig(24, 2, 3, "swiglu", 70, 14, 4, True, 0.0),
+    "mlp-registers-as-sinder": vit.ViTConfig(32, 2, 4, "mlp", 70, 14, 2, True, 0.1),
+    "swiglu-neither": vit.ViTConfig(40, 1, 2, "swiglu", 40, 8, 0, False, 0.0),
+}
+# Rows and columns of patches.
+GRIDS = {"stored": (5, 5), "wide": (3, 9), "one-side-stored": (8, 5)}
+
+# RMS of the difference over the RMS of the features. float32's epsilon times depth is
+# at most 1e-6; the planted FFNs of `moving` amplify a rounding by 30 (measured).
+TOLERANCE = 3e-6
+AMPLIFIED = 1e-4
+
+each_case = pytest.mark.parametrize("case", CASES)
+each_recording = pytest.mark.parametrize("name", golden.NAMES)
+
+
+def random_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = checkpoint.flatten(vit.param_shapes(config))
+    return checkpoint.unflatten(
+        {
+            path: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.1)
+            + np.float32(path.endswith(("scale", "gamma")))
+            for path, leaf in shapes.items()
+        }
+    )
+
+
+def tensors(state):
+    return {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+
+
+def random_images(config, rows, columns, count=2):
+    sides = rows * config.patch_size, columns * config.patch_size
+    rng = np.random.default_rng(rows)
+    return rng.standard_normal((count, *sides, 3)).astype(np.float32)
+
+
+def features(config, state, images):
+    return torch_vit.features(
+        state,
+        torch.from_numpy(np.array(images)).movedim(-1, 1),
+        num_heads=config.num_heads,
+        interpolate_antialias=config.interpolate_antialias,
+        interpolate_offset=config.interpolate_offset,
+    )
+
+
+def relative(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    return np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+
+
+def timm_state(state):
+    """The same model as timm names it, from the names of the hub."""
+    names = {"register_tokens": "reg_token", ".w12.": ".fc1.", ".w3.": ".fc2."}
+    timm = {}
+    for name, tensor in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        timm[name] = tensor
+    del timm["mask_token"]
+    if "reg_token" in timm:
+        timm["cls_token"] = timm["cls_token"] + timm["pos_embed"][:, :1]
+        timm["pos_embed"] = timm["pos_embed"][:, 1:]
+    return timm
+
+
+# --- Against the authors' code ----------------------------------------------------
+
+
+def recorded(arrays):
+    """The recorded features, registers empty where there are none."""
+    cls = arrays["features/x_norm_clstoken"]
+    empty = np.zeros((len(cls), 0, cls.shape[-1]), np.float32)
+    registers = arrays.get("features/x_norm_regtokens", empty)
+    return cls, registers, arrays["features/x_norm_patchtokens"]
+
+
+@each_recording
+def test_features_match_the_recorded_ones_and_no_other_image_s(name):
+    arrays, meta = golden.load(name)
+    config = vit.ViTConfig(**golden.architecture(meta))
+    state, images = tensors(golden.state(arrays)), arrays["images"]
+    out = features(config, state, np.moveaxis(images, 1, -1))
+    patches = images.shape[2] // 14, images.shape[3] // 14
+    assert out.patches.shape[1:3] == patches
+    got, want = (out.cls, out.registers, out.patches.flatten(1, 2)), recorded(arrays)
+    tolerance = AMPLIFIED if name == "moving" else TOLERANCE
+    for part, stored in zip(got, want, strict=True):
+        if stored.size:
+            assert relative(part, stored) < tolerance
+    assert relative(got[2].roll(1, 0), want[2]) > 0.01
+    assert out.registers.shape[1] == config.num_register_tokens
+
+
+# --- Against the JAX model --------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@each_case
+def test_features_match_the_jax_model(case, grid):
+    config, (rows, columns) = CASES[case], GRIDS[grid]
+    params = random_params(config)
+    images = random_images(config, rows, columns)
+    want = jax.jit(vit.ViT(config).apply)({"params": params}, images)
+    got = features(config, tensors(convert.to_torch(config, params)), images)
+    for part, expected in zip(got, want, strict=True):
+        if expected.size:
+            assert relative(part, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changed", [{"interpolate_antialias": False}, {"interpolate_offset": 0.0}], ids=str
+)
+def test_resampling_follows_its_options(changed):
+    config = CASES["mlp-registers-as-sinder"]
+    state = tensors(convert.to_torch(config, random_params(config)))
+    images = random_images(config, 3, 9)
+    options = {"interpolate_antialias": True, "interpolate_offset": 0.1, "num_heads": 4}
+    image = torch.from_numpy(images).movedim(-1, 1)
+    out = torch_vit.features(state, image, **options)
+    other = torch_vit.features(state, image, **options | changed)
+    assert relative(other.patches, out.patches) > 1e-4
+
+
+# --- timm's layout ----------------------------------------------------------------
+
+
+@each_case
+def test_timm_layout_gives_the_same_bytes_as_the_hub_s(case):
+    config = CASES[case]
+    state = tensors(convert.to_torch(config, random_params(config)))
+    images = random_images(config, 3, 9)
+    hub = features(config, state, images)
+    timm = features(config, timm_state(state), images)
+    for part, expected in zip(timm, hub, strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_timm_class_token_without_its_position_is_another_model():
+    config = CASES["swiglu-registers-as-hub"]
+    state = tensors(convert.to_torch(config, random_params(config)))
+    images = random_images(config, 5, 5)
+    wrong = timm_state(state) | {"cls_token": state["cls_token"]}
+    want = features(config, state, images)
+    assert relative(features(config, wrong, images).cls, want.cls) > 1e-3
+
+
+# --- What does not fit ------------------------------------------------------------
+
+
+def test_missing_tensor_is_named():
+    config = CASES["mlp-as-plain-hub"]
+    state = tensors(convert.to_torch(config, random_params(config)))
+    del state["blocks.1.ls2.gamma"]
+    with pytest.raises(KeyError, match=r"blocks\.1\.ls2\.gamma"):
+        features(config, state, random_images(config, 5, 5))
+
+
+def test_converter_and_verification_import_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
+        "import convert.verify as v; print(v.unavailable('timm'), v.unavailable('hf'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split("\n")[0] == " ".join(
+        2 * ["PyTorch not installed: not compared"]
+    )
