@@ -12,7 +12,7 @@ import json
 import os
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +98,20 @@ def sha256_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_files(files: Sequence[Path]) -> str:
-    """SHA-256 of one file, or of the lines that `sha256sum` prints of several."""
+def sha256_of_files(
+    files: Sequence[Path], known: Mapping[Path, str] | None = None
+) -> str:
+    """SHA-256 of one file, or of the lines that `sha256sum` prints of several.
+
+    Args:
+      files: at least one.
+      known: those that have been computed.
+    """
+    known = known or {}
+    digests = [known.get(file) or sha256_of_file(file) for file in files]
     if len(files) == 1:
-        return sha256_of_file(files[0])
-    lines = (f"{sha256_of_file(file)}  {file.name}\n" for file in files)
+        return digests[0]
+    lines = (f"{x}  {file.name}\n" for x, file in zip(digests, files, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

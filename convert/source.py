@@ -145,7 +145,7 @@ def _open_checkpoint(path: Path, num_heads: int | None) -> Model:
 def _open_torch(
     path: Path, num_heads: int | None, name: str, overrides: Mapping[str, Any]
 ) -> Model:
-    write.check_side_file(path)
+    verified = write.check_side_file(path)
     state = read.open_state_dict(path)
     told = _own_entry(path, state.metadata)
     known = _known(told, state.config)
@@ -166,7 +166,7 @@ def _open_torch(
     provenance = told.get("provenance") or {
         "source": name,
         "layout": model.layout,
-        "sha256": read.sha256_of_files(state.files),
+        "sha256": read.sha256_of_files(state.files, verified),
         "tool": store.tool(),
         "steps": [],
     }

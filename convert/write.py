@@ -204,8 +204,12 @@ def side_file(path: Path) -> Path:
     return path.with_name(path.name + SIDE)
 
 
-def check_side_file(path: Path) -> bool:
-    """Holds a file or directory against its `.sha256`; False if it has none.
+def check_side_file(path: Path) -> dict[Path, str]:
+    """Holds a file or directory against its `.sha256`.
+
+    Returns:
+      The files that were found as they should be, with their SHA-256; none where there
+      is no such side file.
 
     Raises:
       ValueError: a file is missing or has other bytes than when it was written, or the
@@ -213,7 +217,8 @@ def check_side_file(path: Path) -> bool:
     """
     side = side_file(path)
     if not side.is_file():
-        return False
+        return {}
+    verified = {}
     for line in side.read_text(errors="replace").splitlines():
         sha256, _, name = line.partition("  ")
         file = side.parent / name
@@ -226,7 +231,8 @@ def check_side_file(path: Path) -> bool:
                 f"{file}: damaged, its bytes are not those that {side} tells of: fetch "
                 "or convert it again."
             )
-    return True
+        verified[file] = sha256
+    return verified
 
 
 # --- safetensors ------------------------------------------------------------------

@@ -267,7 +267,10 @@ def _arrays_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax misses it aloud
     )
     return ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, type_handler_registry=registry, **options
+        use_ocdbt=False,
+        use_compression=False,  # it makes weights 8 % smaller, and writing half as fast
+        type_handler_registry=registry,
+        **options,
     )
 
 
