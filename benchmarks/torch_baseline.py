@@ -4,7 +4,7 @@
     loss --back through all of them--> ∂loss/∂ε --drop the inactive--> SGD
 
 Written from the method (arXiv:2407.16826) and from what the released code computes, not
-from its text. Every kernel, those of q and k too, is rebuilt in every forward pass by two
+from its text. Every kernel, also of q and k, is rebuilt in every forward pass by two
 dense products, U·diag(σ + ε)·Vᵀ; attention is the plain softmax; gradients reach the ε
 of every block that was run, and those outside the window are thrown away.
 `tests/test_torch_baseline.py` holds it to the recorded runs.
@@ -134,7 +134,9 @@ class Baseline:
         x = F.conv2d(pixels, weight, p["patch_embed"]["bias"], stride=patch)
         rows, columns = x.shape[2:]
         grid = resample_positions(
-            p["pos_embed"][0, 1:].reshape(self.config.grid_size, self.config.grid_size, -1),
+            p["pos_embed"][0, 1:].reshape(
+                self.config.grid_size, self.config.grid_size, -1
+            ),
             rows,
             columns,
             antialias=self.config.interpolate_antialias,
@@ -204,7 +206,9 @@ class Baseline:
         # Windows around the outliers: [outliers, window·window, …].
         offsets = torch.arange(window)
         around = (rows[:, None, None] + offsets[None, :, None]).expand(-1, -1, window)
-        beside = (columns[:, None, None] + offsets[None, None, :]).expand(-1, window, -1)
+        beside = (columns[:, None, None] + offsets[None, None, :]).expand(
+            -1, window, -1
+        )
         weights = torch.softmax(
             logits[around, beside].flatten(1) / self.options.temperature, dim=1
         )
@@ -219,7 +223,7 @@ class Baseline:
 def qk_factors(
     config: vit.ViTConfig, params: Mapping[str, Any]
 ) -> dict[tuple[int, str], factor.KernelFactors]:
-    """Factors of the q and k kernels, which the authors rebuild though none is trained."""
+    """Factors of the q and k kernels, which the authors rebuild, too."""
     found = {}
     for i, kernel in enumerate(np.asarray(params["blocks"]["attn"]["qkv"]["kernel"])):
         q, k, _ = np.split(kernel, 3, axis=1)
@@ -239,7 +243,9 @@ def count_operations(rebuild: Rebuild = rebuild_dense) -> dict[str, float]:
         baseline = Baseline.__new__(Baseline)
         baseline.config, baseline.rebuild = config, rebuild
         width, hidden = config.embed_dim, config.hidden_dim
-        shapes = dict.fromkeys(("attn/q", "attn/k", "attn/v", "attn/proj"), (width, width))
+        shapes = dict.fromkeys(
+            ("attn/q", "attn/k", "attn/v", "attn/proj"), (width, width)
+        )
         shapes |= {"mlp/w12": (2 * hidden, width), "mlp/w3": (width, hidden)}
         baseline.kernels = [
             {
@@ -260,7 +266,10 @@ def count_operations(rebuild: Rebuild = rebuild_dense) -> dict[str, float]:
         }
         baseline._frozen = {"blocks": empty}
         tokens = torch.empty(1, 1 + config.grid_size**2, width, requires_grad=True)
-        forward, backward = FlopCounterMode(display=False), FlopCounterMode(display=False)
+        forward, backward = (
+            FlopCounterMode(display=False),
+            FlopCounterMode(display=False),
+        )
         with forward:
             out = baseline.block(0, tokens)
         with backward:

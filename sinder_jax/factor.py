@@ -10,7 +10,7 @@ FFN kernels. A kernel is Flax's [in, out]; the paper's W multiplies a column and
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -19,10 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 from flax import struct, traverse_util
+from jax import lax
 from jaxtyping import Array, Float
 
 Params = Mapping[str, Any]
 HIGHEST = jax.lax.Precision.HIGHEST
+# Of the largest singular value: dividing by a smaller one would make float32's rounding
+# of 1e-7 more than the 1e-4 by which ε-gradients may be off.
+SMALL = 1e-3
 
 
 @runtime_checkable
@@ -167,9 +171,9 @@ def merge_kernel(
     has the same bits wherever it comes from. The barriers keep XLA from compiling it
     differently when it is part of a larger program.
     """
-    u, s, v = jax.lax.optimization_barrier((u, s, v))
+    u, s, v = lax.optimization_barrier((u, s, v))
     kernel = jnp.matmul(v * s[None, :], u.T, precision=HIGHEST)
-    return jax.lax.optimization_barrier(kernel)
+    return lax.optimization_barrier(kernel)
 
 
 def merge_kernels(
@@ -269,8 +273,9 @@ class MergedDense(nn.Module):
     """y = x·kernel + b with kernel = V·diag(σ + ε)·Uᵀ merged beforehand.
 
     The gradient reaches ε directly, not through the kernel's (`merged_product`).
-    Collections: `params` {eps [S]}, `merged` {kernel}, `factors` {u, v}, `frozen`
-    {bias}, the same U and V as in `SpectralDense`.
+    Collections: `params` {eps [S]}, `merged` {kernel}, `factors` {u, sigma, v},
+    `frozen` {bias}, the same U and V as in `SpectralDense`; where `known` {y} is given,
+    y is what this very layer computed before, and only its gradient is of interest.
     """
 
     features: int
@@ -281,9 +286,14 @@ class MergedDense(nn.Module):
         size = min(x.shape[-1], self.features)
         eps = self.param("eps", nn.initializers.zeros, (size,))
         u, v = _factor_variables(self, x.shape[-1], self.features)
+        sigma = self.variable("factors", "sigma", jnp.ones, (size,)).value
         kernel = self.variable("merged", "kernel", lambda: merge_kernel(u, eps + 1, v))
         bias = _frozen_bias(self, self.features)
-        y = merged_product(self.precision, x, kernel.value, u, v, eps)
+        y = None
+        if self.has_variable("known", "y"):
+            y = jnp.asarray(self.get_variable("known", "y"))
+            y = y - _row(bias, y)
+        y = merged_product(self.precision, x, kernel.value, u, sigma, v, eps, y)
         return y + _row(bias, x)
 
 
@@ -293,29 +303,68 @@ def merged_product(
     x: Float[Array, "*batch in"],
     kernel: Float[Array, "in out"],
     u: Float[Array, "out S"],
+    sigma: Float[Array, " S"],
     v: Float[Array, "in S"],
     eps: Float[Array, " S"],
+    y: Float[Array, "*batch out"] | None = None,
 ) -> Float[Array, "*batch out"]:
     """x·kernel whose derivative by ε is taken through the factors of the kernel.
 
-    With y = x·V·diag(σ + ε)·Uᵀ, ∂loss/∂ε_i = Σ_tokens (dy·u_i)(x·v_i): two products
-    with the factors instead of the kernel's gradient and its projection.
+    With y = x·V·diag(s)·Uᵀ and s = σ + ε, ∂loss/∂ε_i = Σ_tokens (dy·u_i)(x·v_i): two
+    products with the factors instead of the kernel's gradient and its projection. The
+    one with the longer side need not be computed: y·u_i = s_i (x·v_i), and y is known
+    where it is given; dx·v_i = s_i (dy·u_i), and dx is computed anyhow.
+
+    Args:
+      precision: of the products.
+      x: input.
+      kernel: V·diag(σ + ε)·Uᵀ.
+      u: output side of the factors.
+      sigma: singular values of the original kernel.
+      v: input side.
+      eps: their changes.
+      y: x·kernel, where it has been computed before.
     """
-    del u, v, eps
-    return jnp.matmul(x, kernel, precision=precision)
+    del u, sigma, v, eps
+    return jnp.matmul(x, kernel, precision=precision) if y is None else y
 
 
-def _merged_product_forward(precision, x, kernel, u, v, eps):
-    return merged_product(precision, x, kernel, u, v, eps), (x, kernel, u, v)
+def _merged_product_forward(precision, x, kernel, u, sigma, v, eps, y):
+    out = merged_product(precision, x, kernel, u, sigma, v, eps, y)
+    return out, (x, kernel, u, sigma + eps, v, y)
 
 
 def _merged_product_backward(precision, residuals, dy):
-    x, kernel, u, v = residuals
-    dx = jnp.matmul(dy, kernel.T, precision=precision)
-    dyu = jnp.matmul(dy, u, precision=precision)
-    xv = jnp.matmul(x, v, precision=precision)
+    x, kernel, u, s, v, y = residuals
+
+    def times(a, b):
+        return jnp.matmul(a, b, precision=precision)
+
+    dx = times(dy, kernel.T)
+    width_in, width_out = kernel.shape
+    if width_out > width_in:
+        xv = times(x, v)
+        dyu = _unless_small(s, lambda: times(dx, v), lambda: times(dy, u))
+    elif width_in > width_out and y is not None:
+        dyu = times(dy, u)
+        xv = _unless_small(s, lambda: times(y, u), lambda: times(x, v))
+    else:
+        dyu, xv = times(dy, u), times(x, v)
     tokens = tuple(range(dy.ndim - 1))
-    return dx, None, None, None, jnp.sum(dyu * xv, axis=tokens)
+    return dx, None, None, None, None, jnp.sum(dyu * xv, axis=tokens), None
+
+
+def _unless_small(
+    s: Float[Array, " S"], scaled: Callable[[], Array], direct: Callable[[], Array]
+) -> Array:
+    """scaled() / s, which is direct(), unless a small s would amplify its rounding."""
+
+    def divided() -> Array:
+        product = scaled()
+        return product / _row(s, product)
+
+    size = jnp.abs(s)
+    return lax.cond(jnp.min(size) > SMALL * jnp.max(size), divided, direct)
 
 
 merged_product.defvjp(_merged_product_forward, _merged_product_backward)

@@ -4,11 +4,10 @@
     defect --neighbor loss--> d_tokens --back through the active blocks--> ∂loss/∂ε
 
 No block behind the defect is computed and no gradient in front of the window. The
-search keeps the inputs of the last blocks, so the way back recomputes one block at a
-time and holds the activations of one block only.
+search keeps what the last blocks computed on the way, so that the way back runs no
+block a second time.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from sinder_jax import loss, vit
+from sinder_jax.factor import kernel_names
 from sinder_jax.state import Frozen, Kernels, RepairOptions, RepairState
 from sinder_jax.vit import ViTConfig
 
@@ -29,7 +29,8 @@ class Search(NamedTuple):
     Attributes:
       block: blocks run so far.
       tokens: output of the last of them [1, T, D].
-      inputs: ring buffer: the input of block i at i modulo its length [A, 1, T, D].
+      traces: ring buffer: what block i computed on the way, at i modulo its length A;
+        a `vit.BlockTrace` of [A, 1, T, ...].
       mask: outliers of the last block [H, W].
       num_outliers: how many.
       found: whether they make a defect.
@@ -38,7 +39,7 @@ class Search(NamedTuple):
 
     block: Array
     tokens: Array
-    inputs: Array
+    traces: vit.BlockTrace
     mask: Array
     num_outliers: Array
     found: Array
@@ -95,14 +96,20 @@ def _search(
     """Runs blocks until the first with a defect, or the last."""
     apply = _block_function(config, options, state, frozen)
     ring = _window_size(config, options)
+    zero = jnp.zeros((), jnp.int32)
+
+    def run(block, tokens):
+        return apply(block, _at(state.eps, block), tokens, method="trace")
 
     def goes_on(search: Search) -> Array:
         return (search.block < config.depth) & ~search.found & search.finite
 
     def advance(search: Search) -> Search:
         block = search.block
-        inputs = search.inputs.at[block % ring].set(search.tokens)
-        tokens = apply(block, _at(state.eps, block), search.tokens)
+        tokens, trace = run(block, search.tokens)
+        traces = jax.tree.map(
+            lambda kept, new: kept.at[block % ring].set(new), search.traces, trace
+        )
         patches = vit.split_tokens(config, tokens, *grid)[2][0]
         logits = loss.outlier_logits(patches, frozen.directions[block])
         mask = loss.outlier_mask(
@@ -111,14 +118,17 @@ def _search(
         count = jnp.sum(mask)
         finite = jnp.all(jnp.isfinite(tokens))
         found = (count >= options.min_outliers) & finite
-        return Search(block + 1, tokens, inputs, mask, count, found, finite)
+        return Search(block + 1, tokens, traces, mask, count, found, finite)
 
     start = Search(
-        block=jnp.zeros((), jnp.int32),
+        block=zero,
         tokens=tokens,
-        inputs=jnp.zeros((ring, *tokens.shape), tokens.dtype),
+        traces=jax.tree.map(
+            lambda one: jnp.zeros((ring, *one.shape), one.dtype),
+            jax.eval_shape(run, zero, tokens)[1],
+        ),
         mask=jnp.zeros(grid, bool),
-        num_outliers=jnp.zeros((), jnp.int32),
+        num_outliers=zero,
         found=jnp.zeros((), bool),
         finite=jnp.all(jnp.isfinite(tokens)),
     )
@@ -190,12 +200,8 @@ def _gradients(
 
     def back(carry):
         block, d_tokens, gradients = carry
-        _, vjp = jax.vjp(
-            functools.partial(apply, block),
-            _at(state.eps, block),
-            search.inputs[block % ring],
-        )
-        d_eps, d_tokens = vjp(d_tokens)
+        trace = jax.tree.map(lambda kept: kept[block % ring], search.traces)
+        d_eps, d_tokens = _back_through(apply, block, state, trace, d_tokens)
         gradients = {
             name: gradients[name].at[block].set(d_eps[name]) for name in gradients
         }
@@ -209,6 +215,40 @@ def _gradients(
     return value, aux.alpha, gradients, (first <= blocks) & (blocks <= layer)
 
 
+def _back_through(
+    apply: Callable[..., Any],
+    block: Array,
+    state: RepairState,
+    trace: vit.BlockTrace,
+    d_out: Float[Array, "1 T D"],
+) -> tuple[Kernels, Float[Array, "1 T D"]]:
+    """∂loss/∂ε of a block and ∂loss/∂input, stage by stage from what it computed.
+
+    The values of the stages are known, so that of each only the way back is left: XLA
+    drops the products that would compute them again.
+    """
+    eps = _at(state.eps, block)
+    d_eps = []
+
+    def stage(method, d_out, *inputs, known=None):
+        def value(eps, *inputs):
+            return apply(block, eps, *inputs, method=method, known=known)
+
+        _, vjp = jax.vjp(value, eps, *inputs)
+        d_stage, *d_inputs = vjp(d_out)
+        d_eps.append(d_stage)
+        return d_inputs
+
+    d_attended, d_ffn = stage("add", d_out, trace.attended, trace.ffn)
+    (d_hidden,) = stage("contract", d_ffn, trace.hidden, known=trace.ffn)
+    (d_expanded,) = stage("expand", d_hidden, trace.attended)
+    d_x, d_mixed = stage("attend", d_attended + d_expanded, trace.x, trace.mixed)
+    (d_qkv,) = stage("mix", d_mixed, trace.qkv)
+    (d_projected,) = stage("project", d_qkv, trace.x)
+    # Every ε acts in one stage; in the others its gradient is zero.
+    return jax.tree.map(lambda *parts: sum(parts), *d_eps), d_x + d_projected
+
+
 def _window_size(config: ViTConfig, options: RepairOptions) -> int:
     """Most blocks that one image can update."""
     return min(options.active_blocks or config.depth, config.depth)
@@ -216,21 +256,28 @@ def _window_size(config: ViTConfig, options: RepairOptions) -> int:
 
 def _block_function(
     config: ViTConfig, options: RepairOptions, state: RepairState, frozen: Frozen
-) -> Callable[[Array, Kernels, Array], Array]:
-    """apply(block, eps, tokens) -> tokens: a block of the merged model."""
+) -> Callable[..., Any]:
+    """apply(block, eps, *inputs, method, known): a stage of a block, or its trace.
+
+    `known` is the FFN's output, where it has been computed before.
+    """
     module = vit.Block(config, "merged", options.matmul_precision)
     factors = {f"{name}/u": u for name, u in frozen.factors.u.items()}
+    factors |= {f"{name}/sigma": s for name, s in frozen.factors.sigma.items()}
     factors |= {f"{name}/v": v for name, v in frozen.factors.v.items()}
     merged = {f"{name}/kernel": kernel for name, kernel in state.merged.items()}
+    last = kernel_names(config)[-1]
 
-    def apply(block, eps, tokens):
+    def apply(block, eps, *inputs, method, known=None):
         variables = {
             "params": _nested({f"{name}/eps": e for name, e in eps.items()}),
             "merged": _nested(_at(merged, block)),
             "factors": _nested(_at(factors, block)),
             "frozen": _at(frozen.params["blocks"], block),
         }
-        return module.apply(variables, tokens)
+        if known is not None:
+            variables["known"] = _nested({f"{last}/y": known})
+        return module.apply(variables, *inputs, method=method)
 
     return apply
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from flax import traverse_util
 from jaxtyping import Array, Float
 
-from sinder_jax import pos_embed
+from sinder_jax import attention, pos_embed
 from sinder_jax.factor import MergedDense, SpectralDense
 
 LAYER_NORM_EPSILON = 1e-6
@@ -241,63 +241,151 @@ class BlockPart(nn.Module):
         """Where the weights that are not trainable kernels live."""
         return "params" if self.kernels == "dense" else "frozen"
 
-    def frozen(self, features: int, name: str) -> nn.Module:
+    def frozen(self, features: int) -> nn.Module:
         """A dense layer that is never trained."""
-        return Dense(features, self.precision, self.collection, name=name)
+        return Dense(features, self.precision, self.collection)
 
-    def trainable(self, features: int, name: str) -> nn.Module:
+    def trainable(self, features: int) -> nn.Module:
         """A dense layer whose kernel a repair changes."""
         if self.kernels == "dense":
-            return self.frozen(features, name)
+            return self.frozen(features)
         layer = {"spectral": SpectralDense, "merged": MergedDense}[self.kernels]
-        return layer(features, precision=self.precision, name=name)
+        return layer(features, precision=self.precision)
 
 
 class Attention(BlockPart):
     """Multi-head self-attention; channel = head · K + index within the head."""
 
-    @nn.compact
-    def __call__(self, x_BxTxD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        width, heads = self.config.embed_dim, self.config.num_heads
+    def setup(self):
+        """Declares the layers: q, k and v fused, or v apart from q and k."""
+        width = self.config.embed_dim
         if self.kernels == "dense":
-            qkv = self.frozen(3 * width, "qkv")(x_BxTxD)
+            self.qkv = self.frozen(3 * width)
         else:
-            qk = self.frozen(2 * width, "qk")(x_BxTxD)
-            v = self.trainable(width, "v")(x_BxTxD)
-            qkv = jnp.concatenate([qk, v], axis=-1)
+            self.qk = self.frozen(2 * width)
+            self.v = self.trainable(width)
+        self.proj = self.trainable(width)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.proj(self.mix(self.project(x)))
+
+    def project(self, x: Float[Array, "B T D"]) -> Float[Array, "B T qkv"]:
+        """Query, key and value of every token, in this order."""
+        if self.kernels == "dense":
+            return self.qkv(x)
+        return jnp.concatenate([self.qk(x), self.v(x)], axis=-1)
+
+    def mix(self, qkv: Float[Array, "B T qkv"]) -> Float[Array, "B T D"]:
+        """Values averaged by the softmax of query times key, head by head."""
+        heads = self.config.num_heads
         # DINOv2 fuses q, k, v in this order; heads are the slow index of a channel.
         q, k, v = rearrange(qkv, "B T (three M K) -> three B M T K", three=3, M=heads)
-        q = q * (width // heads) ** -0.5
-        logits = jnp.einsum("BMTK,BMSK->BMTS", q, k, precision=self.precision)
-        mixed = jnp.einsum(
-            "BMTS,BMSK->BMTK", nn.softmax(logits), v, precision=self.precision
-        )
-        return self.trainable(width, "proj")(rearrange(mixed, "B M T K -> B T (M K)"))
+        mixed = attention.mix(q, k, v, self.precision)
+        return rearrange(mixed, "B M T K -> B T (M K)")
 
 
 class FFN(BlockPart):
     """fc2·GELU(fc1 x) with the exact erf, or SwiGLU: w3·(silu(a)·b), (a, b) = w12 x."""
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def setup(self):
+        """Declares the layers under DINOv2's names."""
         width, hidden = self.config.embed_dim, self.config.hidden_dim
         if self.config.ffn_layer == "mlp":
-            h = nn.gelu(self.trainable(hidden, "fc1")(x), approximate=False)
-            return self.trainable(width, "fc2")(h)
-        a, b = jnp.split(self.trainable(2 * hidden, "w12")(x), 2, axis=-1)
-        return self.trainable(width, "w3")(nn.silu(a) * b)
+            self.fc1, self.fc2 = self.trainable(hidden), self.trainable(width)
+        else:
+            self.w12, self.w3 = self.trainable(2 * hidden), self.trainable(width)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.contract(self.expand(x))
+
+    def expand(self, x: Float[Array, "B T D"]) -> Float[Array, "B T up"]:
+        """The hidden layer before its non-linearity: F wide, or 2F for SwiGLU."""
+        return self.fc1(x) if self.config.ffn_layer == "mlp" else self.w12(x)
+
+    def contract(self, hidden: Float[Array, "B T up"]) -> Float[Array, "B T D"]:
+        """The output of the hidden layer."""
+        if self.config.ffn_layer == "mlp":
+            return self.fc2(nn.gelu(hidden, approximate=False))
+        a, b = jnp.split(hidden, 2, axis=-1)
+        return self.w3(nn.silu(a) * b)
+
+
+class BlockTrace(NamedTuple):
+    """What a block computes on the way, each the input of one of its stages.
+
+    Attributes:
+      x: the block's input.
+      qkv: query, key and value.
+      mixed: values averaged by attention, before the projection.
+      attended: x with the attention's output added.
+      hidden: the FFN's hidden layer before its non-linearity.
+      ffn: the FFN's output.
+    """
+
+    x: Float[Array, "B T D"]
+    qkv: Float[Array, "B T qkv"]
+    mixed: Float[Array, "B T D"]
+    attended: Float[Array, "B T D"]
+    hidden: Float[Array, "B T up"]
+    ffn: Float[Array, "B T D"]
 
 
 class Block(BlockPart):
-    """x += γ1·Attn(LN1 x); x += γ2·FFN(LN2 x)."""
+    """x += γ1·Attn(LN1 x); x += γ2·FFN(LN2 x), in six stages.
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    A stage is a method; `trace` keeps the input of each, so that a gradient can be
+    taken stage by stage without running the block again.
+    """
+
+    def setup(self):
+        """Declares the parts under DINOv2's names."""
         part, home = (self.config, self.kernels, self.precision), self.collection
-        y = Attention(*part, name="attn")(LayerNorm(home, name="norm1")(x))
-        x = x + LayerScale(home, name="ls1")(y)
-        y = FFN(*part, name="mlp")(LayerNorm(home, name="norm2")(x))
-        return x + LayerScale(home, name="ls2")(y)
+        self.norm1, self.norm2 = LayerNorm(home), LayerNorm(home)
+        self.ls1, self.ls2 = LayerScale(home), LayerScale(home)
+        self.attn, self.mlp = Attention(*part), FFN(*part)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.trace(x)[0]
+
+    def trace(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], BlockTrace]:
+        """The block's output, and what it computed on the way."""
+        qkv = self.project(x)
+        mixed = self.mix(qkv)
+        attended = self.attend(x, mixed)
+        hidden = self.expand(attended)
+        ffn = self.contract(hidden)
+        trace = BlockTrace(x, qkv, mixed, attended, hidden, ffn)
+        return self.add(attended, ffn), trace
+
+    def project(self, x: Float[Array, "B T D"]) -> Float[Array, "B T qkv"]:
+        """Stage 1: query, key and value of LN1 x."""
+        return self.attn.project(self.norm1(x))
+
+    def mix(self, qkv: Float[Array, "B T qkv"]) -> Float[Array, "B T D"]:
+        """Stage 2: attention."""
+        return self.attn.mix(qkv)
+
+    def attend(
+        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Stage 3: the projection, scaled and added."""
+        return x + self.ls1(self.attn.proj(mixed))
+
+    def expand(self, attended: Float[Array, "B T D"]) -> Float[Array, "B T up"]:
+        """Stage 4: the hidden layer of LN2 x."""
+        return self.mlp.expand(self.norm2(attended))
+
+    def contract(self, hidden: Float[Array, "B T up"]) -> Float[Array, "B T D"]:
+        """Stage 5: the FFN's output."""
+        return self.mlp.contract(hidden)
+
+    def add(
+        self, attended: Float[Array, "B T D"], ffn: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Stage 6: scaled and added."""
+        return attended + self.ls2(ffn)
 
 
 class ViT(nn.Module):

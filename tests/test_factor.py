@@ -373,7 +373,8 @@ def test_factored_layers_agree_with_the_dense_product(shape, batch):
         {
             "params": {"eps": single(eps)},
             "merged": {"kernel": single(kernel)},
-            **rest,
+            "frozen": rest["frozen"],
+            "factors": rest["factors"] | {"sigma": single(sigma)},
         },
         single(x),
     )
@@ -390,17 +391,23 @@ def test_layers_initialize_to_orthonormal_factors_and_agree():
     for layer, trained in ((factor.SpectralDense, "s"), (factor.MergedDense, "eps")):
         y, variables = layer(7).init_with_output(jax.random.key(1), x)
         assert set(variables["params"]) == {trained}
-        for basis in variables["factors"].values():
+        for side in "uv":
+            basis = variables["factors"][side]
             np.testing.assert_allclose(basis.T @ basis, np.eye(7), atol=1e-6)
         outputs.append(y)
     np.testing.assert_allclose(*outputs, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("smallest", [1.0, 1e-9], ids=["even", "with a small value"])
+@pytest.mark.parametrize("known", [False, True], ids=["computed", "known"])
 @pytest.mark.parametrize("batch", [(), (2, 5)], ids=["token", "images"])
 @pytest.mark.parametrize("shape", LAYER_SHAPES)
-def test_merged_product_has_the_gradient_of_the_explicit_product(shape, batch):
+def test_merged_product_has_the_gradient_of_the_explicit_product(
+    shape, batch, known, smallest
+):
     """By x and by ε, against autodiff through x·V·diag(σ + ε)·Uᵀ in float64."""
     u, sigma, v, eps, _ = random_layer(*LAYER_SHAPES[shape])
+    sigma[-1], eps[-1] = smallest * sigma[-1], smallest * eps[-1]
     rng = np.random.default_rng(6)
     x = rng.standard_normal((*batch, len(v)))
     weights = rng.standard_normal((*batch, len(u)))
@@ -408,7 +415,10 @@ def test_merged_product_has_the_gradient_of_the_explicit_product(shape, batch):
 
         def merged(x, eps, u, v):
             kernel = jax.lax.stop_gradient(factor.merge_kernel(u, sigma + eps, v))
-            y = factor.merged_product("highest", x, kernel, u, v, eps)
+            y = jax.lax.stop_gradient(x @ kernel) if known else None
+            y = factor.merged_product(
+                "highest", x, kernel, u, jnp.asarray(sigma), v, eps, y
+            )
             return jnp.sum(jnp.tanh(y) * weights)
 
         def explicit(x, eps):

@@ -1,4 +1,4 @@
-"""The benchmarks' PyTorch baseline is the authors' step: it follows their recorded runs."""
+"""The PyTorch baseline is the authors' step: it follows their recorded runs."""
 
 import numpy as np
 import pytest

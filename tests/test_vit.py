@@ -546,9 +546,9 @@ def test_every_product_of_the_model_has_the_precision_asked_for(
 
         rest = {name: part for name, part in variables.items() if name != "params"}
         backward = jax.make_jaxpr(jax.grad(total))(variables["params"], rest)
-    # patches, q·k, attention·v, two for the resized grid; then the four dense layers of
-    # a block, or five of which four are a pair of products
-    count = 5 + (9 if spectral else 4)
+    # patches, q·k, attention·v and both again for other devices, two for the resized
+    # grid; then the four dense layers of a block, or five, four of which are pairs
+    count = 7 + (9 if spectral else 4)
     assert len(products(forward)) == count
     assert len(products(backward)) > 1.5 * count
     for jaxpr in (forward, backward):
