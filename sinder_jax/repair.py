@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from sinder_jax import factor
+from sinder_jax import factor, placement
 from sinder_jax.factor import Factors
+from sinder_jax.placement import WHOLE, Placement, shard
 from sinder_jax.search import ImageResult, image_results
 from sinder_jax.state import (
     Frozen,
@@ -47,6 +49,7 @@ __all__ = [
     "make_step",
     "merged_params",
     "replicate",
+    "shard",
     "to_saved",
     "unreplicate",
 ]
@@ -88,20 +91,67 @@ Step = Callable[..., tuple[RepairState, Metrics]]
 
 
 @functools.lru_cache
-def make_step(config: ViTConfig, options: RepairOptions) -> Step:
-    """The jitted repair step of one device.
+def make_step(
+    config: ViTConfig, options: RepairOptions, sharding: NamedSharding | None = None
+) -> Step:
+    """The jitted repair step: of one device, or of a model split over several.
+
+    Args:
+      config: the architecture.
+      options: the options.
+      sharding: None for one device. For a model too large for one: how the images'
+        first axis is split, NamedSharding(mesh, PartitionSpec(axis)); state and frozen
+        are then those that `shard` made, and a device gathers a block before it uses
+        it. The number of images must be a multiple of the devices'.
 
     Returns:
       step(state, frozen, images, valid=None) -> (state, `Metrics`). images [B, height,
       width, 3] normalized float32, each its own reference step, run one after the
       other; valid [B] marks images that take part. The state passed in is donated.
       Once the stopping rule holds, a step changes nothing.
+
+    Raises:
+      ValueError: a sharding of another kind.
     """
+    if sharding is not None:
+        return _sharded_step(config, options, *placement.axis_of(sharding))
 
     def step(state, frozen, images, valid=None):
         valid = jnp.ones(images.shape[0], bool) if valid is None else valid
         results = image_results(config, options, state, frozen, images)
         return _update(options, state, frozen, results, valid)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _sharded_step(
+    config: ViTConfig, options: RepairOptions, mesh: Mesh, axis: str
+) -> Step:
+    """`make_step` with the model split over the devices of a mesh."""
+    split = Placement(axis, mesh.shape[axis])
+
+    def own_step(state, frozen, images, valid):
+        results = image_results(config, options, state, frozen, images, split)
+        results, valid = lax.all_gather((results, valid), axis, tiled=True)
+        return _update(options, state, frozen, results, valid, split)
+
+    def step(state, frozen, images, valid=None):
+        if images.shape[0] % split.devices:
+            raise ValueError(
+                f"{images.shape[0]} images a step are no multiple of the "
+                f"{split.devices} devices."
+            )
+        valid = jnp.ones(images.shape[0], bool) if valid is None else valid
+        states = placement.partition(state, axis)
+        specs = (states, placement.partition(frozen, axis))
+        images_spec = PartitionSpec(axis)
+        return jax.shard_map(
+            own_step,
+            mesh=mesh,
+            in_specs=(*specs, images_spec, images_spec),
+            out_specs=(states, PartitionSpec()),
+            check_vma=False,
+        )(state, frozen, images, valid)
 
     return jax.jit(step, donate_argnums=0)
 
@@ -114,9 +164,8 @@ def make_pmapped_step(
     """The repair step on several devices, with one or more images each.
 
     The images of a device run one after the other; their ε-gradients are gathered and
-    summed in image order on every device: 2 and 4 devices that share a step's images
-    gave the same bits on a CPU. One device differs from them by float32 rounding (2e-6
-    of ε after 5 steps).
+    summed in image order on every device: 1, 2, 4 and 8 devices that share a step's
+    images give the same bits, for one kind of device (`tests/test_devices.py`).
 
     Args:
       config: the architecture.
@@ -179,6 +228,7 @@ def _update(
     frozen: Frozen,
     results: ImageResult,
     valid: Bool[Array, " B"],
+    place: Placement = WHOLE,
 ) -> tuple[RepairState, Metrics]:
     """State and metrics after a step, from the results of its images in order."""
     state, counted = _count(options, state, results, valid)
@@ -190,7 +240,7 @@ def _update(
     momentum = _select(touched, velocity, state.momentum)
     stepped = jax.tree.map(lambda e, m: e - options.lr * m, state.eps, momentum)
     eps = _select(touched, stepped, state.eps)
-    merged = _merge_touched(frozen.factors, eps, state.merged, touched)
+    merged = _merge_touched(frozen.factors, eps, state.merged, touched, place)
     state = dataclasses.replace(state, eps=eps, momentum=momentum, merged=merged)
     metrics = Metrics(
         results.layer,
@@ -287,7 +337,11 @@ def _select(blocks: Bool[Array, " L"], new: Kernels, old: Kernels) -> Kernels:
 
 
 def _merge_touched(
-    factors: Factors, eps: Kernels, merged: Kernels, touched: Array
+    factors: Factors,
+    eps: Kernels,
+    merged: Kernels,
+    touched: Array,
+    place: Placement = WHOLE,
 ) -> Kernels:
     """`merged` with the kernels of the touched blocks built anew from their ε.
 
@@ -299,17 +353,17 @@ def _merge_touched(
 
     def merge(position, merged):
         block = order[position]
-        return {
-            name: merged[name]
-            .at[block]
-            .set(
-                factor.merge_kernel(
-                    factors.u[name][block],
-                    factors.sigma[name][block] + eps[name][block],
-                    factors.v[name][block],
-                )
+        whole = place.fetch({"u": factors.u, "v": factors.v}, block)
+        rebuilt = {
+            name: factor.merge_kernel(
+                whole["u"][name],
+                factors.sigma[name][block] + eps[name][block],
+                whole["v"][name],
             )
             for name in merged
+        }
+        return {
+            name: place.store(merged[name], block, rebuilt[name]) for name in merged
         }
 
     return lax.fori_loop(0, jnp.sum(changed), merge, merged)

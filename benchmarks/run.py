@@ -1,0 +1,307 @@
+"""The benchmark suite: every number beside a baseline of the same run.
+
+    python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
+
+Names: repair, images, directions, factorize, features, convert; none means all. Results
+are printed as a Markdown table and, with --out, written as JSON and Markdown. `--quick`
+takes small models, to see that everything runs. What is compared is timed in turn,
+A B A B …, and told as medians and ratios of medians.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import giant_step, operations, synthetic
+from sinder_jax import defects, factor, repair, vit
+
+Numbers = dict[str, Any]
+PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "torch")
+
+
+def in_turn(rounds: int, **calls: Callable[[], Any]) -> dict[str, list[float]]:
+    """Seconds of each call, by name, in `rounds` rounds after one not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for count in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            if count:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def told(seconds: dict[str, list[float]], baseline: str) -> Numbers:
+    """Medians, and how many times faster than the baseline each is."""
+    medians = {name: float(np.median(each)) for name, each in seconds.items()}
+    return {
+        "seconds": medians,
+        "all seconds": seconds,
+        f"times faster than {baseline}": {
+            name: medians[baseline] / median
+            for name, median in medians.items()
+            if name != baseline
+        },
+    }
+
+
+def peak_gib() -> float:
+    """Largest resident memory of this process so far."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
+
+
+class Case:
+    """A repair whose first defect is in a given block, for us and for the baseline.
+
+    Args:
+      config: the architecture.
+      size: side of the image in pixels.
+      block: the block of the defect.
+    """
+
+    def __init__(self, config: vit.ViTConfig, size: int, block: int):
+        self.model = synthetic.synthetic_model(config)
+        rng = np.random.default_rng(1)
+        self.image = rng.standard_normal((size, size, 3)).astype(np.float32)
+        self.options = repair.RepairOptions()
+        self.directions = synthetic.defect_directions(self.model, self.image, block)
+        self.losses: dict[str, list[float]] = {}
+
+    def ours(self, images: int = 1) -> Callable[[], None]:
+        """A call that takes one of our steps, compiled before."""
+        model = self.model
+        frozen, self._state = repair.init(
+            model.config, model.params, self.options, self.directions, model.factors
+        )
+        batch = jnp.asarray(np.repeat(self.image[None], images, axis=0))
+        step = repair.make_step(model.config, self.options)
+        start = time.perf_counter()
+        compiled = step.lower(self._state, frozen, batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+        def call() -> None:
+            self._state, metrics = jax.block_until_ready(
+                compiled(self._state, frozen, batch)
+            )
+            self.losses.setdefault("ours", []).append(float(metrics.loss[0]))
+
+        return call
+
+    def baseline(self, rebuild: str) -> Callable[[], None]:
+        """A call that takes one of the authors' steps in PyTorch."""
+        from benchmarks import torch_baseline
+
+        model = self.model
+        baseline = torch_baseline.Baseline(
+            model.config,
+            model.params,
+            model.factors,
+            model.qk,
+            self.directions,
+            self.options,
+            getattr(torch_baseline, f"rebuild_{rebuild}"),
+        )
+
+        def call() -> None:
+            result = baseline.step(self.image)
+            self.losses.setdefault(rebuild, []).append(result.loss)
+
+        return call
+
+
+def giant_width(depth: int, quick: bool) -> tuple[vit.ViTConfig, int]:
+    """Architecture and image side: the giant's width, or a small one."""
+    if quick:
+        return vit.ViTConfig(128, 4, 2, "swiglu", img_size=112), 112
+    config = vit.ViTConfig(1536, depth, 24, "swiglu", interpolate_antialias=True)
+    return config, 518
+
+
+def bench_repair(rounds: int, quick: bool) -> Numbers:
+    """A repair step against the authors', one image, defect in the last block."""
+    config, size = giant_width(16, quick)
+    case = Case(config, size, config.depth - 1)
+    calls = {"baseline": case.baseline("dense"), "ours": case.ours()}
+    numbers = told(in_turn(rounds, **calls), "baseline")
+    both = zip(case.losses["ours"], case.losses["dense"], strict=True)
+    numbers["largest relative difference of the losses"] = max(
+        abs(ours - theirs) / theirs for ours, theirs in both
+    )
+    numbers["first losses"] = {name: x[0] for name, x in case.losses.items()}
+    numbers["compile seconds"] = case.compile_seconds
+    numbers["peak GiB of both"] = peak_gib()
+    del calls
+    cheap = in_turn(1, cheap=case.baseline("scaled"))["cheap"][0]
+    numbers["seconds"]["baseline, (U·s)·Vᵀ"] = cheap
+    tokens = 1 + (size // config.patch_size) ** 2
+    numbers["GFLOP"] = {
+        "ours": operations.our_step(config, tokens, config.depth - 1).total,
+        "baseline": operations.authors_step(config, tokens, config.depth - 1),
+    }
+    return numbers
+
+
+def bench_images(rounds: int, quick: bool) -> Numbers:
+    """A step of several images against as many of one: they share the merging."""
+    config, size = giant_width(12, quick)
+    case = Case(config, size, config.depth - 1)
+    seconds = {}
+    for images in (1, 2, 4):
+        seconds[f"{images} images"] = in_turn(rounds, call=case.ours(images))["call"]
+    medians = {name: float(np.median(each)) for name, each in seconds.items()}
+    per_image = {name: x / int(name.split()[0]) for name, x in medians.items()}
+    return {"seconds": medians, "seconds an image": per_image}
+
+
+def bench_directions(rounds: int, quick: bool) -> Numbers:
+    """Analytic directions of a whole model; the authors' way from two blocks of it."""
+    config = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitg14"]
+    params = giant_step.random_params(config)
+    probes = 2_000 if quick else 100_000
+    start = time.perf_counter()
+    defects.singular_defects(config, params)
+    analytic = time.perf_counter() - start
+    start = time.perf_counter()
+    for block in range(2):
+        defects.block_map(
+            config,
+            params,
+            block,
+            "monte_carlo",
+            key=jax.random.key(0),
+            num_probes=probes,
+        )
+    monte_carlo = (time.perf_counter() - start) / 2 * config.depth
+    return {
+        "seconds": {"analytic": analytic, "monte_carlo, from 2 blocks": monte_carlo},
+        "times faster": monte_carlo / analytic,
+    }
+
+
+def bench_factorize(rounds: int, quick: bool) -> Numbers:
+    """float64 SVD of the four kernels of one block, and of all of them."""
+    name = "dinov2_vits14" if quick else "dinov2_vitg14"
+    config = dataclasses.replace(vit.CONFIGS[name], depth=1)
+    params = giant_step.random_params(config)
+    start = time.perf_counter()
+    factor.factorize(config, params)
+    block = time.perf_counter() - start
+    return {"seconds": {"one block": block, "all": block * vit.CONFIGS[name].depth}}
+
+
+def bench_features(rounds: int, quick: bool) -> Numbers:
+    """Features of images against PyTorch's fused attention, kernels as they are."""
+    import torch
+
+    from convert import names, torch_vit
+
+    config = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitl14"]
+    size = 112 if quick else 518
+    params = giant_step.random_params(config)
+    state = {k: torch.from_numpy(x) for k, x in names.to_torch(config, params).items()}
+    image = np.random.default_rng(1).standard_normal((1, size, size, 3))
+    image = image.astype(np.float32)
+    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 3, 1)))
+    apply = jax.jit(lambda params, x: vit.ViT(config).apply({"params": params}, x))
+    params, x = jax.tree.map(jnp.asarray, params), jnp.asarray(image)
+
+    def theirs() -> None:
+        with torch.no_grad():
+            torch_vit.features(state, pixels, num_heads=config.num_heads)
+
+    seconds = in_turn(
+        rounds, PyTorch=theirs, ours=lambda: jax.block_until_ready(apply(params, x))
+    )
+    numbers = told(seconds, "PyTorch")
+    numbers["images/s"] = {k: 1 / x for k, x in numbers["seconds"].items()}
+    return numbers
+
+
+def bench_convert(rounds: int, quick: bool) -> Numbers:
+    """Every conversion against copying the file, each in its own process."""
+    model = "dinov2_vits14" if quick else "dinov2_vitg14"
+    command = [sys.executable, "-m", "benchmarks.convert_giant", f"--model={model}"]
+    ended = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(ended.stdout)
+
+
+BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
+    "repair": bench_repair,
+    "images": bench_images,
+    "directions": bench_directions,
+    "factorize": bench_factorize,
+    "features": bench_features,
+    "convert": bench_convert,
+}
+
+
+def environment() -> Numbers:
+    """The machine, the versions and the date."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "device": jax.devices()[0].device_kind,
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def markdown(results: dict[str, Numbers]) -> str:
+    """The numbers of a run as a table: name, what, value."""
+    lines = ["| benchmark | what | value |", "|---|---|---|"]
+
+    def add(name: str, path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                add(name, f"{path}, {key}" if path else key, inner)
+        elif isinstance(value, float | int):
+            lines.append(f"| {name} | {path} | {value:.4g} |")
+        elif isinstance(value, str):
+            lines.append(f"| {name} | {path} | {value} |")
+
+    for name, numbers in results.items():
+        add(name, "", numbers)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Runs the benchmarks that are named."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--out", type=Path, help="folder for JSON and Markdown")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="small models")
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in BENCHMARKS]
+    if unknown:
+        parser.error(
+            f"no benchmark {unknown[0]!r}: it is one of {', '.join(BENCHMARKS)}"
+        )
+    results: dict[str, Numbers] = {"run": environment()}
+    for name in args.names or BENCHMARKS:
+        results[name] = BENCHMARKS[name](args.rounds, args.quick)
+        print(markdown({name: results[name]}), flush=True)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (args.out / "results.md").write_text(markdown(results))
+
+
+if __name__ == "__main__":
+    main()
