@@ -6,6 +6,8 @@ The modules are named after the concepts of the paper (arXiv:2407.16826):
     defects     the linear map of each block and the singular defect directions
     loss        outlier mask along a direction, learning target, neighbor loss
     factor      kernel -> U, σ, V and the trainable ε; folding ε back into kernels
+    attention   softmax attention and its gradient, by kind of device
+    placement   arrays whole on every device, or split over them
     repair      the repair step: search the defect, update ε in the active blocks
     data, analysis, pictures     what the experiments read and show
     checkpoint  models on disk, on top of store (arrays with digests)
