@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import giant_step
 from samples import error_of
-from sinder_jax import repair, vit
+from sinder_jax import planted, repair, vit
 
 PROGRAM = """
 import hashlib, json, sys
@@ -151,3 +151,28 @@ def test_matrices_are_split_and_vectors_are_whole():
     assert share(frozen.params["patch_embed"]["kernel"]) == 1
     assert {share(x) for x in frozen.factors.sigma.values()} == {1}
     assert {share(x) for x in state.eps.values()} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory from /proc")
+def test_two_thousand_steps_take_no_more_memory_than_two_hundred():
+    made = planted.planted_model(1)
+    options = repair.RepairOptions(
+        lr=1e-6, max_iter=10**6, history=10**5, mask_thr=0.5, min_outliers=1
+    )
+    frozen, state = repair.init(made.config, made.params, options)
+    step = repair.make_step(made.config, options)
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 56, 56, 3)))
+    image = image.astype(jnp.float32)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    for count in range(2_200):
+        state, metrics = step(state, frozen, image)
+        if count == 200:
+            float(metrics.skipped)  # waits for the step
+            before = resident()
+    assert not bool(metrics.done) and int(metrics.layer[0]) >= 0
+    assert resident() < 1.02 * before
+    assert step._cache_size() == 1
