@@ -296,7 +296,7 @@ def test_the_authors_rebuilt_files_give_a_patch(name, tmp_path, capsys):
     run("apply", base, made, tmp_path / "done.safetensors", heads)
     got = read.read_state_dict(tmp_path / "done.safetensors")
     for key, tensor in merged.items():
-        # the authors' float32 SVDs and sums: 2.5e-6 measured in issue 2's runs
+        # the authors' float32 SVDs and sums: 2.5e-6 measured in our own runs
         error = np.linalg.norm(got[key] - tensor)
         assert error <= 5e-6 * np.linalg.norm(tensor), key
     assert "differ by rounding alone" in capsys.readouterr().out
