@@ -20,7 +20,7 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     model = source.open_model(path, num_heads)
     found, tops = digest.ModelDigest(), dict[str, np.ndarray]()
     for name, leaf in model.leaves():
-        found.add(name, leaf)
+        found.add(name, leaf, model.sha256.get(name))
         tops |= _largest_singular_values(model.config, name, leaf)
     config = model.config
     heads, antialias = config.num_heads, config.interpolate_antialias

@@ -134,7 +134,7 @@ def _open_checkpoint(path: Path, num_heads: int | None) -> Model:
         shapes={name: tuple(x["shape"]) for name, x in reader.arrays.items()},
         leaf=reader.read,
         digest=reader.digest,
-        provenance=reader.provenance,
+        provenance=_readable(path, reader.provenance),
         torch=None,
         formats=sorted({entry["dtype"] for entry in reader.arrays.values()}),
         num_tensors=len(reader.arrays),
@@ -193,14 +193,26 @@ def _own_entry(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         told = json.loads(metadata[ENTRY])
         vit.ViTConfig(**told["config"])
-        if not isinstance(told["provenance"], dict):
-            raise ValueError("no provenance")
-        return {**told, "digest": str(told["digest"])}
+        provenance = _readable(path, dict(told["provenance"]))
+        return {**told, "provenance": provenance, "digest": str(told["digest"])}
+    except store.DamagedError:
+        raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise store.DamagedError(
             f"{path}: damaged, its metadata cannot be read "
             f"({store.reason_of(error)}): fetch or convert it again."
         ) from None
+
+
+def _readable(path: Path, provenance: Provenance) -> Provenance:
+    """A provenance as it stands in a file, perhaps a stranger's."""
+    steps = provenance.get("steps", [])
+    if not (isinstance(steps, list) and all(isinstance(step, str) for step in steps)):
+        raise store.DamagedError(
+            f"{path}: damaged, the steps of its provenance are no list of texts: fetch "
+            "or convert it again."
+        )
+    return provenance
 
 
 def _known(told: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

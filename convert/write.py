@@ -1,6 +1,6 @@
 """PyTorch files written tensor by tensor: .safetensors, .pth, Hugging Face directories.
 
-    specs, (name, tensor), ... --Sink--> FILE, whole or not at all, and FILE.sha256
+    specs, (name, tensor), ... --write_tensors--> FILE, whole or not at all, FILE.sha256
 
 A file never needs the memory of all its tensors: each is written to its place as it
 comes, in any order. The same tensors and metadata give the same bytes.

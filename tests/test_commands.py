@@ -118,6 +118,18 @@ def test_origin_travels_through_every_file(tmp_path, capsys):
     assert steps == ["to-jax,", "to-torch", "to-jax,", "to-torch"]
 
 
+@pytest.mark.parametrize("steps", [5, [5], "text"])
+def test_a_strange_provenance_is_one_line(steps, tmp_path, capsys):
+    config, params = SMALL["mlp"], random_params(SMALL["mlp"])
+    provenance = {"source": "x", "steps": steps}
+    checkpoint.save(tmp_path / "jax", config, params, provenance)
+    told = source.metadata_of(config, provenance, "0" * 64)
+    state = convert.to_torch(config, params)
+    write.write_state_dict(tmp_path / "a.safetensors", state, metadata=told)
+    for path in (tmp_path / "jax", tmp_path / "a.safetensors"):
+        assert "no list of texts" in refusal(capsys, "inspect", path)
+
+
 def test_options_of_the_conversion_travel_too(tmp_path):
     path = stored(tmp_path, "dinov2", SMALL["mlp"], random_params(SMALL["mlp"]))
     run("to-jax", path, tmp_path / "jax", "--interpolate-antialias=true")
