@@ -73,6 +73,7 @@ def awkward_kernels():
     """Kernels [in, out] that an SVD may stumble over, by what is awkward."""
     rng = np.random.default_rng(1)
     q = np.linalg.qr(rng.standard_normal((9, 9)))[0]
+    row_space = np.linalg.qr(rng.standard_normal((20, 9)))[0].T
     return {
         "tall": rng.standard_normal((40, 6)),
         "wide": rng.standard_normal((6, 40)),
@@ -84,6 +85,9 @@ def awkward_kernels():
         "equal-singular-values": 3 * q,
         "close-singular-values": q @ np.diag(1 + 1e-7 * np.arange(9)) @ q.T,
         "spread-singular-values": q @ np.diag(10.0 ** -np.arange(9)),
+        # the Gram matrix's square loses what is below 1e-8 of the largest
+        "wide-spread": q @ np.diag(10.0 ** -np.arange(9)) @ row_space,
+        "tall-spread": row_space.T @ np.diag(10.0 ** -np.arange(9)) @ q,
     }
 
 
@@ -131,6 +135,20 @@ def test_a_single_kernel_has_the_factors_of_the_stack_bit_for_bit(shape):
             stacked = getattr(factors, name)["mlp/fc1"][block]
             assert part.dtype == np.float32 and part.flags.c_contiguous
             assert part.tobytes() == stacked.tobytes(), name
+
+
+def test_only_an_inaccurate_kernel_of_two_sides_gets_an_svd(monkeypatch):
+    decomposed = []
+    svd = np.linalg.svd
+    monkeypatch.setattr(
+        np.linalg, "svd", lambda a, **kw: decomposed.append(a.shape) or svd(a, **kw)
+    )
+    for shape in ("tall", "wide"):
+        factor.factorize_kernel(AWKWARD[shape])
+    assert decomposed == []
+    for shape in ("square", "tall-spread", "wide-spread", "rank-deficient", "zero"):
+        factor.factorize_kernel(AWKWARD[shape])
+        assert decomposed.pop() == AWKWARD[shape].shape and not decomposed
 
 
 @pytest.mark.parametrize("shape", AWKWARD)
