@@ -4,20 +4,21 @@
     tree, metadata --save_tree--> DIR --load_tree--> the same
     FOLDER/00000100, 00000200, ... --load_newest--> the newest that is not damaged
 
-`sinder_jax.store` says what such a directory holds. It appears whole or not at all, and
-every array is verified against its digest when it is read.
+`sinder_jax.store` says what such a directory holds, on a disk or in a bucket (gs://).
+It appears whole or not at all, and every array is verified against its digest when it
+is read.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
-from sinder_jax import digest, store, vit
-from sinder_jax.store import StrPath, check_destination
+from sinder_jax import digest, paths, store, vit
+from sinder_jax.paths import AnyPath, StrPath
+from sinder_jax.store import check_destination
 
 __all__ = ["check_destination"]
 Tree = dict[str, Any]
@@ -243,17 +244,27 @@ class Newest(NamedTuple):
         damaged array.
     """
 
-    path: Path
+    path: AnyPath
     tree: Tree
     metadata: dict[str, Any]
-    damaged: dict[Path, ValueError]
+    damaged: dict[AnyPath, ValueError]
 
 
-def numbered(folder: StrPath) -> list[Path]:
-    """The checkpoints of a folder that are named by a number, in its order."""
-    folder = Path(folder)
+def numbered(folder: StrPath) -> list[AnyPath]:
+    """The checkpoints of a folder that are named by a number, in its order.
+
+    In a bucket: those that were completed. Orbax, which writes them one by one
+    (`sinder_jax.states`), ends each there with an object of that name.
+    """
+    folder = paths.as_path(folder)
     found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((path for path in found if path.name.isdigit()), key=_number)
+    complete = (
+        path
+        for path in found
+        if path.name.isdigit()
+        and not (paths.is_remote(path) and not (path / store.COMMITTED).exists())
+    )
+    return sorted(complete, key=_number)
 
 
 def load_newest(folder: StrPath) -> Newest | None:
@@ -265,7 +276,7 @@ def load_newest(folder: StrPath) -> Newest | None:
     Raises:
       store.DamagedError: every one of them is damaged.
     """
-    damaged: dict[Path, ValueError] = {}
+    damaged: dict[AnyPath, ValueError] = {}
     for path in reversed(numbered(folder)):
         try:
             return Newest(path, *load_tree(path), damaged)
@@ -279,5 +290,5 @@ def load_newest(folder: StrPath) -> Newest | None:
     return None
 
 
-def _number(path: Path) -> int:
+def _number(path: AnyPath) -> int:
     return int(path.name)

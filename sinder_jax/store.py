@@ -3,10 +3,15 @@
     array, array, ... --Writer--> DIR/arrays_0, arrays_1, ... + DIR/metadata
     DIR --Reader--> one array at a time, its SHA-256 verified
 
-Every `arrays_N` is a PyTree checkpoint of Orbax, `metadata` its JSON item. A directory
-appears whole or not at all. Orbax and TensorStore notice no flipped bit in what they
-store (of 180 single-bit flips 173 came back as other numbers), hence the digests; and
-saving a tree at once takes 2 to 3 times its memory, hence the parts.
+Every `arrays_N` is a PyTree checkpoint of Orbax, `metadata` its JSON item. Orbax and
+TensorStore notice no flipped bit in what they store (of 180 single-bit flips 173 came
+back as other numbers), hence the digests; and saving a tree at once takes 2 to 3 times
+its memory, hence the parts.
+
+A directory on a disk is written under another name and renamed: it appears whole or not
+at all. In a bucket (gs://) nothing can be renamed at once, but a single object appears
+whole. There `metadata` is written last: a directory without it is no checkpoint, and is
+replaced by the next one of that name.
 """
 
 import hashlib
@@ -17,7 +22,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from sinder_jax import digest
+from sinder_jax import digest, paths
+from sinder_jax.paths import AnyPath, StrPath
 
 FORMAT = "sinder_jax"
 VERSION = 2
@@ -35,7 +41,9 @@ PART_BYTES = 64 * 2**20  # a part is closed once it holds this much
 # memory of one chunk an array, with files of their own (no OCDBT) four times as fast.
 CHUNK_BYTES = 32 * 2**20
 NAME = re.compile(r"[\w-]+(/[\w-]+)*")  # a dot would be a slash on disk
-StrPath = str | os.PathLike[str]
+SYSTEM_ERROR = re.compile(r"\b(?:os_error_code='|OS error )(\d+)")
+COMMITTED = "commit_success.txt"  # what Orbax writes last, to each item
+PART = re.compile(r"metadata|arrays_\d+")
 
 
 class DamagedError(ValueError):
@@ -49,7 +57,7 @@ class Writer:
     process: of many hosts, use it on process 0 alone.
 
     Args:
-      path: a directory that does not exist, in one that does.
+      path: a directory that does not exist, in one that does; or gs://bucket/name.
       metadata: JSON values; a dict that may be changed until the block ends.
 
     Raises:
@@ -65,18 +73,24 @@ class Writer:
         if jax.process_index():
             raise RuntimeError(f"process {jax.process_index()} must leave saving to 0.")
         self.metadata = metadata
-        self._path = Path(path).absolute()
+        self._path = paths.located(path)
         self._entries: dict[str, dict[str, Any]] = {}
         self._part: dict[str, np.ndarray] = {}
         self._num_parts = 0
 
     def __enter__(self) -> Any:  # itself, of any subclass
         _json(self.metadata)
+        self._undo = ExitStack()
+        if paths.is_remote(self._path):
+            paths.remove(self._path)  # what a writer that was killed has left
+            self._undo.callback(paths.remove, self._path)
+            self._target = self._path
+            return self
         # A directory beside the destination: renaming is atomic there.
-        self._staging = tempfile.TemporaryDirectory(
+        staging = tempfile.TemporaryDirectory(
             prefix=f".{self._path.name}.", dir=self._path.parent
         )
-        self._target = Path(self._staging.name, self._path.name)
+        self._target = Path(self._undo.enter_context(staging), self._path.name)
         self._target.mkdir()
         return self
 
@@ -92,48 +106,38 @@ class Writer:
         if name in self._entries:
             raise ValueError(f"{name} is written twice.")
         sha256 = digest.of_array(array)
-        self._entries[name] = {
-            "shape": list(array.shape),
-            "dtype": array.dtype.name,
-            "sha256": sha256,
-            "part": self._num_parts,
-        }
+        self._entries[name] = entry(array, sha256, part=self._num_parts)
         self._part[name] = array
         if sum(each.nbytes for each in self._part.values()) >= PART_BYTES:
             self._close_part()
         return sha256
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        with self._staging:
+        with self._undo:
             if kind is None:
                 self._complete()
 
     def _complete(self) -> None:
         if not self._entries:
             raise ValueError("the tree holds no array.")
-        header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "arrays": self._entries,
-            "metadata": self.metadata,
-        }
-        header["sha256"] = _sha256_of(header)
+        saved = header(self._entries, self.metadata)
         if self._part:
             self._close_part()
-        self._save("metadata", ocp.JsonCheckpointHandler, ocp.args.JsonSave(header))
+        self._save("metadata", ocp.JsonCheckpointHandler, ocp.args.JsonSave(saved))
+        if paths.is_remote(self._path):
+            self._undo.pop_all()  # without running them: it stays
+            return
         check_destination(self._path)  # hours may have passed
         os.rename(self._target, self._path)
 
     def _close_part(self) -> None:
         tree, self._part = traverse_util.unflatten_dict(self._part, sep="/"), {}
-        chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
-        save = ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunks, tree))
-        self._save(f"arrays_{self._num_parts}", _arrays_handler, save)
+        self._save(f"arrays_{self._num_parts}", arrays_handler, arrays_args(tree))
         self._num_parts += 1
 
     def _save(self, item: str, handler: Any, args: Any) -> None:
         try:
-            with _quiet(), _checkpointer(handler) as checkpointer:
+            with quiet(), _checkpointer(handler) as checkpointer:
                 checkpointer.save(self._target / item, args)
         except Exception as error:  # TensorStore has no OSError: its are ValueErrors
             raise OSError(
@@ -145,7 +149,7 @@ class Reader:
     """Reads what `Writer` wrote.
 
     Args:
-      path: the directory.
+      path: the directory, of a disk or a bucket.
 
     Attributes:
       metadata: the JSON values.
@@ -158,10 +162,10 @@ class Reader:
     """
 
     def __init__(self, path: StrPath):
-        self._path = Path(path).absolute()
-        header = _read_header(self._path)
-        self.metadata: dict[str, Any] = header["metadata"]
-        self.arrays: dict[str, dict[str, Any]] = header["arrays"]
+        self._path = paths.located(path)
+        read = _read_header(self._path)
+        self.metadata: dict[str, Any] = read["metadata"]
+        self.arrays: dict[str, dict[str, Any]] = read["arrays"]
 
     def read(self, name: str) -> np.ndarray:
         """One array in its stored number format, its digest verified.
@@ -200,7 +204,7 @@ class Reader:
         )
         args = ocp.args.PyTreeRestore(like, restore_args=to_numpy, partial_restore=True)
         try:
-            with _checkpointer(_arrays_handler) as checkpointer:
+            with _checkpointer(arrays_handler) as checkpointer:
                 tree = checkpointer.restore(self._path / f"arrays_{part}", args)
             return traverse_util.flatten_dict(tree, sep="/")[name]
         # Orbax and TensorStore raise whatever the broken byte led to.
@@ -218,14 +222,31 @@ def check_destination(path: StrPath) -> None:
       FileExistsError: something is there.
       FileNotFoundError: the directory around it does not exist.
       PermissionError: the directory around it cannot be written to.
+      OSError: its bucket does not answer.
     """
-    path = Path(path).absolute()
-    if path.exists() or path.is_symlink():
+    path = paths.located(path)
+    if paths.is_remote(path):
+        with paths.answering(path):
+            taken = path.exists() and not _is_unfinished(path)
+    else:
+        taken = path.exists() or Path(path).is_symlink()
+    if taken:
         raise FileExistsError(f"{path} exists: remove it or choose another name.")
+    if paths.is_remote(path):  # there are no directories to be missing
+        return
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no directory: create it first.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path.parent} cannot be written to.")
+
+
+def _is_unfinished(path: AnyPath) -> bool:
+    """Whether a directory of a bucket is what a writer that was killed has left."""
+    return (
+        path.is_dir()
+        and all(PART.fullmatch(part.name) for part in path.iterdir())
+        and not (path / "metadata" / COMMITTED).exists()
+    )
 
 
 def check_storable(name: str, array: np.ndarray) -> None:
@@ -249,7 +270,13 @@ def tool() -> str:
 
 
 def reason_of(error: Exception, limit: int = 200) -> str:
-    """The first line of an error, short enough to stand inside another one."""
+    """The first line of an error, short enough to stand inside another one.
+
+    What the system said, if TensorStore wrapped it into its own words.
+    """
+    code = SYSTEM_ERROR.search(str(error))
+    if code:
+        return os.strerror(int(code[1]))
     text = str(error).strip() or "no reason given"
     line = text.splitlines()[0]
     line = line if len(line) <= limit else line[: limit - 1] + "…"
@@ -259,9 +286,30 @@ def reason_of(error: Exception, limit: int = 200) -> str:
 # --- Orbax ------------------------------------------------------------------------
 
 
-def _arrays_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
-    # Saving waits until it is done, so nobody changes an array meanwhile.
-    numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+def alone() -> ocp.options.MultiprocessingOptions:
+    """For a process that waits for no other one: no barrier, and it may write."""
+    here = jax.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=here, active_processes={here}
+    )
+
+
+class _OneByOne(ocp.type_handlers.NumpyHandler):
+    async def serialize(self, values, infos, args=None):
+        """A task for each array, so that one that fails takes no other one with it.
+
+        On a full disk all fail, and those of one task print tracebacks past the first.
+        """
+        args = args or [ocp.SaveArgs()] * len(values)
+        tasks = []
+        for value, info, arg in zip(values, infos, args, strict=True):
+            tasks += await super().serialize([value], [info], [arg])
+        return tasks
+
+
+def arrays_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
+    """What writes and reads a part; nobody may change its arrays meanwhile."""
+    numpy = _OneByOne(deepcopy_host_arrays=False)
     registry = ocp.type_handlers.create_type_handler_registry(
         (np.ndarray, numpy),
         (jax.Array, ocp.type_handlers.ArrayHandler()),  # or Orbax misses it aloud
@@ -274,12 +322,21 @@ def _arrays_handler(**options: Any) -> ocp.PyTreeCheckpointHandler:
     )
 
 
+def arrays_args(tree: Mapping[str, Any]) -> ocp.args.PyTreeSave:
+    """A nested tree of arrays as `arrays_handler` is to write it."""
+    chunks = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+    return ocp.args.PyTreeSave(tree, save_args=jax.tree.map(lambda _: chunks, tree))
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warning that arrays in files of their own are not to be merged."""
+def quiet() -> Iterator[None]:
+    """Without what Orbax logs: its errors come back as exceptions and are told once.
+
+    It also warns that arrays in files of their own are not to be merged.
+    """
 
     def is_kept(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT checkpoints" not in record.msg
+        return f"{os.sep}orbax{os.sep}" not in record.pathname
 
     log = logging.getLogger("absl")
     log.addFilter(is_kept)
@@ -290,17 +347,40 @@ def _quiet() -> Iterator[None]:
 
 
 def _checkpointer(handler: Any) -> ocp.Checkpointer:
-    """A checkpointer of this process alone: no barrier, and it may write."""
-    here = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=here, active_processes={here}
-    )
     return ocp.Checkpointer(
-        handler(multiprocessing_options=alone), multiprocessing_options=alone
+        handler(multiprocessing_options=alone()), multiprocessing_options=alone()
     )
 
 
 # --- The header: what is stored, and its own digest ---------------------------------
+
+
+def entry(array: np.ndarray, sha256: str, *, part: int) -> dict[str, Any]:
+    """How the list of arrays describes one."""
+    return {
+        "shape": list(array.shape),
+        "dtype": array.dtype.name,
+        "sha256": sha256,
+        "part": part,
+    }
+
+
+def header(
+    arrays: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What the item `metadata` holds; ValueError for metadata that is no JSON.
+
+    Args:
+      arrays: by name, `entry`.
+      metadata: JSON values.
+    """
+    found = {
+        "format": FORMAT,
+        "version": VERSION,
+        "arrays": dict(arrays),
+        "metadata": dict(metadata),
+    }
+    return found | {"sha256": _sha256_of(found)}
 
 
 def _json(value: Any) -> str:
@@ -310,63 +390,67 @@ def _json(value: Any) -> str:
         raise ValueError(f"metadata must be JSON values: {error}.") from None
 
 
-def _sha256_of(header: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in header.items() if key != "sha256"}
+def _sha256_of(found: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in found.items() if key != "sha256"}
     return hashlib.sha256(_json(rest).encode()).hexdigest()
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    if not path.exists():
+def _read_header(path: AnyPath) -> dict[str, Any]:
+    with paths.answering(path):
+        exists = path.exists()
+    if not exists:
         raise FileNotFoundError(f"{path}: no such checkpoint.")
     if not path.is_dir():
         raise ValueError(
             f"{path} is a file; a checkpoint is a directory, which "
             f"`python -m convert to-jax {path.name} DIR` makes of a PyTorch file."
         )
+    if paths.is_remote(path) and _is_unfinished(path):
+        raise ValueError(f"{path}: no checkpoint, writing it was cut short.")
     if not (path / "metadata").exists():
         raise ValueError(f"{path}: no checkpoint of {FORMAT}, it holds no metadata.")
     try:
         with _checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
-            header = checkpointer.restore(path / "metadata", ocp.args.JsonRestore())
+            found = checkpointer.restore(path / "metadata", ocp.args.JsonRestore())
     except Exception as error:  # as in `Reader._restore`
         raise _damaged(path, f"metadata: {reason_of(error)}") from None
-    _check_header(path, header)
-    return header
+    _check_header(path, found)
+    return found
 
 
-def _check_header(path: Path, header: Any) -> None:
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
+def _check_header(path: AnyPath, found: Any) -> None:
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise ValueError(
             f"{path}: no checkpoint of {FORMAT}, its metadata is another's."
         )
-    if header.get("version") != VERSION:
+    if found.get("version") != VERSION:
         raise ValueError(
-            f"{path}: the format's version is {header.get('version')!r}, this program "
+            f"{path}: the format's version is {found.get('version')!r}, this program "
             f"reads {VERSION}: use the program that wrote it, or write it again."
         )
-    if header.get("sha256") != _sha256_of(header):
+    if found.get("sha256") != _sha256_of(found):
         raise _damaged(path, "metadata: it is not what was written")
-    arrays, metadata = header.get("arrays"), header.get("metadata")
+    arrays, metadata = found.get("arrays"), found.get("metadata")
     if not (isinstance(arrays, dict) and arrays and isinstance(metadata, dict)):
         raise _damaged(path, "metadata: its list of arrays is missing")
-    for name, entry in arrays.items():
+    for name, described in arrays.items():
         # Not only damage: a stranger's checkpoint may name files outside it.
-        if not (NAME.fullmatch(name) and _is_entry(entry)):
+        if not (NAME.fullmatch(name) and _is_entry(described)):
             raise _damaged(path, f"metadata: {name!r} is not described as an array")
 
 
-def _is_entry(entry: Any) -> bool:
+def _is_entry(value: Any) -> bool:
     return (
-        isinstance(entry, dict)
-        and entry.keys() == {"shape", "dtype", "sha256", "part"}
-        and isinstance(entry["shape"], list)
-        and all(type(side) is int and side >= 0 for side in entry["shape"])
-        and isinstance(entry["dtype"], str)
-        and type(entry["part"]) is int
+        isinstance(value, dict)
+        and value.keys() == {"shape", "dtype", "sha256", "part"}
+        and isinstance(value["shape"], list)
+        and all(type(side) is int and side >= 0 for side in value["shape"])
+        and isinstance(value["dtype"], str)
+        and type(value["part"]) is int
     )
 
 
-def _damaged(path: Path, reason: str) -> DamagedError:
+def _damaged(path: AnyPath, reason: str) -> DamagedError:
     return DamagedError(
         f"{path}: the checkpoint is damaged ({reason}): write it again."
     )

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
@@ -9,8 +10,10 @@ import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 
-from sinder_jax import checkpoint, vit
+import bucket as buckets
+from sinder_jax import checkpoint, store, vit
 
 CONFIG = vit.ViTConfig(64, 3, 1, "swiglu", img_size=28, num_register_tokens=2)
 TREE = {
@@ -307,3 +310,131 @@ def test_no_damaged_file_is_read_as_something_else(damage, model, capfd):
     assert len(refused) >= 3
     assert model / "metadata" / "metadata" in refused
     assert "Traceback" not in capfd.readouterr().err
+
+
+# --- Buckets ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    return buckets.install(monkeypatch, tmp_path / "cloud")
+
+
+def test_a_model_in_a_bucket_comes_back_with_the_same_bytes(bucket):
+    params = random_params()
+    checkpoint.save("gs://b/models/one", CONFIG, params)
+    config, got = checkpoint.load("gs://b/models/one")
+    assert config == CONFIG
+    assert_same_tree(got, params)
+    (top,) = {name.rsplit("models/")[0] for name in bucket.objects()}
+    assert top == "b/"  # nothing beside it
+
+
+def test_a_path_of_a_bucket_is_as_good_as_its_name(bucket):
+    place = epath.Path("gs://b") / "tree"
+    checkpoint.save_tree(place, TREE, {"step": 3})
+    tree, metadata = checkpoint.load_tree(str(place))
+    assert_same_tree(tree, TREE)
+    assert metadata == {"step": 3}
+
+
+def test_a_bucket_s_checkpoint_is_that_of_a_disk(bucket, model):
+    """Copied from one to the other it can be read."""
+    shutil.copytree(model, bucket.place("gs://b/copied"))
+    assert_same_tree(checkpoint.load("gs://b/copied")[1], random_params())
+    checkpoint.save("gs://b/there", CONFIG, random_params())
+    assert_same_tree(checkpoint.load(bucket.place("gs://b/there"))[1], random_params())
+
+
+def test_what_is_in_a_bucket_is_refused_as_on_a_disk(bucket):
+    checkpoint.save_tree("gs://b/tree", TREE, {})
+    before = bucket.objects()
+    message = error_of(
+        checkpoint.save_tree, "gs://b/tree", TREE, {}, kind=FileExistsError
+    )
+    assert "gs://b/tree" in message
+    assert bucket.objects() == before
+    message = error_of(checkpoint.load, "gs://b/none", kind=FileNotFoundError)
+    assert "gs://b/none" in message
+    assert "no checkpoint of a model" in error_of(checkpoint.load, "gs://b/tree")
+
+
+def test_nobody_s_own_objects_are_taken_for_an_unfinished_checkpoint(bucket):
+    bucket.put_object("gs://b/mine/arrays_0/x", b"1")
+    bucket.put_object("gs://b/mine/thesis.tex", b"2")
+    error_of(checkpoint.save_tree, "gs://b/mine", TREE, {}, kind=FileExistsError)
+    bucket.put_object("gs://b/file", b"3")
+    error_of(checkpoint.save_tree, "gs://b/file", TREE, {}, kind=FileExistsError)
+    assert len(bucket.objects()) == 3
+
+
+def test_a_kill_leaves_no_checkpoint_in_a_bucket_and_the_next_save_replaces_it(bucket):
+    """After any number of objects: what can be read is whole."""
+    outcomes = []
+    for objects in range(20):
+        bucket.stop_after(objects)
+        try:
+            checkpoint.save_tree("gs://b/tree", TREE, {"kill": objects})
+        except buckets.Killed:
+            bucket.stop_after(None)
+            outcomes.append(len(bucket.objects("b/tree")))
+            try:
+                tree, metadata = checkpoint.load_tree("gs://b/tree")
+            except FileNotFoundError:
+                assert not bucket.objects()
+            except ValueError as error:
+                assert str(error) == (
+                    "gs://b/tree: no checkpoint, writing it was cut short."
+                )
+            else:
+                assert_same_tree(tree, TREE)
+                assert metadata == {"kill": objects}
+                bucket.rm("b/tree", recursive=True)
+            continue
+        bucket.stop_after(None)
+        break
+    assert len(set(outcomes)) > 4, "it was never killed half-way"
+    tree, metadata = checkpoint.load_tree("gs://b/tree")
+    assert_same_tree(tree, TREE)
+    assert metadata == {"kill": objects}
+
+
+def test_failed_saving_leaves_nothing_in_a_bucket(bucket):
+    with pytest.raises(ValueError, match="twice"):
+        with store.Writer("gs://b/tree", {}) as writer:
+            writer.write("a", np.ones(2))
+            writer._close_part()
+            assert bucket.objects()
+            writer.write("a", np.ones(2))
+    assert not bucket.objects()
+
+
+def test_damage_in_a_bucket_is_noticed(bucket):
+    checkpoint.save("gs://b/model", CONFIG, random_params())
+    place = bucket.place("gs://b/model/arrays_0/norm.bias/0")
+    data = bytearray(place.read_bytes())
+    data[5] ^= 1
+    place.write_bytes(data)
+    assert "norm/bias" in error_of(checkpoint.load, "gs://b/model")
+
+
+def test_a_bucket_that_does_not_answer_is_told_in_one_line(bucket, monkeypatch):
+    class AnonymousCredentialsError(Exception):
+        pass
+
+    def refuse(*_):
+        raise AnonymousCredentialsError("no credentials\nwere found")
+
+    monkeypatch.setattr(bucket, "info", refuse)
+    monkeypatch.setattr(bucket, "exists", refuse)
+    for call in (checkpoint.load, lambda path: checkpoint.save_tree(path, TREE, {})):
+        message = error_of(call, "gs://b/model", kind=OSError)
+        assert "gs://b/model" in message and "no credentials were found" in message
+
+
+def test_without_gcsfs_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ValueError, match=r"pip install 'sinder_jax\[gcs\]'"):
+        checkpoint.load("gs://b/model")
+    with pytest.raises(ValueError, match="only paths of a disk and gs://"):
+        checkpoint.load("s3://b/model")
