@@ -2,10 +2,10 @@
 
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
-Names: repair, images, directions, factorize, features, convert; none means all. Results
-are printed as a Markdown table and, with --out, written as JSON and Markdown. `--quick`
-takes small models, to see that everything runs. What is compared is timed in turn,
-A B A B …, and told as medians and ratios of medians.
+Names: repair, depth, images, directions, factorize, memory, features, convert, decode;
+none means all. Results are printed as a Markdown table and, with --out, written as JSON
+and Markdown. `--quick` takes small models, to see that everything runs. What is
+compared is timed in turn, A B A B …, and told as medians and ratios of medians.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import giant_step, operations, synthetic
+from benchmarks import decode, giant_step, memory, operations, synthetic
 from sinder_jax import defects, factor, repair, vit
 
 Numbers = dict[str, Any]
@@ -128,7 +128,7 @@ class Case:
 def giant_width(depth: int, quick: bool) -> tuple[vit.ViTConfig, int]:
     """Architecture and image side: the giant's width, or a small one."""
     if quick:
-        return vit.ViTConfig(128, 4, 2, "swiglu", img_size=112), 112
+        return vit.ViTConfig(128, depth, 2, "swiglu", img_size=112), 112
     config = vit.ViTConfig(1536, depth, 24, "swiglu", interpolate_antialias=True)
     return config, 518
 
@@ -195,14 +195,66 @@ def bench_directions(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_factorize(rounds: int, quick: bool) -> Numbers:
-    """float64 SVD of the four kernels of one block, and of all of them."""
+    """Factors of two blocks, against one float64 SVD after the other."""
     name = "dinov2_vits14" if quick else "dinov2_vitg14"
-    config = dataclasses.replace(vit.CONFIGS[name], depth=1)
+    config = dataclasses.replace(vit.CONFIGS[name], depth=2)
     params = giant_step.random_params(config)
-    start = time.perf_counter()
-    factor.factorize(config, params)
-    block = time.perf_counter() - start
-    return {"seconds": {"one block": block, "all": block * vit.CONFIGS[name].depth}}
+    _, kernels = factor.split_params(config, params)
+
+    def svds() -> None:
+        for kernel in (kernel for stack in kernels.values() for kernel in stack):
+            np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
+
+    seconds = in_turn(rounds, SVDs=svds, ours=lambda: factor.factorize(config, params))
+    numbers = told(seconds, "SVDs")
+    blocks = vit.CONFIGS[name].depth
+    numbers["seconds of all blocks"] = {
+        name: x / config.depth * blocks for name, x in numbers["seconds"].items()
+    }
+    return numbers
+
+
+def bench_depth(rounds: int, quick: bool) -> Numbers:
+    """What each further block costs, ours and the baseline's, and so a whole giant.
+
+    A giant's steps themselves need more memory than two of them side by side leave:
+    each is timed at two depths, and both are linear in it.
+    """
+    depths = {"ours": (11, 15), "baseline": (4, 8)}
+    calls = {}
+    for name, pair in depths.items():
+        for depth in pair:
+            config, size = giant_width(depth, quick)
+            case = Case(config, size, config.depth - 1)
+            call = case.ours() if name == "ours" else case.baseline("dense")
+            calls[f"{name}, {depth} blocks"] = call
+    seconds = in_turn(rounds, **calls)
+    medians = {name: float(np.median(each)) for name, each in seconds.items()}
+
+    def at(name: str, blocks: int) -> float:
+        few, many = depths[name]
+        times = [medians[f"{name}, {depth} blocks"] for depth in (few, many)]
+        return times[0] + (blocks - few) * (times[1] - times[0]) / (many - few)
+
+    numbers: Numbers = {"seconds": medians, "all seconds": seconds}
+    for block in (19, 29, 39):
+        ours, baseline = at("ours", block + 1), at("baseline", block + 1)
+        numbers[f"defect in block {block}"] = {
+            "ours": ours,
+            "baseline": baseline,
+            "times faster": baseline / ours,
+        }
+    return numbers
+
+
+def bench_memory(rounds: int, quick: bool) -> Numbers:
+    """Memory of a device and compile time, for each of the hub's models."""
+    del rounds
+    models = ["dinov2_vits14"] if quick else [x for x in vit.CONFIGS if "reg" not in x]
+    return {
+        model: memory.of_step(vit.CONFIGS[model], 112 if quick else 518)
+        for model in models
+    }
 
 
 def bench_features(rounds: int, quick: bool) -> Numbers:
@@ -246,8 +298,11 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "images": bench_images,
     "directions": bench_directions,
     "factorize": bench_factorize,
+    "depth": bench_depth,
+    "memory": bench_memory,
     "features": bench_features,
     "convert": bench_convert,
+    "decode": decode.bench_decode,
 }
 
 

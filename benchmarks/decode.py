@@ -1,0 +1,112 @@
+"""Images a second: from a JPEG to what a step reads, by threads and by processes.
+
+    python -m benchmarks.decode [--seconds=10] [--size=518] [--folder=/data/train]
+
+Without a folder of yours, the photographs inside scikit-image are cut to 500 x 375
+pixels, about ImageNet's mean, and saved as JPEGs of quality 95. `one after the other`
+is the work of one core; the rest is `data.stream` with threads or worker processes that
+have one thread each, taken after what was read ahead at the start.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sinder_jax import data, decode
+
+WIDTH, HEIGHT = 500, 375  # pixels
+BATCH = 4  # images
+
+
+def write_photographs(folder: Path) -> None:
+    """Writes JPEGs of ImageNet's kind: the middle of each photograph of the sample."""
+    for file in data.sample_images():
+        image = decode.read_rgb(file)
+        scale = max(WIDTH / image.width, HEIGHT / image.height)
+        sides = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+        left, top = (sides[0] - WIDTH) // 2, (sides[1] - HEIGHT) // 2
+        image = image.crop((left, top, left + WIDTH, top + HEIGHT))
+        image.save(folder / f"{file.stem}.jpg", quality=95)
+
+
+def rate(call: Callable[[], Any], seconds: float) -> float:
+    """Calls a second, over at least so many seconds."""
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        call()
+        count += 1
+    return count / (time.perf_counter() - start)
+
+
+def stream_rate(
+    photographs: Sequence[data.Photograph], size: int, seconds: float, **options: int
+) -> float:
+    """Images a second of a stream, once the first batches are passed."""
+    stream = data.stream(photographs, size, batch_size=BATCH, **options)
+    for _ in range(4 + 2 * options.get("num_workers", 0)):  # read ahead, or starting
+        next(stream)
+    images = rate(lambda: next(stream), seconds) * BATCH
+    stream.close()
+    return images
+
+
+def rates(folder: Path, size: int, seconds: float) -> dict[str, Any]:
+    """Images a second from the photographs of a folder, by who reads them."""
+    photographs = data.open_photographs(str(folder))
+    several = sorted({1, 2, os.cpu_count() or 1})
+    walk = itertools.cycle(photographs)
+    crops = itertools.cycle([decode.training_crop(x.read(), size) for x in photographs])
+    return {
+        "images/s": {
+            "one after the other": rate(
+                lambda: decode.normalize(decode.training_crop(next(walk).read(), size)),
+                seconds,
+            ),
+            "decoding alone": rate(lambda: next(walk).read(), seconds),
+            "normalizing alone": rate(lambda: decode.normalize(next(crops)), seconds),
+            **{
+                f"{n} threads": stream_rate(photographs, size, seconds, num_threads=n)
+                for n in several
+            },
+            **{
+                f"{n} workers": stream_rate(
+                    photographs, size, seconds, num_threads=1, num_workers=n
+                )
+                for n in several
+            },
+        }
+    }
+
+
+def bench_decode(rounds: int, quick: bool) -> dict[str, Any]:
+    """The rates for JPEGs of ImageNet's kind, two seconds each and round."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_photographs(Path(folder))
+        return rates(Path(folder), 518, 0.5 if quick else 2.0 * rounds)
+
+
+def main() -> None:
+    """Prints the rates as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each rate")
+    parser.add_argument("--size", type=int, default=518, help="pixels")
+    parser.add_argument("--folder", type=Path, help="of photographs")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.folder is None:
+            write_photographs(Path(folder))
+        found = rates(args.folder or Path(folder), args.size, args.seconds)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
