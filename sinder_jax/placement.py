@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -118,6 +119,30 @@ def shard(tree: Any, sharding: NamedSharding) -> Any:
                 f"{devices} devices do not divide the width {x.shape[-1]} of a kernel: "
                 "choose a number that does."
             )
-    return jax.tree.map(
-        lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
-    )
+
+    def put(x: Any, spec: PartitionSpec) -> Array:
+        # From a callback: of several processes, each places what its devices keep.
+        host = np.asarray(x)
+        placed = NamedSharding(mesh, spec)
+        return jax.make_array_from_callback(host.shape, placed, lambda at: host[at])
+
+    return jax.tree.map(put, tree, specs)
+
+
+def unshard(tree: Any) -> Any:
+    """Whole arrays on the host from what `shard` split, gathered block by block.
+
+    All processes must call it together.
+    """
+
+    def whole(x: Any) -> np.ndarray:
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_shards[0].data)
+        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
+        gather = jax.jit(at, out_shardings=everywhere)
+        blocks = (
+            gather(x, block).addressable_shards[0].data for block in range(len(x))
+        )
+        return np.stack([np.asarray(block) for block in blocks])
+
+    return jax.tree.map(whole, tree)

@@ -43,6 +43,7 @@ __all__ = [
     "RepairOptions",
     "RepairState",
     "from_saved",
+    "in_order",
     "init",
     "is_done",
     "make_pmapped_step",
@@ -165,58 +166,73 @@ def make_pmapped_step(
 
     The images of a device run one after the other; their ε-gradients are gathered and
     summed in image order on every device: 1, 2, 4 and 8 devices that share a step's
-    images give the same bits, for one kind of device (`tests/test_devices.py`).
+    images give the same bits, for one kind of device (`tests/test_devices.py`). The
+    devices may belong to several processes, all of which call the step.
 
     Args:
       config: the architecture.
       options: the options.
-      devices: None means all.
+      devices: None means all, see `in_order`.
 
     Returns:
       step(state, frozen, images, valid=None) as in `make_step`, with state and frozen
       from `replicate`, images [devices, per_device, height, width, 3] and valid
-      [devices, per_device]; metrics have the leading axes [devices, per_device], or
-      [devices] where they describe the state.
+      [devices, per_device], of several processes each giving those of its own devices;
+      metrics are those of all devices, with the leading axes [devices, per_device],
+      or [devices] where they describe the state.
     """
-    return _pmapped_step(config, options, None if devices is None else tuple(devices))
+    return _pmapped_step(config, options, _chosen(devices))
 
 
 @functools.lru_cache
 def _pmapped_step(
-    config: ViTConfig, options: RepairOptions, devices: tuple[jax.Device, ...] | None
+    config: ViTConfig, options: RepairOptions, devices: tuple[jax.Device, ...]
 ) -> Step:
     def step(state, frozen, images, valid):
         results = image_results(config, options, state, frozen, images)
         results, valid = lax.all_gather((results, valid), AXIS, tiled=True)
-        state, metrics = _update(options, state, frozen, results, valid)
-        own = lax.axis_index(AXIS) * images.shape[0]
-        return state, jax.tree.map(
-            lambda x: (
-                lax.dynamic_slice_in_dim(x, own, images.shape[0]) if x.ndim else x
-            ),
-            metrics,
-        )
+        return _update(options, state, frozen, results, valid)
 
     pmapped = jax.pmap(step, AXIS, devices=devices, donate_argnums=0)
 
+    def by_device(x):
+        shape = (len(devices), -1) if x.ndim else (len(devices),)
+        return x.reshape(shape) if x.ndim else jnp.broadcast_to(x, shape)
+
     def call(state, frozen, images, valid=None):
         valid = np.ones(images.shape[:2], bool) if valid is None else valid
-        return pmapped(state, frozen, images, valid)
+        state, metrics = pmapped(state, frozen, images, valid)
+        return state, jax.tree.map(by_device, unreplicate(metrics))
 
     return call
 
 
+def in_order(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
+    """Devices with those of a process together: it gives them consecutive images."""
+    return tuple(sorted(devices, key=lambda device: (device.process_index, device.id)))
+
+
+def _chosen(devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
+    return in_order(jax.devices()) if devices is None else tuple(devices)
+
+
 def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """A copy of every array on each device, on a new leading axis."""
-    devices = tuple(devices or jax.devices())
+    """A copy of every array on each device, on a new leading axis.
+
+    Args:
+      tree: of several processes, the same in each.
+      devices: as for `make_pmapped_step`.
+    """
+    devices = _chosen(devices)
+    own = sum(device.process_index == jax.process_index() for device in devices)
     return jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)(
-        np.zeros(len(devices)), tree
+        np.zeros(own), tree
     )
 
 
 def unreplicate(tree: Any) -> Any:
-    """One copy of what `replicate` spread, from the first device."""
-    return jax.tree.map(lambda x: x[0], tree)
+    """One copy of what `replicate` spread, from this process's first device."""
+    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
 
 # --- The update -----------------------------------------------------------------------
