@@ -22,6 +22,7 @@ import safetensors
 
 from convert.state_dict import MOST_TEXT, Spec, StateDict, damaged, reason
 from convert.torch_file import open_torch_file
+from sinder_jax import paths
 
 StrPath = str | os.PathLike[str]
 TORCH = (".pth", ".pt", ".bin")
@@ -88,7 +89,7 @@ def open_state_dict(path: StrPath) -> StateDict:
 
 def is_torch_source(path: StrPath) -> bool:
     """Whether `open_state_dict` is what reads this path: no checkpoint of ours."""
-    path = Path(path)
+    path = paths.as_path(path)
     return not path.is_dir() or any((path / name).exists() for name in WEIGHTS)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from convert import read, write
 from convert.names import TorchModel
 from sinder_jax import checkpoint, digest, store, vit
+from sinder_jax.paths import AnyPath
 
 OURS = "sinder_jax"
 ENTRY = "sinder_jax"  # of a file's metadata
@@ -45,7 +46,7 @@ class Model:
       left_out: what else is in the files, by name.
     """
 
-    path: Path
+    path: AnyPath
     config: vit.ViTConfig
     shapes: Mapping[str, tuple[int, ...]]
     leaf: Callable[[str], np.ndarray]
@@ -96,7 +97,7 @@ class Model:
 
 
 def open_model(
-    path: Path,
+    path: AnyPath,
     num_heads: int | None = None,
     name: str | None = None,
     **overrides: Any,
@@ -104,7 +105,8 @@ def open_model(
     """A model of a path, its files held against their `.sha256` if they have one.
 
     Args:
-      path: a checkpoint directory of ours, a PyTorch file or a Hugging Face directory.
+      path: a checkpoint directory of ours, of a disk or a bucket; a PyTorch file or a
+        Hugging Face directory, of a disk.
       num_heads: None: what the files say, or embed_dim // 64.
       name: of the source, for its provenance; None: the path's.
       overrides: fields of `vit.ViTConfig`, see `convert.from_torch`.
@@ -124,7 +126,7 @@ def open_model(
     return _open_checkpoint(path, num_heads)
 
 
-def _open_checkpoint(path: Path, num_heads: int | None) -> Model:
+def _open_checkpoint(path: AnyPath, num_heads: int | None) -> Model:
     reader = checkpoint.ModelReader(path)
     if num_heads not in (None, reader.config.num_heads):
         raise ValueError(f"{path}: has {reader.config.num_heads} heads.")
@@ -204,7 +206,7 @@ def _own_entry(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         ) from None
 
 
-def _readable(path: Path, provenance: Provenance) -> Provenance:
+def _readable(path: AnyPath, provenance: Provenance) -> Provenance:
     """A provenance as it stands in a file, perhaps a stranger's."""
     steps = provenance.get("steps", [])
     if not (isinstance(steps, list) and all(isinstance(step, str) for step in steps)):

@@ -13,6 +13,9 @@ USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
 
 TRACEBACK = "SINDER_TRACEBACK"
 
+# Exit codes. 75 is EX_TEMPFAIL of sysexits.h: not done, start me again.
+USER_ERROR, TRY_AGAIN, INTERRUPTED = 2, 75, 130
+
 
 def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and ends the process with its exit code.
@@ -31,12 +34,12 @@ def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
         if os.environ.get(TRACEBACK) == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USER_ERROR)
     except KeyboardInterrupt:
         if os.environ.get(TRACEBACK) == "1":
             raise
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
 
 
 def one_line(error: BaseException) -> str:
@@ -61,4 +64,4 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints one line that points to --help and exits with code 2."""
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(USER_ERROR, f"error: {message} (see {self.prog} --help)\n")

@@ -5,15 +5,16 @@ config.checkpoint --> ViTConfig, params (planted, for the demo)
 """
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 import convert
-from convert import fetch, write
-from convert import source as sources
-from sinder_jax import checkpoint, data, planted, repair, vit
+from convert import fetch, source, write
+from sinder_jax import checkpoint, data, paths, planted, repair, vit
+from sinder_jax.data import Photograph
 
 PLANTED = "planted"
 # What must agree with config.model; the rest is how a checkpoint is resampled.
@@ -24,6 +25,7 @@ AT_LEAST_1 = (
     "picture_every",
     "checkpoint_every",
     "measure_images",
+    "keep_states",
 )
 LARGEST = 2**31 - 1  # positions are counted in int32
 
@@ -47,34 +49,64 @@ def repair_options(config: ConfigDict) -> repair.RepairOptions:
     )
 
 
-def photographs(config: ConfigDict) -> tuple[list[Path], list[Path]]:
+def photographs(
+    config: ConfigDict, say: Callable[[str], None] = print
+) -> tuple[list[Photograph], list[Photograph]]:
     """The training list, and the photographs that are not on it.
+
+    Args:
+      config: says where they are and how many are wanted.
+      say: is told when there are fewer.
 
     Raises:
       ValueError: no data given, or no image there that can be read; says what to give.
-      FileNotFoundError: there is no such folder.
+        Also a side that is no whole patches, or a `config.resize` that cannot be.
+      FileNotFoundError: there is no such folder, list or dataset.
     """
     data.check_side("config.image_size", config.image_size)
+    check_resize(config)
     if not config.data:
         raise ValueError(
             "no photographs: add --config.data=FOLDER, for example the training set of "
             "ImageNet, or --config.data=sample for those inside scikit-image"
         )
-    sample = config.data == "sample"
-    files = data.sample_images() if sample else data.list_images(config.data)
-    train = data.training_list(files, config.num_images)
+    found = data.open_photographs(config.data)
+    train = data.training_list(
+        found, config.num_images, shuffle_seed=config.shuffle_seed
+    )
     if not any(map(is_readable, train)):  # ends at the first that is
         raise ValueError(
             f"none of the {len(train)} images of {config.data} can be read, the first "
-            f"is {train[0]}"
+            f"is {train[0].name}"
         )
-    return train, sorted(set(files) - set(train))
+    if len(found) < config.num_images:
+        say(
+            f"only {len(found)} photographs in {config.data}, {config.num_images} "
+            "asked for: all are used, over and over"
+        )
+    names = {photograph.name for photograph in train}  # a list may have one twice
+    rest = data.held_out(found, config.num_images)
+    return train, [photograph for photograph in rest if photograph.name not in names]
 
 
-def is_readable(file: Path) -> bool:
-    """Whether a file holds an image; decodes it."""
+def check_resize(config: ConfigDict) -> None:
+    """Refuses a `config.resize` that is unknown, or impossible for so many images.
+
+    Raises:
+      ValueError: says what to give.
+    """
+    if config.resize == "keep" and config.images_per_step != 1:
+        raise ValueError(
+            "config.resize=keep gives images of several shapes, so that a step takes "
+            "one: add --config.images_per_step=1"
+        )
+    data.check_resize(config.resize, 1)
+
+
+def is_readable(photograph: Photograph) -> bool:
+    """Whether a photograph can be had and decoded; does both."""
     try:
-        data.read_rgb(file)
+        photograph.read()
     except data.UnreadableImage:
         return False
     return True
@@ -101,7 +133,13 @@ def check_weights_given(config: ConfigDict) -> None:
         )
     if not config.checkpoint:
         raise ValueError(f"no weights of {config.model}. {how_to_get(config.model)}")
-    if not Path(config.checkpoint).exists():
+    path = paths.as_path(config.checkpoint)
+    if paths.is_remote(path) and path.suffix in (".pth", ".safetensors"):
+        raise ValueError(
+            f"config.checkpoint={path}: PyTorch files are read from a disk. Convert it "
+            "there (`python -m convert to-jax`) and copy the directory to the bucket"
+        )
+    if not path.exists():
         raise FileNotFoundError(
             f"{config.checkpoint} does not exist. {how_to_get(config.model)}"
         )
@@ -130,24 +168,25 @@ class Original(NamedTuple):
     provenance: dict[str, Any]
 
 
-def load_model(config: ConfigDict, planted_file: Path) -> Original:
+def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
     """The original model.
 
     Args:
-      config: names model and checkpoint, a directory of ours or PyTorch files.
-      planted_file: where planted weights are written, in hub layout, and read from.
+      config: names model and checkpoint, a directory of ours, of a disk or a bucket, or
+        PyTorch files.
+      planted_file: where planted weights, if it is them, are written and read from.
 
     Raises:
       ValueError: no checkpoint, a damaged one, or one of another model.
     """
-    path = Path(config.checkpoint)
+    path = paths.as_path(config.checkpoint)
     want = vit.CONFIGS.get(config.model, planted.CONFIG)
     if config.model == PLANTED:
         path = planted_file
         made = planted.planted_model(config.seed)
         state_dict = convert.to_torch(made.config, made.params)
         write.write_state_dict(path, state_dict, overwrite=True)
-    model = sources.open_model(path)
+    model = source.open_model(path)
     wrong = [
         f"{name} is {getattr(model.config, name)} and not {getattr(want, name)}"
         for name in ARCHITECTURE

@@ -17,10 +17,12 @@ class Progress:
     Args:
       config: says `max_iter`, `history` and `log_every`, in images.
       start: images passed before.
+      shown: False for the processes that leave it to another one.
     """
 
-    def __init__(self, config: ConfigDict, *, start: int):
+    def __init__(self, config: ConfigDict, *, start: int, shown: bool = True):
         self._console = Console(highlight=False)
+        self._shown = shown
         self._live = Live(console=self._console, refresh_per_second=4, transient=True)
         self._total, self._history = config.max_iter, config.history
         self._every = config.log_every
@@ -29,7 +31,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         """Starts the live line."""
-        if self._console.is_terminal:
+        if self._shown and self._console.is_terminal:
             self._live.start()
         return self
 
@@ -39,6 +41,8 @@ class Progress:
 
     def update(self, num_images: int, row: dict[str, Any]) -> None:
         """Shows the newest image; `row` is its line of the metrics."""
+        if not self._shown:
+            return
         self._times = [*self._times[-WINDOW:], (num_images, time.monotonic())]
         line = self._line(num_images, row)
         if self._console.is_terminal:
@@ -48,7 +52,7 @@ class Progress:
             self.print(line)
 
     def print(self, text: str) -> None:
-        """A line that stays."""
+        """A line that stays, by any process."""
         self._console.print(text, markup=False, soft_wrap=True)
 
     def _line(self, num_images: int, row: dict[str, Any]) -> str:

@@ -3,15 +3,16 @@
     config --> photographs, weights --> factors, directions --> step, ... --> export
 
 Everything goes into the workdir (`experiments.workdir` lists the files). Started again
-with the same workdir, the run goes on where it was.
+with the same workdir, the run goes on where it was: after a kill, with other devices,
+in another number of processes. Told to stop, it saves and ends with exit code 75.
 """
 
-import dataclasses
-import json
-import math
+import os
+import stat
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,23 +20,67 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import cli, inputs, results
+from experiments import cli, cluster, inputs, results, sinks, tracing
 from experiments import config as config_files
+from experiments.cluster import Cluster, Vote
+from experiments.frozen import Thawed, freeze, thaw
+from experiments.heartbeat import Heartbeat, own_command, refuse_if_alive
+from experiments.journal import Dispatched, Journal
 from experiments.progress import Progress, duration
-from experiments.workdir import Workdir, write_text
-from sinder_jax import checkpoint, data, defects, factor, pictures, repair, vit
+from experiments.runner import Runner, choose_devices
+from experiments.stopping import Stopped, Stopping
+from experiments.workdir import Workdir
+from sinder_jax import checkpoint, data, pictures, repair
+from sinder_jax.data import Photograph
 
-PER_IMAGE = ("layer", "loss", "alpha", "num_outliers", "finite")
-FACTORS = ("u", "sigma", "v")
 EXAMPLE = """\
 examples:
   python -m experiments.repair --config=tiny.py --workdir=runs/demo
   python -m experiments.repair --config=giant.py --workdir=runs/giant \\
-      --config.checkpoint=dinov2_vitg14 --config.data=/data/imagenet/train
+      --config.checkpoint=dinov2_vitg14 --config.data=folder:/data/imagenet/train
 
 A bare config name means experiments/configs/; --config.KEY=VALUE changes a key of it.
+docs/pods.md has the lines for TPU pods and clusters. Exit codes: 0 finished, 2 an error
+that one line tells, 75 stopped and saved: start it again, 130 a second Ctrl-C.
 SINDER_TRACEBACK=1 in the environment shows where an error comes from.
 """
+
+
+class Job(NamedTuple):
+    """What this process knows of the run from its start on."""
+
+    config: ConfigDict
+    options: repair.RepairOptions
+    processes: Cluster
+    workdir: Workdir
+    stopping: Stopping
+    train: Sequence[Photograph]
+    held_out: Sequence[Photograph]
+
+    @property
+    def devices(self) -> tuple[jax.Device, ...]:
+        """Those that share the images of a step, of all processes."""
+        return choose_devices(self.config.images_per_step, self.processes.processes)
+
+    @property
+    def devices_as_text(self) -> str:
+        """Such as "8 x TPU v4"."""
+        return f"{len(self.devices)} x {self.devices[0].device_kind}"
+
+    @property
+    def stopped_by(self) -> str:
+        """The signal that stopped the run."""
+        return self.stopping.asked or "a signal to another process"
+
+
+class Course(NamedTuple):
+    """Where the run stands: the state in motion, and what it is held against."""
+
+    original: Thawed
+    runner: Runner
+    observer: results.Observer
+    position: int
+    done: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,49 +90,115 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the command line without the program's name; None means the process's own.
 
     Returns:
-      The exit code, 0.
+      The exit code: 0, or 75 for a run that was told to stop.
 
     Raises:
       ValueError, OSError, FloatingPointError: what `cli.exit_on_error` shows the user.
     """
     began = time.monotonic()
-
-    # Config: whatever can be told to be wrong is, before the long part begins.
+    # Whatever can be told to be wrong is, before the long part begins.
     args, overrides = _parser().parse_known_args(argv)
     config = config_files.load(args.config)
     config_files.override(config, overrides)
     options = inputs.repair_options(config)
     inputs.check_weights_given(config)
-    train, held_out = inputs.photographs(config)
-    workdir = Workdir(args.workdir)
+    sinks.check_packages(config)
+    span = tracing.parse(args.profile) if args.profile else None
+    if args.compilation_cache:
+        keep_compiled(args.compilation_cache)
+    try:
+        with Stopping() as stopping, cluster.start(args) as processes:
+            listed = inputs.photographs(config, say=processes.say)
+            with Workdir(
+                args.workdir,
+                writes=processes.is_first,
+                keep_last=config.keep_states,
+                keep_every=config.keep_every,
+            ) as workdir:
+                job = Job(config, options, processes, workdir, stopping, *listed)
+                settle(job, force=args.force)
+                if processes.from_first(np.array(workdir.finished())):
+                    processes.say(f"{workdir.path} is finished: see {workdir.summary}")
+                    return 0
+                with heart(job) as heartbeat:
+                    course = begin(job, heartbeat)
+                    if loop(job, course, heartbeat, span):
+                        finish(job, course, heartbeat, began)
+                        return 0
+                    heartbeat.phase(f"stopped: {job.stopped_by}")
+                    return cli.TRY_AGAIN
+    except Stopped as stopped:
+        print(f"stopped by {stopped}: the same command goes on", file=sys.stderr)
+        return cli.TRY_AGAIN
 
-    # Devices: images_per_step is part of the result, the devices only divide it.
-    workdir.settle_config(config, images_per_step=jax.local_device_count())
-    batch = config.images_per_step
-    devices = tuple(jax.local_devices()[: math.gcd(batch, jax.local_device_count())])
-    if workdir.summary.exists():
-        print(f"{workdir.path} is finished: see {workdir.summary}")
-        return 0
-    print(f"{len(train)} photographs to repair on, {len(held_out)} others held out")
-    print(f"{batch} images a step on {len(devices)} x {devices[0].device_kind}")
 
-    # Weights, factors and directions: computed once, stored, read by every resume.
-    if not workdir.frozen.exists():
-        freeze(config, workdir)
-    model, params, factors, directions, provenance = thaw(workdir)
-    frozen, state = repair.init(model, params, options, directions, factors)
-    del factors
+# --- The run, in order ----------------------------------------------------------------
 
-    # Resume.
-    saved = workdir.load_state()
-    if saved is not None:
+
+def settle(job: Job, *, force: bool) -> None:
+    """One config, one list of photographs and one workdir for all processes.
+
+    Raises:
+      ValueError: they differ, or the workdir holds another run or is another run's.
+    """
+    config, processes, workdir = job.config, job.processes, job.workdir
+    processes.check_same("configs", config.to_json(sort_keys=True))
+    processes.check_same("photographs", "\n".join(each.name for each in job.train))
+    if processes.processes > 1:
+        workdir.check_shared(
+            process=processes.process,
+            broadcast=lambda token: int(processes.from_first(np.array(token))),
+            gather=processes.all_say,
+        )
+    # images_per_step is part of the result, the devices only divide it.
+    if processes.is_first:
+        refuse_if_alive(workdir.path)
+        workdir.settle_config(config, images_per_step=jax.device_count(), force=force)
+    batch = int(processes.from_first(np.array(config.images_per_step)))
+    if not processes.is_first:
+        workdir.settle_config(config, images_per_step=batch, force=force)
+    data.check_resize(config.resize, batch)
+    choose_devices(batch, processes.processes)
+
+
+def heart(job: Job) -> Heartbeat:
+    """The run's sign of life."""
+    return Heartbeat(
+        job.workdir.path,
+        devices=job.devices_as_text,
+        processes=job.processes.processes,
+        writes=job.workdir.writes,
+    )
+
+
+def begin(job: Job, heartbeat: Heartbeat) -> Course:
+    """Weights, factors and directions, and the newest state, if there is one."""
+    config, processes, workdir = job.config, job.processes, job.workdir
+    processes.say(
+        f"{len(job.train)} photographs to repair on, {len(job.held_out)} others held "
+        "out"
+    )
+    processes.say(f"{config.images_per_step} images a step on {job.devices_as_text}")
+    # Computed once, stored, read by every process and every resume.
+    if processes.is_first and not workdir.frozen.exists():
+        freeze(config, workdir, heartbeat.phase)
+    processes.wait_for(workdir.frozen.exists)
+    processes.barrier()
+    heartbeat.phase("loading")
+    original = thaw(workdir)
+    model, params = original.model, original.params
+    frozen, state = repair.init(
+        model, params, job.options, original.directions, original.factors
+    )
+    # Process 0 reads the newest good state, and all others have it from there.
+    saved = workdir.load_state() if processes.is_first else None
+    if processes.from_first(np.array(saved is not None)):
+        saved = processes.from_first(saved or repair.to_saved(state))
         state = repair.from_saved(model, params, frozen, saved)
-        print(f"going on after {int(state.num_images)} images")
+        processes.say(f"going on after {int(state.num_images)} images")
     position = int(state.num_images)
-    workdir.rewind_metrics(position)
-
-    # Step and stream.
-    runner = Runner(model, options, frozen, state, devices)
+    if workdir.writes:
+        workdir.rewind_metrics(position)
     observer = results.Observer(
         model,
         params,
@@ -95,63 +206,135 @@ def main(argv: Sequence[str] | None = None) -> int:
         mask_thr=config.mask_thr,
         size=config.image_size,
     )
-    watched = results.spread(train, 1) + results.spread(held_out, 1)
+    done = bool(repair.is_done(job.options, state))
+    runner = Runner(
+        model, job.options, frozen, state, job.devices, split=config.split_model
+    )
+    return Course(original, runner, observer, position, done)
+
+
+def loop(
+    job: Job, course: Course, heartbeat: Heartbeat, span: tracing.Span | None
+) -> bool:
+    """Steps until the run is done, which gives True, or told to stop.
+
+    A step's metrics are read after the next one is dispatched, so that the device never
+    waits; once the stopping rule holds, the step in between changes nothing.
+    """
+    config, processes, workdir = job.config, job.processes, job.workdir
+    runner, position, batch = course.runner, course.position, config.images_per_step
+    heartbeat.phase("repairing")
+    job.stopping.finish_steps()
+    watched = watch(job)
+    vote = Vote(processes, job.devices)
     stream = data.stream(
-        train,
+        job.train,
         config.image_size,
         start=position,
         batch_size=batch,
+        part=(processes.process, processes.processes),
         num_threads=config.read_threads,
+        num_workers=config.read_workers,
+        resize=config.resize,
     )
-
-    # Loop. Metrics are fetched one step late, so that the device never waits; once the
-    # stopping rule holds, the step in between changes nothing.
-    done = bool(repair.is_done(options, state))
-    pending: tuple[data.Batch, repair.Metrics] | None = None
-    watch = Watch(config, train)
-    with Progress(config, start=position) as progress:
-        while not done:
+    boards = sinks.Sinks()
+    if workdir.writes:
+        boards = sinks.open_sinks(config, workdir.path, start=position)
+    with (
+        closing(stream),
+        boards,
+        Progress(config, start=position, shown=processes.is_first) as progress,
+        tracing.Tracer(span if workdir.writes else None, workdir.path) as tracer,
+    ):
+        journal = Journal(config, job.train, workdir, progress, boards, heartbeat)
+        journal.done = course.done
+        pending: Dispatched | None = None
+        while not (journal.done or journal.stop):
             images = next(stream)
-            watch.unreadable(images, progress)
-            newer = (images, runner.step(images))
+            for message in images.errors:
+                progress.print(f"skipped, unreadable: {message}")
+            tracer.at(position, pending)
+            metrics = runner.step(images)
+            newer = Dispatched(position, metrics, vote(job.stopping.asked is not None))
             position += batch
             if pending is not None:
-                done = log(workdir, progress, watch, *pending)
+                journal.read(pending)
             pending = newer
-            if passes(config.checkpoint_every, position, batch):
-                done = log(workdir, progress, watch, *pending) or done
+            at_once = newer.vote is True  # alone, nobody else has to be asked
+            if passes(config.checkpoint_every, position, batch) or at_once:
+                journal.read(pending)
                 pending = None
-                workdir.save_state(position, repair.to_saved(runner.state))
-            if passes(config.picture_every, position, batch) and not done:
-                now = repair.merged_params(frozen, runner.state)
-                workdir.pictures.mkdir(exist_ok=True)
-                target = workdir.pictures / f"image_{position:08d}.png"
-                pictures.save_png(target, observer.closing_figure(watched[:1], now))
+                save(job, runner)
+            if passes(config.picture_every, position, batch) and not journal.done:
+                now = runner.params()
+                if workdir.writes:
+                    picture = course.observer.closing_figure(watched[:1], now)
+                    boards.picture("tokens", picture, position)
+                    with workdir.output(f"pictures/image_{position:08d}.png") as path:
+                        pictures.save_png(path, picture)
         if pending is not None:
-            log(workdir, progress, watch, *pending)
-    stream.close()
+            journal.read(pending)
+    save(job, runner)
+    if journal.stop:
+        leave(job)
+    return not journal.stop
 
-    # Finish.
-    state = runner.state
-    workdir.save_state(int(state.num_images), repair.to_saved(state))
-    repaired = repair.merged_params(frozen, state)
-    files = results.export(workdir, model, repaired, provenance)
-    files += results.export_patch(workdir, model, params, frozen, state, provenance)
-    figure = observer.closing_figure(watched, repaired)
-    pictures.save_png(workdir.path / "before_after.png", figure)
+
+def leave(job: Job) -> None:
+    """Says where a run stands that was told to stop, and how to go on."""
+    if not job.workdir.writes:
+        return
+    summary = {
+        "finished": False,
+        "model": job.config.model,
+        "stopped_by": job.stopped_by,
+        "go_on": own_command(),
+        **run_summary(job.workdir),
+    }
+    job.workdir.write_summary(summary)
+    print(
+        f"stopped after {summary['images']} images, all saved in {job.workdir.path}: "
+        "the same command goes on"
+    )
+
+
+def finish(job: Job, course: Course, heartbeat: Heartbeat, began: float) -> None:
+    """Exports the repaired model, measures it, and writes the summary."""
+    job.stopping.finish_steps(False)  # all that follows can be done again
+    heartbeat.phase("exporting")
+    config, workdir, original = job.config, job.workdir, course.original
+    saved, repaired = course.runner.saved(), course.runner.params()
+    if not workdir.writes:
+        return
+    files = results.export(workdir, original.model, repaired, original.provenance)
+    files += results.export_patch(
+        workdir,
+        original.model,
+        original.params,
+        original.factors,
+        checkpoint.flatten(saved["eps"]),
+        original.provenance,
+    )
+    with workdir.output("before_after.png") as path:
+        figure = course.observer.closing_figure(watch(job), repaired)
+        pictures.save_png(path, figure)
     measures = {
-        "repaired_on": observer.measure(train, repaired, config.measure_images),
-        "held_out": observer.measure(held_out, repaired, config.measure_images),
+        name: course.observer.measure(photographs, repaired, config.measure_images)
+        for name, photographs in (
+            ("repaired_on", job.train),
+            ("held_out", job.held_out),
+        )
     }
     summary = {
         "finished": True,
         "model": config.model,
-        **run_summary(workdir, state),
+        **run_summary(workdir),
+        **change_summary(saved),
         **measures,
         "files": [*files, "before_after.png"],
         "seconds": round(time.monotonic() - began, 1),
     }
-    write_text(workdir.summary, json.dumps(summary, indent=2) + "\n")
+    workdir.write_summary(summary)
     for name, numbers in measures.items():
         print(results.describe(name.replace("_", " "), numbers))
     unreadable = len(summary["unreadable_files"])
@@ -160,172 +343,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{f', {unreadable} unreadable files skipped' if unreadable else ''} in "
         f"{duration(time.monotonic() - began)}: {workdir.summary}"
     )
-    return 0
 
 
-# --- Weights --------------------------------------------------------------------------
+# --- Parts ----------------------------------------------------------------------------
 
 
-def freeze(config: ConfigDict, workdir: Workdir) -> None:
-    """Loads the original weights, computes factors and directions, stores all three."""
-    model, params, provenance = inputs.load_model(
-        config, workdir.path / "planted.safetensors"
-    )
-    vit.patch_grid(model, config.image_size, config.image_size)
-    began = time.monotonic()
-    print(f"directions of {model.depth} blocks, {config.method}", flush=True)
-    found = defects.singular_defects(
-        model,
-        params,
-        config.method,
-        key=jax.random.key(config.seed),
-        num_probes=config.num_probes,
-    )
-    print(f"singular values of {4 * model.depth} kernels", flush=True)
-    factors = factor.factorize(model, params)
-    print(f"both took {duration(time.monotonic() - began)}", flush=True)
-    tree = {
-        "params": params,
-        "factors": {
-            part: checkpoint.unflatten(getattr(factors, part)) for part in FACTORS
-        },
-        "directions": np.asarray(found.directions),
-    }
-    header = {
-        "config": dataclasses.asdict(model),
-        "gaps": found.gaps.tolist(),
-        "provenance": provenance,
-    }
-    checkpoint.save_tree(workdir.frozen, tree, header)
+def save(job: Job, runner: Runner) -> None:
+    """Starts to save the state, if this process writes."""
+    if job.workdir.writes:
+        saved = runner.saved()
+        job.workdir.save_state(int(saved["num_images"]), saved)
 
 
-class Thawed(NamedTuple):
-    """What `freeze` stored."""
-
-    model: vit.ViTConfig
-    params: dict[str, Any]
-    factors: factor.Factors
-    directions: np.ndarray
-    provenance: dict[str, Any]
-
-
-def thaw(workdir: Workdir) -> Thawed:
-    """Reads what `freeze` stored."""
-    tree, header = checkpoint.load_tree(workdir.frozen)
-    model = vit.ViTConfig(**header["config"])
-    return Thawed(
-        model,
-        tree["params"],
-        factor.Factors(
-            **{part: checkpoint.flatten(tree["factors"][part]) for part in FACTORS}
-        ),
-        tree["directions"],
-        header["provenance"],
-    )
-
-
-# --- The loop's parts -----------------------------------------------------------------
-
-
-class Runner:
-    """The state and the step that moves it, on one device or several."""
-
-    def __init__(
-        self,
-        model: vit.ViTConfig,
-        options: repair.RepairOptions,
-        frozen: repair.Frozen,
-        state: repair.RepairState,
-        devices: tuple[jax.Device, ...],
-    ):
-        self._devices = devices
-        self._step = repair.make_step(model, options)
-        if len(devices) > 1:
-            self._step = repair.make_pmapped_step(model, options, devices)
-            frozen = repair.replicate(frozen, devices)
-            state = repair.replicate(state, devices)
-        self._frozen, self._state = frozen, state
-
-    @property
-    def state(self) -> repair.RepairState:
-        """The state as it is after the last step."""
-        several = len(self._devices) > 1
-        return repair.unreplicate(self._state) if several else self._state
-
-    def step(self, batch: data.Batch) -> repair.Metrics:
-        """Dispatches a step on a batch; its metrics are not waited for."""
-        lead = (len(self._devices), -1) if len(self._devices) > 1 else (-1,)
-        self._state, metrics = self._step(
-            self._state,
-            self._frozen,
-            batch.images.reshape(*lead, *batch.images.shape[1:]),
-            batch.valid.reshape(lead),
-        )
-        return metrics
-
-
-class Watch:
-    """Ends a run in which nothing can be read, or nothing is finite."""
-
-    def __init__(self, config: ConfigDict, train: Sequence[Path]):
-        self.train = train
-        self._config, self._unreadable_in_row = config, 0
-
-    def unreadable(self, batch: data.Batch, progress: Progress) -> None:
-        """Names files that cannot be read.
-
-        Raises:
-          ValueError: as many in a row as there are files.
-        """
-        for message in batch.errors:
-            progress.print(f"skipped, unreadable: {message}")
-        bad = 0 if batch.valid.any() else self._unreadable_in_row + len(batch.valid)
-        self._unreadable_in_row = bad
-        if bad >= len(self.train):
-            raise ValueError(
-                f"none of the {len(self.train)} images of {self._config.data} "
-                "can be read"
-            )
-
-    def bad(self, in_row: int, file: str) -> None:
-        """Raises FloatingPointError when too many images in a row are not finite."""
-        if in_row >= self._config.max_bad_steps:
-            raise FloatingPointError(
-                f"{in_row} images in a row gave tokens, loss or gradient that are not "
-                f"finite, the last {file}: the weights may be damaged, or lr is too "
-                f"large (config.lr={self._config.lr}, config.max_bad_steps)"
-            )
-
-
-def log(
-    workdir: Workdir,
-    progress: Progress,
-    watch: Watch,
-    batch: data.Batch,
-    metrics: repair.Metrics,
-) -> bool:
-    """Writes and shows the metrics of a step; says whether the run is done."""
-    values = {name: np.ravel(x) for name, x in metrics._asdict().items()}
-    rows: list[dict[str, Any]] = []
-    for i, position in enumerate(batch.positions):
-        valid, counted = bool(batch.valid[i]), bool(values["counted"][i])
-        if position >= values["num_images"][0]:
-            break  # past the end of the run
-        row = {
-            "image": int(position),
-            "file": str(watch.train[position % len(watch.train)]),
-            "readable": valid,
-        }
-        for name in PER_IMAGE:
-            value = values[name][i].item()
-            finite = counted and math.isfinite(value)
-            row[name] = value if finite else None
-        rows.append(row | {"skipped": float(values["skipped"][0])})
-    workdir.append_metrics(rows)
-    if rows:
-        progress.update(rows[-1]["image"] + 1, rows[-1])
-        watch.bad(int(values["bad_in_row"][0]), rows[-1]["file"])
-    return bool(values["done"][0])
+def watch(job: Job) -> list[Photograph]:
+    """The photographs whose pictures are drawn."""
+    return results.spread(job.train, 1) + results.spread(job.held_out, 1)
 
 
 def passes(every: int, position: int, batch: int) -> bool:
@@ -333,24 +365,50 @@ def passes(every: int, position: int, batch: int) -> bool:
     return position // every > (position - batch) // every
 
 
-def run_summary(workdir: Workdir, state: repair.RepairState) -> dict[str, Any]:
-    """How the run went, from its metrics and its last state."""
+def run_summary(workdir: Workdir) -> dict[str, Any]:
+    """How the run went so far, from its metrics."""
     rows = workdir.read_metrics()
-    eps = {name: np.asarray(e) for name, e in state.eps.items()}
+    bad = [row["file"] for row in rows if row["readable"] and not row["finite"]]
+    return {
+        "images": len(rows),
+        "images_with_defect": sum(row["layer"] not in (None, -1) for row in rows),
+        "images_not_finite": len(bad),
+        "files_not_finite": sorted(set(bad)),
+        "unreadable_files": sorted({r["file"] for r in rows if not r["readable"]}),
+        "share_of_last_images_without_defect": rows[-1]["skipped"] if rows else 0.0,
+    }
+
+
+def change_summary(saved: dict[str, Any]) -> dict[str, Any]:
+    """What the run changed, from its last state (`repair.to_saved`)."""
+    eps = checkpoint.flatten(saved["eps"])
     changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
     return {
-        "images": int(state.num_images),
-        "images_with_defect": sum(row["layer"] not in (None, -1) for row in rows),
-        "images_not_finite": int(state.num_bad),
-        "unreadable_files": sorted({r["file"] for r in rows if not r["readable"]}),
-        "share_of_last_images_without_defect": float(
-            np.mean(~np.asarray(state.had_defect))
-        ),
         "changed_blocks": np.flatnonzero(changed).tolist(),
         "largest_change_of_a_singular_value": {
             name: float(np.abs(e).max()) for name, e in eps.items()
         },
     }
+
+
+def keep_compiled(folder: str) -> None:
+    """Keeps compiled programs in a folder of this user's own, for the next start.
+
+    What lies there is run: nobody else may be able to write it.
+
+    Raises:
+      ValueError: the folder is another user's, or others can write to it.
+      OSError: it cannot be made.
+    """
+    path = Path(folder)
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(
+            f"--compilation-cache={folder} holds programs that are run, so it must be "
+            "this user's, and nobody else may write to it: chmod go-w, or a new folder"
+        )
+    jax.config.update("jax_compilation_cache_dir", str(path.absolute()))
 
 
 def _parser() -> cli.Parser:
@@ -361,7 +419,28 @@ def _parser() -> cli.Parser:
     )
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="settings of the run")
-    add("--workdir", required=True, metavar="DIR", help="where everything is written")
+    add(
+        "--workdir",
+        required=True,
+        metavar="DIR",
+        help="where everything is written: a folder, or gs://BUCKET/NAME",
+    )
+    add(
+        "--force",
+        action="store_true",
+        help="go on with a config that changes the result",
+    )
+    add(
+        "--profile",
+        metavar="START:STOP",
+        help="trace the devices between two numbers of images, into DIR/profile",
+    )
+    add(
+        "--compilation-cache",
+        metavar="FOLDER",
+        help="keep compiled programs there for the next start; off by default",
+    )
+    cluster.add_arguments(parser)
     return parser
 
 

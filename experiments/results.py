@@ -9,15 +9,13 @@ import importlib.util
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
 import convert
-from convert import source as sources
-from convert import write
+from convert import source, write
 from experiments import observe
 from experiments.inputs import is_readable
 from experiments.workdir import Workdir
@@ -25,13 +23,14 @@ from sinder_jax import (
     checkpoint,
     data,
     digest,
+    factor,
     patch,
     patch_file,
     pictures,
-    repair,
     store,
     vit,
 )
+from sinder_jax.data import Photograph
 
 
 def export(
@@ -46,7 +45,7 @@ def export(
     `repaired.pth`, written where torch is installed. All say where the weights that
     were repaired come from.
     """
-    provenance = sources.with_step(provenance, f"repaired by {store.tool()}")
+    provenance = source.with_step(provenance, f"repaired by {store.tool()}")
     target = workdir.path / "repaired"
     if not target.exists():  # else from a finish that was cut short: the same model
         checkpoint.save(target, config, params, provenance)
@@ -54,13 +53,12 @@ def export(
     if importlib.util.find_spec("torch"):
         names.append("repaired.pth")
     state_dict = convert.to_torch(config, params)
-    told = sources.metadata_of(
+    told = source.metadata_of(
         config, provenance, digest.of_model(checkpoint.flatten(params))
     )
     for name in names:
-        write.write_state_dict(
-            workdir.path / name, state_dict, overwrite=True, metadata=told
-        )
+        with workdir.output(name) as path:
+            write.write_state_dict(path, state_dict, overwrite=True, metadata=told)
     return ["repaired", *names]
 
 
@@ -68,21 +66,21 @@ def export_patch(
     workdir: Workdir,
     config: vit.ViTConfig,
     params: Any,
-    frozen: repair.Frozen,
-    state: repair.RepairState,
+    factors: factor.Factors,
+    eps: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> list[str]:
     """Writes what the repair changed, `repaired.patch.safetensors`; names the file.
 
     Nothing is written where it changed nothing.
     """
-    if not any(np.any(e) for e in state.eps.values()):
+    if not any(np.any(e) for e in eps.values()):
         return []
-    made = patch.from_eps(config, params, frozen.factors, state.eps)
-    target = workdir.path / "repaired.patch.safetensors"
-    target.unlink(missing_ok=True)  # from a finish that was cut short: the same patch
-    patch_file.save(target, made, {"provenance": json.dumps(dict(provenance))})
-    return [target.name]
+    made = patch.from_eps(config, params, factors, eps)
+    with workdir.output("repaired.patch.safetensors") as path:
+        path.unlink(missing_ok=True)  # from a finish cut short: the same patch
+        patch_file.save(path, made, {"provenance": json.dumps(dict(provenance))})
+    return [path.name]
 
 
 class Look(NamedTuple):
@@ -120,37 +118,40 @@ class Observer:
         self._config, self._original = config, params
         self._direction, self._mask_thr, self._size = direction, mask_thr, size
 
-    def figure(self, file: Path, params: Any) -> pictures.RGB:
+    def figure(self, photograph: Photograph, params: Any) -> pictures.RGB:
         """The photograph's tokens before and now, see `pictures.before_after`."""
-        before, now = self._look(file, self._original), self._look(file, params)
+        before = self._look(photograph, self._original)
+        now = self._look(photograph, params)
         maps = [
             observe.token_maps(look.tokens, self._direction, mask_thr=self._mask_thr)
             for look in (before, now)
         ]
         return pictures.before_after(data.to_uint8(before.image), *maps)
 
-    def closing_figure(self, files: Sequence[Path], params: Any) -> pictures.RGB:
+    def closing_figure(
+        self, photographs: Sequence[Photograph], params: Any
+    ) -> pictures.RGB:
         """Several photographs below each other."""
-        return pictures.stack([self.figure(file, params) for file in files])
+        return pictures.stack([self.figure(one, params) for one in photographs])
 
     def measure(
-        self, files: Sequence[Path], params: Any, most: int
+        self, photographs: Sequence[Photograph], params: Any, most: int
     ) -> dict[str, Any] | None:
         """Defects before and after, as means over photographs and one by one.
 
         Args:
-          files: photographs.
+          photographs: those that can be chosen from.
           params: the repaired params.
           most: how many of them are measured, see `spread`.
 
         Returns:
-          Per-photograph means, the largest norm ratios, and all numbers by file; None
+          Per-photograph means, the largest norm ratios, and all numbers by name; None
           if there is no readable photograph.
         """
         each = {}
-        for file in spread(files, most):
-            before, now = self._look(file, self._original), self._look(file, params)
-            each[str(file)] = observe.measure(
+        for one in spread(photographs, most):
+            before, now = self._look(one, self._original), self._look(one, params)
+            each[one.name] = observe.measure(
                 before.tokens, now.tokens, self._direction, mask_thr=self._mask_thr
             )
         if not each:
@@ -180,20 +181,21 @@ class Observer:
             "each": each,
         }
 
-    def _look(self, file: Path, params: Any) -> Look:
-        image = data.training_crop(data.read_rgb(file), self._size)
+    def _look(self, photograph: Photograph, params: Any) -> Look:
+        image = data.training_crop(photograph.read(), self._size)
         pixels = data.normalize(image)
         return Look(pixels, observe.last_patches(self._config, params, pixels))
 
 
-def spread(files: Sequence[Path], most: int) -> list[Path]:
-    """The first readable file of each of `most` equal parts of a list.
+def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
+    """The first readable photograph of each of `most` equal parts of a list.
 
-    No more files are decoded than that takes: there may be a million.
+    No more are decoded than that takes: there may be a million.
     """
-    parts = np.array_split(np.arange(len(files)), min(most, len(files)) or 1)
-    readable = (filter(is_readable, (files[i] for i in part)) for part in parts)
-    return [file for found in readable for file in itertools.islice(found, 1)]
+    count = len(photographs)
+    parts = np.array_split(np.arange(count), min(most, count) or 1)
+    readable = (filter(is_readable, (photographs[i] for i in part)) for part in parts)
+    return [one for found in readable for one in itertools.islice(found, 1)]
 
 
 def describe(name: str, measures: dict[str, Any] | None) -> str:

@@ -30,6 +30,7 @@ AUTHORS = "--config.images_per_step=1"
 TINY = ("--config=tiny.py", AUTHORS)
 NO_PICTURES = "--config.picture_every=100000"
 FILES = {
+    "alive.json",
     "before_after.png",
     "config.json",
     "frozen",
@@ -176,7 +177,7 @@ def test_the_summary_counts_what_the_metrics_list(finished):
     assert len(with_defect) == told["images_with_defect"]
     train, _ = inputs.photographs(repair.config_files.load("tiny.py"))
     for row in lines:
-        assert row["file"] == str(train[row["image"] % 4])  # walked cyclically
+        assert row["file"] == train[row["image"] % 4].name  # walked cyclically
         assert row["readable"] and row["finite"] and 0 <= row["skipped"] <= 1
     for row in with_defect:
         assert row["layer"] == planted.BLOCK and row["num_outliers"] >= 3
@@ -715,7 +716,7 @@ def test_a_bad_checkpoint_gives_one_line_and_runs_nothing(
     )
     assert re.search(message, line)
     assert not (tmp_path / "executed").exists()
-    assert os.listdir(tmp_path / "run") == ["config.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["alive.json", "config.json"]
 
 
 def test_the_checkpoint_of_another_model_is_named_with_the_differences(
@@ -769,8 +770,8 @@ def test_photographs_that_vanish_end_the_run(tmp_path, monkeypatch, capsys):
     for i in range(3):
         Image.new("RGB", (60, 60), (80 * i, 0, 0)).save(photos / f"{i}.png")
 
-    def go_away(config, workdir, freeze=repair.freeze):
-        freeze(config, workdir)
+    def go_away(*arguments, freeze=repair.freeze):
+        freeze(*arguments)
         for file in photos.iterdir():
             file.unlink()
 

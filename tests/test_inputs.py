@@ -1,12 +1,14 @@
 """experiments/inputs.py: photographs, weights, and how to get what is missing."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import bucket
 import convert
 from convert import read, write
 from experiments import config as config_files
@@ -63,17 +65,42 @@ def test_the_training_list_and_the_rest_of_a_folder(num_images, names, photos):
     train, held_out = inputs.photographs(
         config(data=str(photos), num_images=num_images)
     )
-    files = data.list_images(photos)
+    files = data.open_photographs(str(photos))
     assert train == [
-        file for file in files if file.relative_to(photos).as_posix()[0] in names
+        file for file in files if os.path.relpath(file.name, photos)[0] in names
     ]
-    assert sorted(train + held_out) == sorted(files)
-    assert not set(train) & set(held_out)
+    assert held_out == [file for file in files if file not in train]
+
+
+def test_a_shuffled_list_holds_the_same_photographs_in_another_order(photos):
+    given = config(data=str(photos), num_images=3)
+    train, held_out = inputs.photographs(given)
+    given.shuffle_seed = 3
+    shuffled, same = inputs.photographs(given)
+    assert shuffled != train and set(shuffled) == set(train) and same == held_out
+
+
+def test_a_photograph_listed_twice_is_not_held_out_from_itself(photos):
+    (photos / "list.txt").write_text("a.png\nb.png\na.png\na.png\ne.png\nb.png\n")
+    given = config(data=f"list:{photos}/list.txt", num_images=3)
+    train, held_out = inputs.photographs(given)
+    assert [Path(one.name).name for one in train] == ["a.png", "a.png", "e.png"]
+    assert [Path(one.name).name for one in held_out] == ["b.png", "b.png"]
+
+
+@pytest.mark.parametrize("num_images, said", [(6, True), (5, False), (2, False)])
+def test_fewer_photographs_than_asked_for_is_said_once(
+    num_images, said, photos, capsys
+):
+    inputs.photographs(config(data=str(photos), num_images=num_images))
+    assert capsys.readouterr().out == said * (
+        f"only 5 photographs in {photos}, 6 asked for: all are used, over and over\n"
+    )
 
 
 def test_sample_means_the_photographs_of_scikit_image():
     train, held_out = inputs.photographs(config("tiny.py"))
-    assert sorted(train + held_out) == sorted(data.sample_images())
+    assert {one.name for one in train + held_out} == {*map(str, data.sample_images())}
     assert len(train) == len(held_out) == 4
 
 
@@ -93,6 +120,10 @@ def test_no_data_says_what_to_give():
         ({"num_images": 0}, ValueError, "num_images is 0"),
         ({"image_size": 200}, ValueError, "config.image_size is 200.*196 or 210"),
         ({"image_size": 0}, ValueError, "config.image_size is 0"),
+        ({"resize": "squeeze"}, ValueError, "'squeeze', and must be crop or keep"),
+        ({"resize": "keep"}, ValueError, "add --config.images_per_step=1"),
+        ({"data": "list:no.txt"}, FileNotFoundError, "no such list of images: no.txt"),
+        ({"data": "tfds:mnist"}, FileNotFoundError, "tfds build mnist --file_format"),
     ],
 )
 def test_photographs_that_cannot_be_had_raise(
@@ -104,12 +135,17 @@ def test_photographs_that_cannot_be_had_raise(
         inputs.photographs(config(**{"data": "photos"} | change))
 
 
+def test_whole_photographs_are_for_one_image_a_step(photos):
+    given = config(data=str(photos), resize="keep", images_per_step=1)
+    assert len(inputs.photographs(given)[0]) == 5
+
+
 def test_one_readable_photograph_on_the_list_is_enough(photos):
     given = config(data=str(photos), num_images=2)
     for name in ("a.png", "c/d.png"):
         (photos / name).write_bytes(b"no image")
     train, _ = inputs.photographs(given)
-    assert [file.name for file in train] == ["a.png", "d.png", "f.png"]
+    assert [Path(file.name).name for file in train] == ["a.png", "d.png", "f.png"]
     (photos / "f.png").write_bytes(b"no image")  # the last one; held out ones are left
     with pytest.raises(ValueError) as caught:
         inputs.photographs(given)
@@ -233,3 +269,21 @@ def test_planted_weights_go_through_a_file_in_hub_layout(seed, tmp_path):
     assert_same(params, made.params)
     assert_same(convert.from_torch(read.read_state_dict(file))[1], made.params)
     inputs.load_model(given, file)  # again, after a start that was cut short
+
+
+# --- In a bucket ----------------------------------------------------------------------
+
+
+def test_a_checkpoint_may_lie_in_a_bucket_but_not_a_pytorch_file(
+    small_hub, tmp_path, monkeypatch
+):
+    bucket.install(monkeypatch, tmp_path / "cloud")
+    params = weights(PLAIN)
+    checkpoint.save("gs://bucket/model", PLAIN, params)
+    settings = config(model="dinov2_vits14", checkpoint="gs://bucket/model")
+    inputs.check_weights_given(settings)
+    assert_same(inputs.load_model(settings).params, params)
+    with pytest.raises(FileNotFoundError, match="gs://bucket/other does not exist"):
+        inputs.check_weights_given(config(checkpoint="gs://bucket/other"))
+    with pytest.raises(ValueError, match="are read from a disk"):
+        inputs.check_weights_given(config(checkpoint="gs://bucket/model.pth"))

@@ -15,7 +15,7 @@ import convert
 from convert import read, source
 from experiments import observe, results
 from experiments.workdir import Workdir
-from sinder_jax import analysis, checkpoint, data, loss, vit
+from sinder_jax import analysis, checkpoint, data, loss, sources, vit
 
 CONFIG = vit.ViTConfig(64, 3, 1, "mlp", img_size=56)
 SIZE = 112
@@ -40,8 +40,8 @@ def direction():
 
 
 @pytest.fixture
-def photos(tmp_path) -> list[Path]:
-    """Six photographs; two have the same name, and the fourth is broken."""
+def photos(tmp_path) -> list[sources.File]:
+    """Six photographs; two have the same file name, and the fourth is broken."""
     files = []
     for i, name in enumerate(
         ["a.png", "x/b.png", "y/b.png", "c.png", "d.png", "e.png"]
@@ -50,8 +50,8 @@ def photos(tmp_path) -> list[Path]:
         file.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.random.default_rng(i).integers(0, 256, (120, 130, 3), np.uint8)
         Image.fromarray(pixels).save(file)
-        files.append(file)
-    files[3].write_bytes(b"no image")
+        files.append(sources.File(str(file)))
+    Path(files[3].path).write_bytes(b"no image")
     return files
 
 
@@ -61,9 +61,9 @@ def observer(two_models, direction, mask_thr=1.5) -> results.Observer:
     )
 
 
-def tokens_of(params, file: Path) -> jax.Array:
+def tokens_of(params, file: sources.File) -> jax.Array:
     """The same steps written out: photograph to last block's patch tokens."""
-    image = data.normalize(data.training_crop(data.read_rgb(file), SIZE))
+    image = data.normalize(data.training_crop(file.read(), SIZE))
     (tokens,) = vit.ViT(CONFIG).apply(
         {"params": jax.device_put(params)},
         jnp.asarray(image[None]),
@@ -159,7 +159,7 @@ def test_measures_of_photographs_are_means_and_maxima(two_models, direction, pho
         for file in readable
     ]
     # By path: two of them have the same name.
-    assert list(measured["each"]) == [str(file) for file in readable]
+    assert list(measured["each"]) == [file.name for file in readable]
     assert measured["photographs"] == 5
     for mine, expected in zip(measured["each"].values(), each, strict=True):
         assert mine == pytest.approx(expected, rel=1e-4)  # float32, fused differently

@@ -1,14 +1,20 @@
 """experiments/workdir.py: what a run stores, and what a second start makes of it."""
 
 import json
+import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import bucket as buckets
 from experiments import config as config_files
 from experiments import workdir as workdir_module
 from experiments.workdir import FREE_KEYS, Workdir, write_text
+from sinder_jax import checkpoint
 
 
 def config(**changes):
@@ -91,7 +97,7 @@ def test_a_changed_config_is_refused_with_all_differences(tmp_path):
     assert str(caught.value) == (
         f"{tmp_path} holds a run with another config: data was 'sample' and is "
         "'photos'; lr was 0.02 and is 0.5. Choose another --workdir, or go on with "
-        "what it was started with."
+        "what it was started with; --force goes on with the new one."
     )
     with pytest.raises(ValueError, match="images_per_step was 3 and is 2"):
         workdir.settle_config(config(images_per_step=2), images_per_step=3)
@@ -122,6 +128,123 @@ def test_before_anything_is_computed_the_config_may_still_change(tmp_path):
     assert (stored["model"], stored["lr"]) == ("planted", 0.5)
 
 
+def test_force_goes_on_with_the_new_config_and_keeps_the_ones_before(tmp_path, capsys):
+    workdir = started(tmp_path)
+    first = (tmp_path / "config.json").read_bytes()
+    workdir.settle_config(config(), images_per_step=3, force=True)  # nothing changed
+    assert capsys.readouterr().err == ""
+    for lr in (0.5, 0.25):
+        Workdir(tmp_path).settle_config(config(lr=lr), images_per_step=3, force=True)
+    warned = capsys.readouterr().err.splitlines()
+    assert "lr was 0.02 and is 0.5" in warned[0] and "config.json.before_1" in warned[0]
+    assert "lr was 0.5 and is 0.25" in warned[1] and len(warned) == 2
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.25
+    assert (tmp_path / "config.json.before_1").read_bytes() == first
+    before = json.loads((tmp_path / "config.json.before_2").read_text())
+    assert before["lr"] == 0.5
+    workdir.settle_config(config(lr=0.25), images_per_step=3)  # the one that holds now
+
+
+def test_a_process_that_does_not_write_settles_the_same_and_changes_nothing(tmp_path):
+    reader = Workdir(tmp_path, writes=False)
+    first = config(images_per_step=0)
+    reader.settle_config(first, images_per_step=3)
+    assert first.images_per_step == 3 and listing(tmp_path) == []
+    started(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    again = config(images_per_step=0)
+    reader.settle_config(again, images_per_step=8)
+    assert again.images_per_step == 3
+    with pytest.raises(ValueError, match="lr was 0.02 and is 0.5"):
+        reader.settle_config(config(lr=0.5), images_per_step=3)
+    reader.settle_config(config(lr=0.5), images_per_step=3, force=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert listing(tmp_path) == ["config.json", "frozen"]
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    workdir = started(tmp_path)
+    (tmp_path / "config.json").write_text('{"lr"')
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        workdir.settle_config(config(), images_per_step=3)
+
+
+# --- Several processes ----------------------------------------------------------------
+
+
+def together(folders, within=0.3):
+    """The error of each process, run as threads that meet at every collective call."""
+    count = len(folders)
+    barrier = threading.Barrier(count)
+    slots = [None] * count
+
+    def exchange(number, value):
+        slots[number] = value
+        barrier.wait(30)
+        got = list(slots)
+        barrier.wait(30)
+        return got
+
+    def process(number):
+        workdir = Workdir(folders[number], writes=number == 0)
+        try:
+            workdir.check_shared(
+                process=number,
+                broadcast=lambda value: exchange(number, value)[0],
+                gather=lambda value: exchange(number, value),
+                within=within,
+            )
+        except ValueError as error:
+            return str(error)
+
+    Workdir(folders[0])
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(process, range(count)))
+
+
+def test_one_folder_for_all_processes_is_accepted(tmp_path):
+    assert together([tmp_path / "run"] * 3) == [None] * 3
+    assert listing(tmp_path / "run") == []
+
+
+def test_a_folder_of_one_s_own_is_refused_by_all_alike(tmp_path):
+    (tmp_path / "b").mkdir()
+    errors = together([tmp_path / name for name in ("a", "b", "a", "none")])
+    assert len({error.split("one folder")[1] for error in errors}) == 1
+    assert "all 4 processes: 1, 3 cannot see what 0 writes" in errors[0]
+    assert listing(tmp_path) == ["a", "b"] and listing(tmp_path / "a") == []
+
+
+def test_a_file_that_shows_late_is_waited_for(tmp_path, monkeypatch):
+    """As on a disk whose other users learn of a file only some seconds later."""
+    (tmp_path / "late").mkdir()
+    real, began = Path.iterdir, time.monotonic()
+
+    def iterdir(path):
+        if path == tmp_path / "late" and time.monotonic() < began + 0.5:
+            return iter(())
+        return real(tmp_path / "run" if path == tmp_path / "late" else path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    folders = [tmp_path / "run", tmp_path / "late"]
+    assert together(folders, within=10.0) == [None, None]
+
+
+def test_a_folder_that_process_0_cannot_write_to_keeps_nobody_waiting(
+    tmp_path, monkeypatch
+):
+    made = Workdir(tmp_path)
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(ValueError, match="0, 1 cannot see"):
+        made.check_shared(
+            process=0, broadcast=lambda x: x, gather=lambda x: [x, False], within=60
+        )
+
+
 # --- States ---------------------------------------------------------------------------
 
 
@@ -131,8 +254,8 @@ def test_states_come_back_and_only_the_last_two_are_kept(tmp_path):
     for position in (9, 20, 100):
         saved = {"eps": {"attn": {"v": np.full((2, 3), position, np.float32)}}}
         workdir.save_state(position, saved)
-    assert listing(tmp_path / "states") == ["00000020", "00000100"]
     loaded = workdir.load_state()
+    assert listing(tmp_path / "states") == ["00000020", "00000100"]
     np.testing.assert_array_equal(loaded["eps"]["attn"]["v"], np.full((2, 3), 100.0))
     assert loaded["eps"]["attn"]["v"].dtype == np.float32
 
@@ -149,6 +272,109 @@ def test_what_a_killed_write_left_behind_is_no_state(tmp_path):
     workdir.save_state(5, {"x": np.zeros(1)})
     (tmp_path / "states" / ".00000009.abc" / "00000009").mkdir(parents=True)
     np.testing.assert_array_equal(workdir.load_state()["x"], [0.0])
+
+
+def test_a_state_keeps_the_config_and_the_position(tmp_path):
+    workdir = started(tmp_path, lr=0.5)
+    workdir.save_state(5, {"x": np.zeros(1)}, {"step": 2})
+    workdir.close()
+    _, metadata = checkpoint.load_tree(tmp_path / "states" / "00000005")
+    assert metadata["config"]["lr"] == 0.5 and metadata["config"]["seed"] == 1
+    assert (metadata["position"], metadata["step"]) == (5, 2)
+    assert "jax" in metadata["versions"]
+
+
+def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path, capsys):
+    with Workdir(tmp_path) as workdir:
+        for position in (5, 6):
+            workdir.save_state(position, {"x": np.full(9, position)})
+    (chunk,) = (tmp_path / "states/00000006/arrays_0/x").glob("[0-9]*")
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
+    reader = Workdir(tmp_path, writes=False)
+    assert reader.load_state()["x"][0] == 5
+    assert listing(tmp_path / "states") == ["00000005", "00000006"]
+    assert capsys.readouterr().err == ""
+    with Workdir(tmp_path) as workdir:
+        assert workdir.load_state()["x"][0] == 5
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "00000006.damaged; going on from the one before, 00000005" in warning
+    assert listing(tmp_path / "states") == ["00000005", "00000006.damaged"]
+
+
+def test_more_states_are_kept_where_asked(tmp_path):
+    with Workdir(tmp_path, keep_last=1, keep_every=4) as workdir:
+        for position in range(2, 12, 2):
+            workdir.save_state(position, {"x": np.zeros(1)})
+    assert listing(tmp_path / "states") == ["00000004", "00000008", "00000010"]
+
+
+def test_what_a_kill_left_of_the_frozen_model_is_removed(tmp_path):
+    (tmp_path / ".frozen.abc" / "frozen" / "arrays_0").mkdir(parents=True)
+    (tmp_path / "frozen").mkdir()
+    Workdir(tmp_path, writes=False)
+    assert listing(tmp_path) == [".frozen.abc", "frozen"]
+    Workdir(tmp_path)
+    assert listing(tmp_path) == ["frozen"]
+
+
+def test_a_process_that_does_not_write_makes_nothing(tmp_path):
+    reader = Workdir(tmp_path / "run", writes=False)
+    assert reader.load_state() is None and reader.read_metrics() == []
+    assert not reader.finished()
+    for write in (
+        lambda: reader.save_state(1, {"x": np.zeros(1)}),
+        lambda: reader.append_metrics([{"image": 1}]),
+        lambda: reader.rewind_metrics(0),
+        lambda: reader.write_summary({}),
+    ):
+        with pytest.raises(RuntimeError, match="leave writing"):
+            write()
+    reader.close()
+    assert listing(tmp_path) == []
+
+
+def test_a_workdir_that_was_removed_is_not_made_anew(tmp_path):
+    """In no part: not even where the background still wrote when it went."""
+    path = tmp_path / "run"
+    workdir = started(path)
+    workdir.save_state(5, {"x": np.zeros(1)})
+    workdir.wait()
+    shutil.rmtree(path)
+    for leftover in (None, path / "states"):
+        if leftover is not None:
+            leftover.mkdir(parents=True)
+        for write in (
+            lambda: workdir.save_state(6, {"x": np.zeros(1)}),
+            lambda: workdir.append_metrics([{"image": 5}]),
+            lambda: workdir.rewind_metrics(0),
+            lambda: workdir.write_summary({"finished": True}),
+        ):
+            with pytest.raises(OSError, match="was removed while the run") as caught:
+                write()
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    workdir.close()
+    assert listing(path) == ["states"] and listing(path / "states") == []
+
+
+def test_a_state_that_could_not_be_written_is_told_with_the_next_lines(
+    tmp_path, monkeypatch
+):
+    """Not hours later, with the next state."""
+    workdir = started(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("etils.epath.gpath.PosixGPath.rename", fail)
+        workdir.save_state(5, {"x": np.zeros(1)})
+        with pytest.raises(OSError, match="No space left on device"):
+            for image in range(1000):
+                time.sleep(0.01)
+                workdir.append_metrics([{"image": image}])
+    assert image < 500
+    workdir.append_metrics([{"image": image}])
+    workdir.close()
 
 
 # --- Metrics --------------------------------------------------------------------------
@@ -184,6 +410,126 @@ def test_a_line_that_a_kill_cut_is_dropped_before_others_follow(tmp_path):
     workdir.rewind_metrics(3)
     workdir.append_metrics([{"image": 3}])
     assert [row["image"] for row in workdir.read_metrics()] == [0, 1, 2, 3]
+
+
+def test_nothing_after_a_broken_line_is_believed(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    good = b'{"image": 0}\n{"image": 1}\n'
+    for broken in (b'{"image": 2, "lo\n', b"\0\0\0\n", b"\xff\n", b"[]\n", b"3\n"):
+        workdir.metrics.write_bytes(good + broken + b'{"image": 3}\n')
+        assert [row["image"] for row in workdir.read_metrics()] == [0, 1]
+        workdir.rewind_metrics(9)
+        assert workdir.metrics.read_bytes() == good
+
+
+def test_a_full_disk_names_the_metrics(tmp_path, monkeypatch):
+    workdir = Workdir(tmp_path)
+    workdir.append_metrics([{"image": 0}])
+    if not Path("/dev/full").exists():
+        pytest.skip("needs Linux")
+    monkeypatch.setattr(Workdir, "metrics", Path("/dev/full"))
+    with pytest.raises(OSError, match="/dev/full cannot be written: No space left"):
+        workdir.append_metrics([{"image": 1}])
+
+
+# --- The end --------------------------------------------------------------------------
+
+
+def test_a_run_is_finished_when_its_summary_says_so(tmp_path):
+    workdir = Workdir(tmp_path)
+    assert not workdir.finished()
+    for finished in (False, True):
+        workdir.write_summary({"finished": finished, "images": 3})
+        assert Workdir(tmp_path, writes=False).finished() is finished
+    workdir.summary.write_text("{")
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        workdir.finished()
+
+
+def test_an_output_is_a_file_of_the_workdir(tmp_path):
+    workdir = Workdir(tmp_path)
+    with workdir.output("pictures/a.png") as path:
+        assert path == tmp_path / "pictures" / "a.png"
+        path.write_bytes(b"png")
+    assert workdir.pictures / "a.png" == path
+
+
+# --- Buckets --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    return buckets.install(monkeypatch, tmp_path / "cloud")
+
+
+def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
+    """From config to summary, with a kill after the second state."""
+    monkeypatch.chdir(tmp_path)  # nothing is to appear in a folder of this name
+    place = "gs://b/runs/one"
+    with Workdir(place) as workdir:
+        workdir.settle_config(config(lr=0.5), images_per_step=3)
+        assert not workdir.frozen.exists()
+        checkpoint.save_tree(workdir.frozen, {"x": np.ones(3)}, {})
+        for image in range(8):
+            workdir.append_metrics([{"image": image}])
+            if image in (2, 5):
+                workdir.save_state(image + 1, {"x": np.full(4, image + 1)})
+        workdir.wait()
+        written = bucket.place(f"{place}/metrics.jsonl").read_text()
+        assert len(written.splitlines()) == 6  # up to the state
+        bucket.stop_after(0)
+        with pytest.raises(buckets.Killed):
+            workdir.close()
+        bucket.stop_after(None)
+
+    again = Workdir(place)
+    again.settle_config(config(lr=0.5), images_per_step=1)
+    with pytest.raises(ValueError, match="lr was 0.5 and is 0.25"):
+        again.settle_config(config(lr=0.25), images_per_step=1)
+    assert again.load_state()["x"][0] == 6
+    again.append_metrics([{"image": 6}, {"image": 7}])
+    again.rewind_metrics(6)
+    again.append_metrics([{"image": 6}])
+    reader = Workdir(place, writes=False)
+    assert reader.load_state()["x"][0] == 6
+    with again.output("pictures/a.png") as path:
+        path.write_bytes(b"png")
+    with again.output("repaired") as path:
+        path.mkdir()
+        (path / "weights").write_bytes(b"1")
+    again.write_summary({"finished": True})
+    again.close()
+    assert [row["image"] for row in reader.read_metrics()] == list(range(7))
+    assert reader.finished()
+    tops = {name.split("/")[3] for name in bucket.objects("b/runs/one")}
+    assert tops == {
+        "config.json",
+        "frozen",
+        "metrics.jsonl",
+        "pictures",
+        "repaired",
+    } | {
+        "states",
+        "summary.json",
+    }
+    assert bucket.place(f"{place}/pictures/a.png").read_bytes() == b"png"
+    assert bucket.place(f"{place}/repaired/weights").read_bytes() == b"1"
+    assert listing(tmp_path) == ["cloud"]
+
+
+def test_processes_see_each_other_in_a_bucket(bucket):
+    assert together(["gs://b/run"] * 2) == [None, None]
+    assert bucket.objects() == []
+
+
+def test_a_bucket_that_takes_nothing_is_told(bucket, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Anonymous caller\nmay not write")
+
+    monkeypatch.setattr(bucket, "put_object", refuse)
+    with pytest.raises(OSError, match="--workdir=gs://b/run cannot be written") as e:
+        Workdir("gs://b/run")
+    assert "may not write" in str(e.value) and "\n" not in str(e.value)
 
 
 # --- Whole or not at all --------------------------------------------------------------

@@ -21,11 +21,17 @@ def get_config() -> ConfigDict:
     config.model = "dinov2_vitg14"  # a torch.hub name; the checkpoint must be of it
     config.checkpoint = ""  # from `python -m convert to-jax`, or a hub file itself
     config.interpolate_antialias = True  # the authors'; plain hub models say False
-    config.data = ""  # folder of photographs, or "sample": those in scikit-image
+    # A folder, gs://…, list:FILE, tfds:NAME[/SPLIT] (tfds:imagenet2012), or "sample":
+    # the photographs in scikit-image; see `sinder_jax.sources.open_photographs`.
+    config.data = ""
     config.num_images = 30_000  # every max(1, files // num_images)-th file is used
-    config.image_size = 518  # pixels, short side and center crop
+    config.shuffle_seed = 0  # of the order; 0: as they are listed, no shuffling
+    config.image_size = 518  # pixels, the short side
+    config.resize = "crop"  # to the middle square; "keep": 7 shapes, one image a step
     config.images_per_step = 0  # 0: one per device; with 1 it is the authors' step
-    config.read_threads = 4
+    config.read_threads = 4  # in each process that reads
+    config.read_workers = 0  # processes that read; 0: threads of this one
+    config.split_model = False  # True: kernels split over the devices, not copied
 
     # Directions.
     config.method = "analytic"  # or "monte_carlo", the authors' way
@@ -53,5 +59,9 @@ def get_config() -> ConfigDict:
     config.log_every = 100
     config.picture_every = 1_000
     config.checkpoint_every = 500
+    config.keep_states = 2  # the newest ones
+    config.keep_every = 0  # and all whose number is a multiple of this; 0: none
     config.measure_images = 8  # of each kind, for the summary: repaired on, held out
+    config.tensorboard = False  # True: event files in the workdir, by tensorboardX
+    config.wandb_project = ""  # of Weights & Biases; empty: none
     return config

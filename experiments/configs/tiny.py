@@ -21,9 +21,13 @@ def get_config() -> ConfigDict:
     config.interpolate_antialias = True
     config.data = "sample"  # the eight photographs inside scikit-image
     config.num_images = 4  # every second of them; the others are held out
+    config.shuffle_seed = 0  # of the order; 0: as they are listed, no shuffling
     config.image_size = 224  # pixels; the stored grid of 16 x 16 patches
+    config.resize = "crop"  # to the middle square; "keep": 7 shapes, one image a step
     config.images_per_step = 0  # 0: one per device
-    config.read_threads = 2
+    config.read_threads = 2  # in each process that reads
+    config.read_workers = 0  # processes that read; 0: threads of this one
+    config.split_model = False  # True: kernels split over the devices, not copied
 
     # Directions.
     config.method = "analytic"
@@ -49,5 +53,9 @@ def get_config() -> ConfigDict:
     config.log_every = 10
     config.picture_every = 20
     config.checkpoint_every = 20
+    config.keep_states = 2  # the newest ones
+    config.keep_every = 0  # and all whose number is a multiple of this; 0: none
     config.measure_images = 8
+    config.tensorboard = False  # True: event files in the workdir, by tensorboardX
+    config.wandb_project = ""  # of Weights & Biases; empty: none
     return config

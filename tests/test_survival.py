@@ -1,0 +1,269 @@
+"""A run that is stopped, killed or moved ends as if nothing had happened.
+
+All on the planted model: in this process where that is enough, else in processes of
+their own. `tests/test_processes.py` has runs of several processes.
+"""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import cli, repair
+from sinder_jax import checkpoint
+
+STEPS = 12
+# A run of twelve steps, saved after every third image.
+SHORT = (
+    "--config=tiny.py",
+    "--config.images_per_step=1",
+    f"--config.max_iter={STEPS}",
+    "--config.checkpoint_every=3",
+    "--config.picture_every=1000",
+    "--config.measure_images=1",
+)
+# Runs the main job, and sends this process a signal at given images.
+PROGRAM = """
+import os, signal, sys
+from experiments import cli, repair
+step = repair.Runner.step
+sent = []
+def interrupted(self, batch):
+    if int(sys.argv[1]) in batch.positions and not sent:
+        sent.append(True)
+        os.kill(os.getpid(), signal.SIGTERM)
+    return step(self, batch)
+repair.Runner.step = interrupted
+cli.exit_on_error(lambda: repair.main(sys.argv[2:]))
+"""
+
+
+def run(workdir, *arguments, code=0):
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert repair.main([*arguments, f"--workdir={workdir}"]) == code
+    return output.getvalue()
+
+
+def state_of(workdir):
+    newest = checkpoint.load_newest(workdir / "states")
+    return {name: np.asarray(x) for name, x in checkpoint.flatten(newest.tree).items()}
+
+
+def assert_same(one, two):
+    assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+    got, want = state_of(one), state_of(two)
+    assert got.keys() == want.keys() and "num_images" in got
+    for name in want:
+        assert got[name].tobytes() == want[name].tobytes(), name
+    files = [path / "repaired.safetensors" for path in (one, two)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def begun(workdir, like):
+    """A workdir whose frozen model is computed already: a second less for each test."""
+    workdir.mkdir()
+    for name in ("frozen", "config.json", "planted.safetensors"):
+        source = like / name
+        copy = shutil.copytree if source.is_dir() else shutil.copy
+        copy(source, workdir / name)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    run(workdir, *SHORT)
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows] == list(range(STEPS))
+    assert sum(row["layer"] >= 0 for row in rows) >= 10  # it repairs all the way
+    return workdir
+
+
+def signal_at(monkeypatch, image, number):
+    """Sends this process a signal when the step is to take that image."""
+    step = repair.Runner.step
+
+    def interrupted(self, batch):
+        if image in batch.positions:
+            os.kill(os.getpid(), number)
+        return step(self, batch)
+
+    monkeypatch.setattr(repair.Runner, "step", interrupted)
+
+
+# --- Told to stop ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "k",
+    [
+        pytest.param(k, marks=[] if k in (1, 7, 12) else pytest.mark.slow)
+        for k in range(1, STEPS + 1)
+    ],
+)
+def test_stopped_after_any_step_it_goes_on_to_the_same_bits(
+    k, whole, tmp_path, monkeypatch
+):
+    workdir = begun(tmp_path / "run", whole)
+    with monkeypatch.context() as patched:
+        signal_at(patched, k - 1, [signal.SIGTERM, signal.SIGINT][k % 2])
+        output = run(workdir, *SHORT, code=cli.TRY_AGAIN)
+    assert f"stopped after {k} images, all saved in {workdir}" in output
+    told = json.loads((workdir / "summary.json").read_text())
+    assert told["finished"] is False and told["images"] == k
+    assert told["stopped_by"] in ("SIGTERM", "SIGINT")
+    assert not (workdir / "repaired").exists()
+    assert int(state_of(workdir)["num_images"]) == k
+    assert f"going on after {k} images" in run(workdir, *SHORT)
+    assert_same(workdir, whole)
+    assert json.loads((workdir / "summary.json").read_text())["finished"] is True
+
+
+def test_stopped_before_its_first_step_it_has_nothing_to_save(
+    whole, tmp_path, monkeypatch, capsys
+):
+    workdir = begun(tmp_path / "run", whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            repair, "thaw", lambda workdir: os.kill(os.getpid(), signal.SIGTERM)
+        )
+        run(workdir, *SHORT, code=cli.TRY_AGAIN)
+    assert "stopped by SIGTERM: the same command goes on" in capsys.readouterr().err
+    assert not (workdir / "metrics.jsonl").exists()
+    run(workdir, *SHORT)
+    assert_same(workdir, whole)
+
+
+def test_stopped_while_it_exports_it_exports_the_next_time(
+    whole, tmp_path, monkeypatch
+):
+    workdir = begun(tmp_path / "run", whole)
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            repair.results,
+            "export_patch",
+            lambda *_: os.kill(os.getpid(), signal.SIGTERM),
+        )
+        run(workdir, *SHORT, code=cli.TRY_AGAIN)
+    assert f"going on after {STEPS} images" in run(workdir, *SHORT)
+    assert_same(workdir, whole)
+
+
+def test_a_second_interrupt_stops_at_once(whole, tmp_path, monkeypatch):
+    workdir = begun(tmp_path / "run", whole)
+
+    def interrupted(self, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(repair.Runner, "step", interrupted)
+        run(workdir, *SHORT)
+    run(workdir, *SHORT)
+    assert_same(workdir, whole)
+
+
+# --- Another number of devices --------------------------------------------------------
+
+
+def start(workdir, *arguments, devices=2, stop_at=-1, **options):
+    """The main job in a process of its own, stopped by SIGTERM at an image."""
+    environment = os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "NPROC": "8",  # the size of XLA's thread pool, which changes bits
+    }
+    return subprocess.Popen(
+        [
+            *(sys.executable, "-c", PROGRAM, str(stop_at), *arguments),
+            f"--workdir={workdir}",
+        ],
+        env=environment,
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def ended(process, code=0):
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return output, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["false", "true"])
+def test_devices_may_come_and_go(split, whole, tmp_path):
+    arguments = [*SHORT, "--config.images_per_step=8", f"--config.split_model={split}"]
+    arguments += ["--config.max_iter=48", "--config.checkpoint_every=8"]
+    alone = tmp_path / "alone"
+    ended(start(alone, *arguments, devices=8))
+    moved = tmp_path / "moved"
+    for devices, stop_at, code in ((4, 8, 75), (1, 24, 75), (8, -1, 0)):
+        process = start(moved, *arguments, devices=devices, stop_at=stop_at)
+        output, _ = ended(process, code)
+        assert f"8 images a step on {devices} x " in output
+    assert_same(moved, alone)
+
+
+# --- Killed ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_at_most_a_save_interval_each(whole, tmp_path):
+    """At random moments: while it starts, computes, saves, removes old states."""
+    every, images = 2, 600
+    arguments = [*SHORT, f"--config.max_iter={images}", "--config.history=600"]
+    arguments += ["--config.stop_share=1.0", f"--config.checkpoint_every={every}"]
+    workdir, alone = begun(tmp_path / "run", whole), begun(tmp_path / "alone", whole)
+    for each in (workdir, alone):  # of another config
+        ended(start(each, *arguments, "--force", stop_at=0), 75)
+    moments = random.Random(0)
+    metrics = workdir / "metrics.jsonl"
+
+    def done():
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    resumes, before = 0, done()
+    while resumes < 30:
+        process = start(workdir, *arguments)
+        deadline = time.monotonic() + 60
+        # From the start of the process on, or once it takes steps.
+        if moments.random() < 0.8:
+            began = done()
+            while done() <= began and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1.0))
+        process.send_signal(signal.SIGKILL)
+        output, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
+        resumes += 1
+        newest = checkpoint.load_newest(workdir / "states")
+        assert not newest.damaged
+        saved = int(newest.tree["num_images"])
+        # A step's metrics come a step late, a save is written behind the next steps.
+        assert saved >= done() - 2 * every, (saved, done())
+        assert saved >= before
+        before = saved
+    ended(start(workdir, *arguments, stop_at=before + 4), 75)
+    ended(start(alone, *arguments, stop_at=before + 4), 75)
+    one, two = (path / "metrics.jsonl" for path in (workdir, alone))
+    assert one.read_bytes() == two.read_bytes()
+    got, want = state_of(workdir), state_of(alone)
+    for name in want:
+        assert got[name].tobytes() == want[name].tobytes(), name
+    assert jax.tree.structure(got) == jax.tree.structure(want)
