@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from jax.experimental import multihost_utils
 from experiments.peers import PATIENCE, Meeting, Peers
 from sinder_jax import repair
 
-CONNECT_SECONDS = 300
+CONNECT_SECONDS = 300  # that a process waits for process 0
 # Where JAX finds another process dead it ends this one by a signal; `peers` is first.
 JAX_HEARTBEAT_SECONDS = 300
 ARGUMENTS = ("coordinator", "num_processes", "process_id")
@@ -198,6 +199,8 @@ def start(args: argparse.Namespace) -> Cluster:
     check_arguments(args)
     if args.coordinator is None and around(os.environ) is None:
         return Cluster()
+    if args.coordinator and args.process_id:
+        _wait_for_coordinator(args.coordinator)
     # A dead process is found and told by `peers`, stops are agreed on by `Vote`.
     jax.config.update("jax_enable_recoverability", True)
     jax.config.update("jax_enable_preemption_service", False)
@@ -210,14 +213,31 @@ def start(args: argparse.Namespace) -> Cluster:
             initialization_timeout=CONNECT_SECONDS,
             heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
         )
+        cluster = Cluster(jax.process_index(), jax.process_count())
     except RuntimeError as error:
         raise OSError(f"the other processes cannot be reached: {error}") from None
-    cluster = Cluster(jax.process_index(), jax.process_count())
     if cluster.processes > 1:
         cluster._peers = Peers(
             cluster.process, cluster.processes, _first_host(), _exchange(cluster)
         )
     return cluster
+
+
+def _wait_for_coordinator(address: str) -> None:
+    """Waits until process 0 listens; JAX itself would end this one by a signal."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise OSError(
+                    f"--coordinator={address} cannot be reached: {error}. Process 0 "
+                    "must run there, and the port be open"
+                ) from None
+            time.sleep(0.5)
 
 
 def _first_host() -> str:

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import cli, cluster, inputs, results, sinks, tracing
+from experiments import cli, cluster, inputs, results, sharing, sinks, tracing
 from experiments import config as config_files
 from experiments.cluster import Cluster, Vote
 from experiments.frozen import Thawed, freeze, thaw
@@ -145,7 +145,8 @@ def settle(job: Job, *, force: bool) -> None:
     processes.check_same("configs", config.to_json(sort_keys=True))
     processes.check_same("photographs", "\n".join(each.name for each in job.train))
     if processes.processes > 1:
-        workdir.check_shared(
+        sharing.check(
+            workdir.path,
             process=processes.process,
             broadcast=lambda token: int(processes.from_first(np.array(token))),
             gather=processes.all_say,

@@ -13,12 +13,10 @@ added to an object of a bucket: there metrics.jsonl is written anew before each 
 
 import json
 import os
-import random
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,6 @@ FREE_KEYS = (
     "tensorboard",
     "wandb_project",
 )
-SHARED_WITHIN = 20.0  # seconds; network disks show a new file that late
 
 
 class Workdir:
@@ -101,62 +98,6 @@ class Workdir:
             for name in ("frozen", "repaired"):  # what a kill left of hours of writing
                 for partial in Path(self.path).glob(f".{name}.*/"):
                     paths.remove(partial)
-
-    # --- Several processes ----------------------------------------------------------
-
-    def check_shared(
-        self,
-        *,
-        process: int,
-        broadcast: Callable[[int], int],
-        gather: Callable[[bool], Sequence[bool]],
-        within: float = SHARED_WITHIN,
-    ) -> None:
-        """Refuses a workdir that is another folder for another process.
-
-        Process 0 writes a file that the others look for. To be called by all.
-
-        Args:
-          process: number of this one; 0 is the one that writes.
-          broadcast: gives each process the number that process 0 passed.
-          gather: gives each process what all passed, in their order.
-          within: seconds to look for.
-
-        Raises:
-          ValueError: on all processes, if one of them does not see it.
-        """
-        token = random.SystemRandom().getrandbits(30)
-        if process == 0:
-            try:
-                self._shared(token).write_text("")
-            except OSError:
-                token = -1  # nobody can see it, and nobody waits for this process
-        token = broadcast(token)
-        seen = gather(token >= 0 and self._appears(token, within))
-        if process == 0 and token >= 0:
-            self._shared(token).unlink()
-        blind = [str(number) for number, saw in enumerate(seen) if not saw]
-        if blind:
-            raise ValueError(
-                f"--workdir={self.path} is not one folder for all {len(seen)} "
-                f"processes: {', '.join(blind)} cannot see what 0 writes there. Put it "
-                "on a disk that all of them share, or into a bucket (gs://)."
-            )
-
-    def _shared(self, token: int) -> AnyPath:
-        return self.path / f".shared.{token}"
-
-    def _appears(self, token: int, within: float) -> bool:
-        until = time.monotonic() + within
-        while True:
-            with suppress(OSError):
-                # Listed, not asked for: a disk may remember that it was not there.
-                names = {path.name for path in self.path.iterdir()}
-                if self._shared(token).name in names:
-                    return True
-            if time.monotonic() >= until:
-                return False
-            time.sleep(min(0.5, within / 10))
 
     # --- Config ---------------------------------------------------------------------
 

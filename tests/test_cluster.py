@@ -54,6 +54,13 @@ def test_half_a_description_is_refused(arguments, told):
     assert told in error_of(cluster.start, parsed(*arguments))
 
 
+def test_a_coordinator_that_is_not_there_gives_one_line(monkeypatch):
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 0.5)
+    arguments = ["--coordinator=127.0.0.1:1", "--num-processes=2", "--process-id=1"]
+    line = error_of(cluster.start, parsed(*arguments), kind=OSError)
+    assert line.startswith("--coordinator=127.0.0.1:1 cannot be reached")
+
+
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
 OPEN_MPI = {
     "OMPI_MCA_orte_hnp_uri": "1.0;tcp://10.0.0.1:1",

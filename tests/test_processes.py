@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DEVICES = "--xla_force_host_platform_device_count"
 SHORT = (
     "--config=tiny.py",
     "--config.images_per_step=4",
@@ -44,20 +45,18 @@ class Processes:
                 f"--num-processes={count}",
                 f"--process-id={process}",
             )
+            command = [
+                *(sys.executable, "-m", "experiments.repair", *arguments),
+                *(several if count > 1 else ()),
+                *(own[process] if own else ()),
+                f"--workdir={workdir[process] if own else workdir}",
+            ]
+            environment = os.environ | {"XLA_FLAGS": f"{DEVICES}={devices}"}
             self.each.append(
                 subprocess.Popen(
-                    [
-                        *(sys.executable, "-m", "experiments.repair", *arguments),
-                        *(several if count > 1 else ()),
-                        *(own[process] if own else ()),
-                        f"--workdir={workdir[process] if own else workdir}",
-                    ],
+                    command,
                     cwd=ROOT,
-                    env=os.environ
-                    | {
-                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-                        "NPROC": "8",
-                    },
+                    env=environment | {"NPROC": "8"},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,

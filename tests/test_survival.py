@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -173,6 +174,121 @@ def test_a_second_interrupt_stops_at_once(whole, tmp_path, monkeypatch):
         run(workdir, *SHORT)
     run(workdir, *SHORT)
     assert_same(workdir, whole)
+
+
+# --- Faults ---------------------------------------------------------------------------
+
+
+def test_an_image_that_is_not_finite_changes_nothing_and_is_named(
+    whole, tmp_path, monkeypatch
+):
+    workdir = begun(tmp_path / "run", whole)
+    step = repair.Runner.step
+
+    def poisoned(self, batch):
+        if 4 in batch.positions:
+            batch = batch._replace(images=np.full_like(batch.images, np.nan))
+        return step(self, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repair.Runner, "step", poisoned)
+        output = run(workdir, *SHORT)
+    rows = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["image"] for row in rows if not row["finite"]] == [4]
+    named = rows[4]["file"]
+    assert f"skipped, not finite: {named}\n" in output
+    told = json.loads((workdir / "summary.json").read_text())
+    assert told["images_not_finite"] == 1 and told["files_not_finite"] == [named]
+    assert rows[3]["loss"] is not None and rows[4]["loss"] is None
+
+
+def failure(workdir, capsys, *arguments):
+    """What a run says on stderr that ends with exit code 2; one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending:
+        cli.exit_on_error(
+            lambda: repair.main([*SHORT, *arguments, f"--workdir={workdir}"])
+        )
+    assert ending.value.code == cli.USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def at_image(monkeypatch, image, act):
+    step = repair.Runner.step
+
+    def acting(self, batch):
+        if image in batch.positions:
+            act()
+        return step(self, batch)
+
+    monkeypatch.setattr(repair.Runner, "step", acting)
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_last_state(
+    whole, tmp_path, monkeypatch, capsys
+):
+    """No file may grow any more: the same errors as those of a full disk."""
+    workdir = begun(tmp_path / "run", whole)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patched:
+        at_image(
+            patched,
+            7,
+            lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1])),
+        )
+        try:
+            line = failure(workdir, capsys)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(workdir) in line and "File too large" in line
+    assert int(state_of(workdir)["num_images"]) == 6
+    assert "going on after 6 images" in run(workdir, *SHORT)
+    assert_same(workdir, whole)
+
+
+def test_a_workdir_that_vanishes_ends_the_run_and_is_not_made_anew(
+    whole, tmp_path, monkeypatch, capsys
+):
+    workdir = begun(tmp_path / "run", whole)
+    with monkeypatch.context() as patched:
+        at_image(patched, 5, lambda: workdir.rename(tmp_path / "elsewhere"))
+        line = failure(workdir, capsys)
+    assert f"{workdir} was removed while the run was going on" in line
+    assert not list(workdir.glob("*")) if workdir.exists() else True
+    assert int(state_of(tmp_path / "elsewhere")["num_images"]) == 3
+
+
+# --- Options of a start ---------------------------------------------------------------
+
+
+def test_programs_are_kept_in_a_folder_of_this_users_own(
+    whole, tmp_path, monkeypatch, capsys
+):
+    cache = tmp_path / "cache"
+    told = jax.config.jax_compilation_cache_dir
+    try:
+        repair.keep_compiled(str(cache))
+        assert cache.stat().st_mode & 0o777 == 0o700
+        assert jax.config.jax_compilation_cache_dir == str(cache)
+    finally:
+        jax.config.update("jax_compilation_cache_dir", told)
+    cache.chmod(0o777)
+    line = failure(tmp_path / "run", capsys, f"--compilation-cache={cache}")
+    assert "nobody else may write to it" in line and not (tmp_path / "run").exists()
+    assert told is None  # off by default
+
+
+def test_a_run_can_be_traced_and_shown_in_tensorboard(whole, tmp_path):
+    pytest.importorskip("tensorboardX")
+    workdir = begun(tmp_path / "run", whole)
+    run(workdir, *SHORT, "--profile=3:5", "--config.tensorboard=true")
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
+    assert list((workdir / "tensorboard").iterdir())
+    assert_same(workdir, whole)
+    alive = json.loads((workdir / "alive.json").read_text())
+    assert alive["phase"] == "finished" and alive["images"] == STEPS
 
 
 # --- Another number of devices --------------------------------------------------------
