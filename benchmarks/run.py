@@ -86,19 +86,18 @@ class Case:
     def ours(self, images: int = 1) -> Callable[[], None]:
         """A call that takes one of our steps, compiled before."""
         model = self.model
-        frozen, self._state = repair.init(
+        frozen, state = repair.init(
             model.config, model.params, self.options, self.directions, model.factors
         )
         batch = jnp.asarray(np.repeat(self.image[None], images, axis=0))
         step = repair.make_step(model.config, self.options)
         start = time.perf_counter()
-        compiled = step.lower(self._state, frozen, batch).compile()
+        compiled = step.lower(state, frozen, batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
         def call() -> None:
-            self._state, metrics = jax.block_until_ready(
-                compiled(self._state, frozen, batch)
-            )
+            nonlocal state
+            state, metrics = jax.block_until_ready(compiled(state, frozen, batch))
             self.losses.setdefault("ours", []).append(float(metrics.loss[0]))
 
         return call
@@ -215,34 +214,34 @@ def bench_factorize(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_depth(rounds: int, quick: bool) -> Numbers:
-    """What each further block costs, ours and the baseline's, and so a whole giant.
+    """What a block costs to search, and so a step at any depth, ours and theirs.
 
-    A giant's steps themselves need more memory than two of them side by side leave:
-    each is timed at two depths, and both are linear in it.
+    A giant's own steps need more memory than both side by side leave. Ours is the
+    search, which grows with the block of the defect, and the rest, which does not; the
+    authors' step is a multiple of one block's.
     """
-    depths = {"ours": (11, 15), "baseline": (4, 8)}
-    calls = {}
-    for name, pair in depths.items():
-        for depth in pair:
-            config, size = giant_width(depth, quick)
-            case = Case(config, size, config.depth - 1)
-            call = case.ours() if name == "ours" else case.baseline("dense")
-            calls[f"{name}, {depth} blocks"] = call
-    seconds = in_turn(rounds, **calls)
-    medians = {name: float(np.median(each)) for name, each in seconds.items()}
-
-    def at(name: str, blocks: int) -> float:
-        few, many = depths[name]
-        times = [medians[f"{name}, {depth} blocks"] for depth in (few, many)]
-        return times[0] + (blocks - few) * (times[1] - times[0]) / (many - few)
-
-    numbers: Numbers = {"seconds": medians, "all seconds": seconds}
+    config, size = giant_width(15, quick)
+    theirs, _ = giant_width(8, quick)
+    case = Case(config, size, config.depth - 1)
+    whole = case.ours()
+    case.directions = np.zeros_like(case.directions)  # finds nothing: the search alone
+    calls = {
+        "ours": whole,
+        "search": case.ours(),
+        "baseline": Case(theirs, size, theirs.depth - 1).baseline("dense"),
+    }
+    numbers = told(in_turn(rounds, **calls), "baseline")
+    del numbers["times faster than baseline"]  # of another depth
+    seconds = numbers["seconds"]
+    search = seconds["search"] / config.depth
+    baseline = seconds["baseline"] / theirs.depth
+    numbers["seconds a block"] = {"search": search, "baseline": baseline}
     for block in (19, 29, 39):
-        ours, baseline = at("ours", block + 1), at("baseline", block + 1)
+        ours = seconds["ours"] + (block + 1 - config.depth) * search
         numbers[f"defect in block {block}"] = {
             "ours": ours,
-            "baseline": baseline,
-            "times faster": baseline / ours,
+            "baseline": (block + 1) * baseline,
+            "times faster": (block + 1) * baseline / ours,
         }
     return numbers
 

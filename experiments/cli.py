@@ -29,17 +29,31 @@ def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
             # A file name no encoding covers is shown escaped, not turned into an error.
             output.reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(USER_ERROR)
+        code = USER_ERROR
     except KeyboardInterrupt:
         if os.environ.get(TRACEBACK) == "1":
             raise
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        code = INTERRUPTED
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process; at once where JAX is connected to processes that go on.
+
+    JAX would take leave of them at exit, and end by a signal if they are gone.
+    """
+    jax = sys.modules.get("jax")
+    if code and jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def one_line(error: BaseException) -> str:

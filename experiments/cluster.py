@@ -175,6 +175,8 @@ class Cluster:
         if isinstance(error, jax.errors.JaxRuntimeError):
             # Most likely a process died; the thread that watches them says which.
             time.sleep(PATIENCE)
+        elif error is not None:
+            self._peers.end_alone()
         if error is None:
             self.barrier()
             if not self.is_first:

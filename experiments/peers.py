@@ -21,6 +21,7 @@ from experiments import cli
 
 INTERVAL = 2.0  # seconds between two signs of life
 PATIENCE = 30.0  # seconds without one until a process counts as dead
+GRACE = 2.0  # seconds in which this process may end by an error of its own
 TOKEN_BYTES = 16
 HELLO = struct.Struct(f">{TOKEN_BYTES}sI")
 ALIVE, BYE, GONE = b".", b"b", b"g"
@@ -64,7 +65,7 @@ class Peers:
       host: address of process 0.
       exchange: gives every process what process 0 passes in, see `Meeting`.
       gone: called in the watching thread with one line when a process is dead.
-      interval, patience: seconds, see the constants.
+      interval, patience, grace: seconds, see the constants.
 
     Raises:
       OSError: process 0 cannot be reached.
@@ -80,11 +81,14 @@ class Peers:
         *,
         interval: float = INTERVAL,
         patience: float = PATIENCE,
+        grace: float = GRACE,
     ):
         self._process, self._gone = process, gone
         self._interval, self._patience = interval, patience
+        self._grace = grace
         self._selector = selectors.DefaultSelector()
         self._closing = threading.Event()
+        self._takes_leave = False
         self._all_said_bye = threading.Event()
         if process == 0:
             with socket.create_server(("", 0), backlog=processes) as server:
@@ -101,10 +105,15 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
+    def end_alone(self) -> None:
+        """Says nothing more of others: an error of its own is ending this process."""
+        self._closing.set()
+
     def close(self) -> None:
         """Takes leave; process 0 waits until all others did, so that it ends last."""
         if self._process == 0:
             self._all_said_bye.wait(self._patience)
+        self._takes_leave = True
         self._closing.set()
         self._thread.join()
         for connection, _ in self._connections():
@@ -150,7 +159,8 @@ class Peers:
                     self._report(peer.process, f"silent for {silent:.0f} seconds")
             if all(peer.said_bye for _, peer in self._connections()):
                 self._all_said_bye.set()
-        self._tell(BYE)
+        if self._takes_leave:
+            self._tell(BYE)
 
     def _receive(self, connection: socket.socket, peer: _Peer) -> None:
         try:
@@ -182,6 +192,9 @@ class Peers:
     def _report(self, process: int, how: str) -> None:
         if self._process == 0:
             self._tell(GONE, process)
+        # What ended the other may be about to end this one, with a line that says more.
+        if self._closing.wait(self._grace):
+            return
         self._gone(
             f"process {process} of this run is gone ({how}); its own output says why. "
             "Start all processes again: the run goes on from its last saved state"

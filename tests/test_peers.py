@@ -17,7 +17,7 @@ class Group:
         self.meetings = [queue.Queue() for _ in range(count)]
         self.reports = queue.Queue()
         self.peers = [None] * count
-        self.options = {"interval": 0.05, "patience": 1.0, **options}
+        self.options = {"interval": 0.05, "patience": 1.0, "grace": 0.1, **options}
         threads = [
             threading.Thread(target=self.open, args=(each,)) for each in range(count)
         ]
@@ -100,6 +100,16 @@ def test_a_silent_process_is_dead_after_a_while():
     report = group.reported(2)  # process 1 hears of itself, should it wake up
     assert 0.5 <= time.monotonic() - began < 8
     assert "process 1 of this run is gone (silent for 1 seconds)" in report[0]
+
+
+def test_who_ends_by_an_error_of_its_own_reports_nobody():
+    group = Group(3, grace=2.0)
+    group.die(1)
+    time.sleep(0.3)  # both others have seen it
+    group.peers[2].end_alone()
+    assert set(group.reported(1)) == {0}
+    group.peers[2]._thread.join(10)
+    assert group.reports.empty()
 
 
 def test_a_stranger_is_not_taken_for_a_process():

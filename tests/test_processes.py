@@ -128,6 +128,7 @@ def test_two_processes_give_the_bytes_of_one_from_data_to_export(alone, tmp_path
     assert_same(workdir, alone)
 
 
+@pytest.mark.slow
 def test_each_of_them_is_missed_by_the_other(alone, tmp_path):
     for victim in (0, 1):
         workdir = tmp_path / f"run{victim}"
@@ -156,6 +157,7 @@ def test_a_process_that_hangs_is_missed_after_half_a_minute(tmp_path):
     two.ended(-9, 75)
 
 
+@pytest.mark.slow
 def test_differences_between_processes_are_refused_by_both(tmp_path):
     folders = (tmp_path / "run", tmp_path / "run")
     own = ((), ("--config.lr=0.5",))
