@@ -28,7 +28,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import convert, golden
 from sinder_jax import planted, repair, vit
 
-NAME, STEPS = sys.argv[1], int(sys.argv[2])
+NAME, STEPS, COUNTS = sys.argv[1], int(sys.argv[2]), map(int, sys.argv[3].split())
 if NAME == "planted":
     from sinder_jax import data
     made = planted.planted_model(1)
@@ -81,7 +81,7 @@ def hashes(frozen, state, step, whole):
     return told, defects
 
 ways = {"1": one}
-for count in (2, 4, 8):
+for count in COUNTS:
     ways[f"{count} mapped"] = lambda count=count: mapped(count)
     ways[f"{count} split"] = lambda count=count: split(count)
 print(json.dumps({name: hashes(*make()) for name, make in ways.items()}))
@@ -89,25 +89,26 @@ print(json.dumps({name: hashes(*make()) for name, make in ways.items()}))
 
 
 @pytest.mark.parametrize(
-    ("name", "steps"),
+    ("name", "steps", "counts"),
     [
-        ("planted", 20),
-        pytest.param("moving", 8, marks=pytest.mark.slow),
+        ("planted", 5, "4"),
+        pytest.param("planted", 20, "2 4 8", marks=pytest.mark.slow),
+        pytest.param("moving", 8, "2 4 8", marks=pytest.mark.slow),
     ],
 )
-def test_any_number_of_devices_gives_the_same_bits(name, steps):
+def test_any_number_of_devices_gives_the_same_bits(name, steps, counts):
     tests = Path(__file__).parent
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
     }
-    command = [sys.executable, "-c", PROGRAM, name, str(steps)]
+    command = [sys.executable, "-c", PROGRAM, name, str(steps), counts]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     expected, defects = told["1"]
     assert len(set(expected)) > 1 and defects >= 8  # it did repair something
-    assert len(told) == 7
+    assert len(told) == 1 + 2 * len(counts.split())
     for way, (hashes, _) in told.items():
         assert hashes == expected, way
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import bucket
 from experiments import sharing
+from sinder_jax import paths
 
 
 def listing(folder):
@@ -39,7 +41,7 @@ def together(folders, within=0.3):
         except ValueError as error:
             return str(error)
 
-    folders[0].mkdir()
+    folders[0].mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(process, range(count)))
 
@@ -87,3 +89,10 @@ def test_a_folder_that_process_0_cannot_write_to_keeps_nobody_waiting(
             gather=lambda x: [x, False],
             within=60,
         )
+
+
+def test_processes_see_each_other_in_a_bucket(tmp_path, monkeypatch):
+    objects = bucket.install(monkeypatch, tmp_path / "cloud")
+    folder = paths.as_path("gs://b/run")
+    assert together([folder] * 2) == [None, None]
+    assert objects.objects() == []

@@ -21,7 +21,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import cli, repair
+import bucket
+from experiments import cli, repair, status
 from sinder_jax import checkpoint
 
 STEPS = 12
@@ -37,7 +38,7 @@ SHORT = (
 # Runs the main job, and sends this process a signal at given images.
 PROGRAM = """
 import os, signal, sys
-from experiments import cli, repair
+from experiments import cli, repair, status
 step = repair.Runner.step
 sent = []
 def interrupted(self, batch):
@@ -384,3 +385,24 @@ def test_thirty_kills_lose_at_most_a_save_interval_each(whole, tmp_path):
     for name in want:
         assert got[name].tobytes() == want[name].tobytes(), name
     assert jax.tree.structure(got) == jax.tree.structure(want)
+
+
+# --- In a bucket ----------------------------------------------------------------------
+
+
+def test_a_run_in_a_bucket_is_stopped_and_goes_on_to_the_same_bits(
+    whole, tmp_path, monkeypatch
+):
+    """A stand-in of a bucket (`tests/bucket.py`): the real ones were not reached."""
+    cloud = tmp_path / "cloud"
+    bucket.install(monkeypatch, cloud)
+    place = "gs://bucket/run"
+    with monkeypatch.context() as patched:
+        signal_at(patched, 6, signal.SIGTERM)
+        run(place, *SHORT, code=cli.TRY_AGAIN)
+    assert "going on after 7 images" in run(place, *SHORT)
+    stored = cloud / "bucket" / "run"
+    for name in ("metrics.jsonl", "repaired.safetensors", "before_after.png"):
+        assert (stored / name).read_bytes() == (whole / name).read_bytes(), name
+    assert status.main([place]) == 0
+    assert run(place, *SHORT).startswith(f"{place} is finished")

@@ -439,11 +439,6 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     assert listing(tmp_path) == ["cloud"]
 
 
-def test_processes_see_each_other_in_a_bucket(bucket):
-    assert together(["gs://b/run"] * 2) == [None, None]
-    assert bucket.objects() == []
-
-
 def test_a_bucket_that_takes_nothing_is_told(bucket, monkeypatch):
     def refuse(*_):
         raise RuntimeError("Anonymous caller\nmay not write")
