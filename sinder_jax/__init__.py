@@ -9,8 +9,14 @@ The modules are named after the concepts of the paper (arXiv:2407.16826):
     attention   softmax attention and its gradient, by kind of device
     placement   arrays whole on every device, or split over them
     repair      the repair step: search the defect, update ε in the active blocks
-    data, analysis, pictures     what the experiments read and show
-    checkpoint  models on disk, on top of store (arrays with digests)
+    data        photographs in a fixed order: sources lists them, decode reads one
+    analysis    norms, angles, PCA, and all of the next three
+    spectra     what the weights say: singular values, block maps, clamping
+    tokens      what tokens say of a direction: separation, growth, learning targets
+    forecast    whether and where a model has a defect, from its weights alone
+    pictures, plots     what the experiments show
+    checkpoint  models on disk, on top of store (arrays with digests); states of a run
+    paths       places on a disk and in a bucket
     patch       a repair as ε and the digest of the model it belongs to
     planted     a small model with planted defects, for the demo and the tests
 

@@ -4,8 +4,10 @@
     tokens [..., D] + direction [D] --angles--> degrees
     tokens [H, W, D] --pca_rgb--> picture (appendix A of the paper)
 
-Every function is pure, can be jitted, and takes tokens of any model. No function here
-multiplies matrices at an accelerator's default precision.
+Every function here is pure, can be jitted, and takes tokens of any model; none
+multiplies matrices at an accelerator's default precision. The public names of three
+more files are found here too: `tokens` (what tokens say, given directions), `spectra`
+(what the weights alone say) and `forecast` (defects from the weights alone).
 """
 
 from typing import NamedTuple
@@ -15,7 +17,63 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
+from sinder_jax.forecast import Blame, Forecast, Stretch, blame, forecast
 from sinder_jax.loss import normalize
+from sinder_jax.spectra import (
+    BlockMaps,
+    Decay,
+    block_maps,
+    clamp_all,
+    clamp_singular_values,
+    decay,
+    kernel_spectra,
+    singular_value_changes,
+)
+from sinder_jax.tokens import (
+    Detection,
+    Empirical,
+    Growth,
+    angles,
+    detect,
+    empirical_direction,
+    growth,
+    learning_targets,
+    random_directions,
+    separation,
+)
+
+__all__ = [
+    "BlockMaps",
+    "Blame",
+    "Decay",
+    "Detection",
+    "Empirical",
+    "Forecast",
+    "Growth",
+    "PCABasis",
+    "Stretch",
+    "angles",
+    "blame",
+    "block_maps",
+    "clamp_all",
+    "clamp_singular_values",
+    "cosine",
+    "count_large_norms",
+    "decay",
+    "detect",
+    "empirical_direction",
+    "forecast",
+    "growth",
+    "kernel_spectra",
+    "learning_targets",
+    "norm_ratio",
+    "pca_basis",
+    "pca_rgb",
+    "random_directions",
+    "separation",
+    "singular_value_changes",
+    "token_norms",
+]
 
 AnyArray = Array | np.ndarray
 
@@ -66,36 +124,6 @@ def count_large_norms(
     """
     norms = jnp.asarray(norms)
     return jnp.sum(norms > factor * jnp.median(norms))
-
-
-def angles(
-    tokens: Float[AnyArray, "*grid D"],
-    direction: Float[AnyArray, " D"],
-) -> Float[Array, "*grid"]:
-    """Returns the angle between every token and a line, in degrees from 0 to 90.
-
-    The line has no sign, as a singular direction has none (figures 2, 6 and 8 of the
-    paper). A token or a direction of norm zero points nowhere: 90.
-
-    The angle comes from the tangent, for an arc cosine in float32 knows no angle
-    between 0 and 0.02 degrees.
-
-    Args:
-      tokens: one or many.
-      direction: of any length.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> tokens = jnp.array([[2.0, 0.0], [-1.0, 1.0], [0.0, 5.0], [0.0, 0.0]])
-      >>> angles(tokens, jnp.array([1.0, 0.0])).round(2)
-      Array([ 0., 45., 90., 90.], dtype=float32)
-    """
-    tokens = normalize(jnp.asarray(tokens))
-    unit = jnp.broadcast_to(normalize(jnp.asarray(direction)), tokens.shape)
-    along = jnp.sum(tokens * unit, axis=-1)
-    across = jnp.linalg.norm(tokens - along[..., None] * unit, axis=-1)
-    degrees = jnp.rad2deg(jnp.arctan2(across, jnp.abs(along)))
-    return jnp.where(along == 0, 90.0, jnp.minimum(degrees, 90.0))
 
 
 def cosine(

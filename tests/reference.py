@@ -491,6 +491,27 @@ def neighbor_target(
     return target
 
 
+def learning_targets(
+    patches: Grid, direction: Float64[np.ndarray, " D"], *, window: int, tau: float
+) -> Grid:
+    """`neighbor_target` of every patch; near the border the window is cut off."""
+    logits, border = outlier_logits(patches, direction), window // 2
+    height, width = logits.shape
+    target = np.empty_like(patches)
+    for row in range(height):
+        for column in range(width):
+            near = [
+                (r, c, GAUSSIAN[window][r - row + border, c - column + border])
+                for r in range(max(row - border, 0), min(row + border + 1, height))
+                for c in range(max(column - border, 0), min(column + border + 1, width))
+            ]
+            lowest = max(logits[r, c] for r, c, _ in near)
+            weights = [g * np.exp((logits[r, c] - lowest) / tau) for r, c, g in near]
+            tokens = np.stack([patches[r, c] for r, c, _ in near])
+            target[row, column] = np.average(tokens, axis=0, weights=weights)
+    return target
+
+
 def neighbor_loss(
     patches: Grid,
     direction: Float64[np.ndarray, " D"],
@@ -595,6 +616,51 @@ def epsilon_gradient(
             u, v = factors.u[name][block], factors.v[name][block]
             grads[name][block] = np.einsum("os,oi,is->s", u, dw, v, optimize=True)
     return grads
+
+
+# --- Analysis -------------------------------------------------------------------------
+
+
+def angles(tokens: F64, direction: Float64[np.ndarray, " D"]) -> F64:
+    """Between tokens and a line without sign; radians, 0 to pi / 2."""
+    cosine = np.abs(tokens @ direction) / np.linalg.norm(tokens, axis=-1)
+    return np.arccos(np.minimum(cosine / np.linalg.norm(direction), 1.0))
+
+
+def clamp(model: Model, gamma: float) -> Model:
+    """W = U min(S, gamma) V^T for every linear layer of the blocks (appendix B)."""
+    names = ("fc1", "fc2") if model.ffn_layer == "mlp" else ("w12", "w3")
+    state = dict(model.state)
+    for block in range(model.depth):
+        for name in ("attn.qkv", "attn.proj", *(f"mlp.{each}" for each in names)):
+            key = f"blocks.{block}.{name}.weight"
+            u, s, vh = np.linalg.svd(state[key], full_matrices=False)
+            state[key] = u @ np.diag(np.minimum(s, gamma)) @ vh
+    return dataclasses.replace(model, state=state)
+
+
+class Growth(NamedTuple):
+    """Parts of every token's length along a direction."""
+
+    start: Float64[np.ndarray, " T"]
+    attention: Float64[np.ndarray, "L T"]
+    ffn: Float64[np.ndarray, "L T"]
+    end: Float64[np.ndarray, " T"]
+
+
+def growth(
+    model: Model, image: np.ndarray, direction: Float64[np.ndarray, " D"]
+) -> Growth:
+    """What attention and FFN of each block add to the tokens along a unit vector."""
+    x = embed(model, image)
+    start, attention, ffn = x @ direction, [], []
+    for block in range(model.depth):
+        middle = after_attention(model, block, x)
+        after = block_forward(model, block, x)
+        attention.append((middle - x) @ direction)
+        ffn.append((after - middle) @ direction)
+        x = after
+    return Growth(start, np.stack(attention), np.stack(ffn), x @ direction)
 
 
 # --- The repair -----------------------------------------------------------------------

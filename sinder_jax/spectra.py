@@ -1,0 +1,529 @@
+"""What the weights alone say: singular values, eigenvalues, clamping.
+
+    params --kernel_spectra--> singular values of every kernel
+    params --block_maps--> leading vectors, singular values and eigenvalues of each E_i
+    params --clamp_singular_values--> params with W = U·min(S, γ)·Vᵀ (appendix B)
+    params before and after --singular_value_changes--> learned minus original (E)
+
+NumPy float64 on the host, one matrix a core at a time. Works on any params, repaired or
+not, of NumPy or JAX arrays. A linear map is the matrix that multiplies a column; `u` is
+its output side, `v` its input side, and a singular vector has no sign.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import scipy.linalg
+from flax import traverse_util
+from jaxtyping import Array, Complex, Float
+from threadpoolctl import threadpool_limits
+
+from sinder_jax import defects
+from sinder_jax.factor import MOST_AT_ONCE, Params, kernel_names
+from sinder_jax.vit import ViTConfig
+
+Progress = Callable[[int, int], Any]
+"""Called as `progress(done, total)` after each piece of a long computation."""
+
+# Of σ_0²: a Gram matrix gives σ_i to 1e-16·(σ_0/σ_i)², here to 1e-8.
+_GRAM_IS_ENOUGH = 1e-8
+_FUSED = "attn/qkv"
+_THIRDS = ("attn/q", "attn/k", "attn/v")
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+
+# --- Kernels --------------------------------------------------------------------------
+
+
+def linear_layers(config: ViTConfig) -> tuple[str, str, str, str]:
+    """Names of all linear layers of a block, q, k and v fused as in the model.
+
+    Example:
+      >>> from sinder_jax import vit
+      >>> linear_layers(vit.CONFIGS["dinov2_vitg14"])
+      ('attn/qkv', 'attn/proj', 'mlp/w12', 'mlp/w3')
+    """
+    _, proj, first, last = kernel_names(config)
+    return _FUSED, proj, first, last
+
+
+def kernel_matrix(
+    config: ViTConfig, params: Params, block: int, name: str
+) -> Float[np.ndarray, "out in"]:
+    """W of one linear layer, as it multiplies a column; float64.
+
+    Args:
+      config: the architecture.
+      params: the params tree.
+      block: from 0.
+      name: of `linear_layers`, or "attn/q", "attn/k", "attn/v", thirds of the qkv.
+
+    Raises:
+      ValueError: a kernel that the model does not have.
+    """
+    node: Any = params["blocks"]
+    path, columns = _place(config, name)
+    for part in path.split("/"):
+        node = node[part]
+    return np.asarray(node["kernel"][block], np.float64)[:, columns].T
+
+
+def kernel_spectra(
+    config: ViTConfig, params: Params, *, progress: Progress | None = None
+) -> dict[str, Float[np.ndarray, "L S"]]:
+    """Singular values of every kernel of every block, descending.
+
+    The squares are eigenvalues of the kernel's Gram matrix where this loses no more
+    than the last eight of float64's sixteen digits; else they come from an SVD.
+
+    Args:
+      config: the architecture.
+      params: the params tree.
+      progress: called after each kernel.
+
+    Returns:
+      float64 by name: "attn/q", "attn/k", "attn/v", "attn/proj" and the two FFN
+      kernels, "mlp/w12" and "mlp/w3" or "mlp/fc1" and "mlp/fc2".
+
+    Example:
+      >>> from sinder_jax import planted
+      >>> made = planted.planted_model(0)
+      >>> spectra = kernel_spectra(made.config, made.params)
+      >>> spectra["mlp/w3"].shape, int(spectra["mlp/w3"][:, 0].argmax()) == made.block
+      ((12, 128), True)
+    """
+    names = (*_THIRDS, *kernel_names(config)[1:])
+    values = _of_every_kernel(
+        config,
+        names,
+        lambda name, block: _singular_values(
+            kernel_matrix(config, params, block, name)
+        ),
+        progress,
+    )
+    return _stacked(config, values, names)
+
+
+class Triplets(NamedTuple):
+    """Leading singular triplets of a matrix that multiplies a column.
+
+    Attributes:
+      u: output side, unit columns of arbitrary sign.
+      s: singular values, descending.
+      v: input side, unit columns, each with the sign that belongs to its `u`.
+    """
+
+    u: Float[np.ndarray, "out n"]
+    s: Float[np.ndarray, " n"]
+    v: Float[np.ndarray, "in n"]
+
+
+def leading_triplets(matrix: Float[np.ndarray, "out in"], count: int) -> Triplets:
+    """The `count` leading singular triplets, in float64.
+
+    From the leading eigenvectors of the Gram matrix of the shorter side, several times
+    faster than an SVD. A triplet is exact to about 1e-16·(σ_0/σ_i)², a singular value
+    of zero gets a vector of zeros on the longer side.
+
+    Raises:
+      ValueError: `count` is not between 1 and the shorter side.
+    """
+    matrix = np.asarray(matrix, np.float64)
+    wide = _wide(matrix)
+    size = len(wide)
+    if not 1 <= count <= size:
+        raise ValueError(
+            f"a matrix of {matrix.shape[0]} x {matrix.shape[1]} has 1 to {size} "
+            f"singular values, not {count}."
+        )
+    short, s = _short_side(wide, subset_by_index=(size - count, size - 1))
+    long = wide.T @ short / np.maximum(s, np.finfo(float).tiny)[None, :]
+    return Triplets(short, s, long) if wide is matrix else Triplets(long, s, short)
+
+
+def _wide(matrix: np.ndarray) -> np.ndarray:
+    """The matrix or its transpose, whichever has no more rows than columns."""
+    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+
+
+def _short_side(
+    wide: Float[np.ndarray, "short long"], **subset: Any
+) -> tuple[Float[np.ndarray, "short n"], Float[np.ndarray, " n"]]:
+    """Singular vectors (columns) of the shorter side and σ, descending."""
+    squares, vectors = scipy.linalg.eigh(wide @ wide.T, **subset)
+    return vectors[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0.0))
+
+
+def _singular_values(
+    matrix: Float[np.ndarray, "out in"],
+) -> Float[np.ndarray, " S"]:
+    wide = _wide(matrix)
+    squares = scipy.linalg.eigvalsh(wide @ wide.T)
+    if squares[0] > _GRAM_IS_ENOUGH * squares[-1]:
+        return np.sqrt(squares[::-1])
+    return scipy.linalg.svdvals(wide)
+
+
+def _place(config: ViTConfig, name: str) -> tuple[str, slice]:
+    """Path below `blocks` of the layer that holds a kernel, and its output columns."""
+    if name in _THIRDS:
+        first = _THIRDS.index(name) * config.embed_dim
+        return _FUSED, slice(first, first + config.embed_dim)
+    allowed = (*linear_layers(config), *_THIRDS)
+    if name not in allowed:
+        raise ValueError(
+            f"there is no kernel {name!r}: the blocks have {', '.join(allowed)}."
+        )
+    return name, slice(None)
+
+
+def in_parallel(
+    function: Callable[[_Job], _Result],
+    jobs: Sequence[_Job],
+    progress: Progress | None = None,
+) -> Iterator[_Result]:
+    """`function` of each job, in order, one job a core at a time.
+
+    LAPACK makes little of several cores within one matrix, and with one thread each the
+    result does not depend on how many there are.
+
+    Args:
+      function: of one job; may raise.
+      jobs: any number.
+      progress: called after each result, by the caller's thread.
+    """
+    workers = min(os.cpu_count() or 1, MOST_AT_ONCE)
+    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+        for done, result in enumerate(pool.map(function, jobs), start=1):
+            yield result
+            if progress is not None:
+                progress(done, len(jobs))
+
+
+def _of_every_kernel(
+    config: ViTConfig,
+    names: Sequence[str],
+    function: Callable[[str, int], _Result],
+    progress: Progress | None = None,
+) -> dict[tuple[str, int], _Result]:
+    """`function(name, block)` of every kernel, by (name, block)."""
+    keys = [(name, block) for name in names for block in range(config.depth)]
+    results = in_parallel(lambda key: function(*key), keys, progress)
+    return dict(zip(keys, results, strict=True))
+
+
+def _stacked(
+    config: ViTConfig, rows: Mapping[tuple[str, int], np.ndarray], names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    return {
+        name: np.stack([rows[name, block] for block in range(config.depth)])
+        for name in names
+    }
+
+
+# --- Block maps -----------------------------------------------------------------------
+
+
+class BlockMaps(NamedTuple):
+    """Spectra of the linear map E_i = M·A of each single block; float64.
+
+    Attributes:
+      directions: leading left singular vectors: the layer-wise singular defect
+        directions, where a block throws what triggers it; unit rows, any sign.
+      triggers: leading right singular vectors: the input that triggers it.
+      singular_values: descending.
+      ratios: σ_0/σ_1; near 1 the two vectors are not determined.
+      eigenvalues: by modulus, descending; empty rows if they were not asked for.
+    """
+
+    directions: Float[np.ndarray, "L D"]
+    triggers: Float[np.ndarray, "L D"]
+    singular_values: Float[np.ndarray, "L D"]
+    ratios: Float[np.ndarray, " L"]
+    eigenvalues: Complex[np.ndarray, "L _"]
+
+
+def block_maps(
+    config: ViTConfig,
+    params: Params,
+    *,
+    method: str = "analytic",
+    key: Array | None = None,
+    num_probes: int = 100_000,
+    eigenvalues: bool = True,
+    progress: Progress | None = None,
+) -> BlockMaps:
+    """Singular values, leading vectors and eigenvalues of every block map (section 2).
+
+    Args:
+      config: the architecture.
+      params: the params tree.
+      method: of the FFN's linear fit, as for `defects.singular_defects`.
+      key: likewise.
+      num_probes: likewise.
+      eigenvalues: whether to compute them; they take most of the time.
+      progress: called after each block.
+
+    Raises:
+      ValueError: an unknown method, or fewer probes than D.
+
+    Example:
+      >>> from sinder_jax import planted
+      >>> made = planted.planted_model(0)
+      >>> maps = block_maps(made.config, made.params)
+      >>> int(maps.ratios.argmax()) == made.block
+      True
+      >>> bool(abs(maps.directions[made.block] @ made.direction) > 0.99)
+      True
+    """
+
+    def one_block(block: int) -> tuple[np.ndarray, ...]:
+        matrix = defects.block_map(
+            config, params, block, method, key=key, num_probes=num_probes
+        )
+        u, s, vt = np.linalg.svd(matrix)
+        values = _by_modulus(np.linalg.eigvals(matrix)) if eigenvalues else np.zeros(0)
+        return u[:, 0], vt[0], s, values.astype(np.complex128)
+
+    parts = in_parallel(one_block, range(config.depth), progress)
+    directions, triggers, s, values = (np.stack(x) for x in zip(*parts, strict=True))
+    tiny = np.finfo(float).tiny
+    ratios = s[:, 0] / np.maximum(s[:, min(1, s.shape[1] - 1)], tiny)
+    return BlockMaps(directions, triggers, s, ratios, values)
+
+
+def _by_modulus(values: np.ndarray) -> np.ndarray:
+    return values[np.argsort(-np.abs(values), kind="stable")]
+
+
+class Decay(NamedTuple):
+    """What eigenvalues say about the decay of norms (arXiv:2502.07004, for LLMs).
+
+    Attributes:
+      share_inside: share of the eigenvalues with |λ| < 1: a token along such an
+        eigenvector shrinks. From 0 to 1.
+      share_negative: share with a negative real part: a block reverses a token along
+        such an eigenvector, its branches outweigh the residual. From 0 to 1.
+      most_negative: the smallest real part.
+    """
+
+    share_inside: Float[np.ndarray, " L"]
+    share_negative: Float[np.ndarray, " L"]
+    most_negative: Float[np.ndarray, " L"]
+
+
+def decay(eigenvalues: Complex[np.ndarray, "L D"]) -> Decay:
+    """Reads norm decay off the eigenvalues of the block maps.
+
+    Example:
+      >>> import numpy as np
+      >>> found = decay(np.array([[2.0, -1.5, 0.5, 0.1 + 0.2j, 0.1 - 0.2j]]))
+      >>> found.share_inside, found.share_negative, found.most_negative
+      (array([0.6]), array([0.2]), array([-1.5]))
+    """
+    return Decay(
+        np.mean(np.abs(eigenvalues) < 1, axis=1),
+        np.mean(eigenvalues.real < 0, axis=1),
+        np.min(eigenvalues.real, axis=1),
+    )
+
+
+# --- Clamping -------------------------------------------------------------------------
+
+
+def clamp_singular_values(
+    config: ViTConfig,
+    params: Params,
+    gamma: float,
+    *,
+    kernels: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Params whose kernels are W = U·min(S, γ)·Vᵀ in every block (appendix B, fig. 5).
+
+    Args:
+      config: the architecture.
+      params: the params tree; it is not changed.
+      gamma: γ, the largest singular value that is left; above 0.
+      kernels: names of `linear_layers`, or "attn/q", "attn/k", "attn/v"; None: all
+        linear layers of the blocks, the fused qkv as the one matrix it is in the model.
+      progress: called after each kernel.
+
+    Returns:
+      A params tree. Whatever is not clamped, and a kernel none of whose singular values
+      is above γ, keeps its bits.
+
+    Raises:
+      ValueError: γ is not above 0, or a kernel that does not exist or is named twice.
+
+    Example:
+      >>> from sinder_jax import planted
+      >>> made = planted.planted_model(0)
+      >>> clamped = clamp_singular_values(made.config, made.params, 1.5)
+      >>> float(kernel_spectra(made.config, clamped)["mlp/w3"].max().round(5))
+      1.5
+    """
+    for _, clamped in clamp_all(
+        config, params, [gamma], kernels=kernels, progress=progress
+    ):
+        return clamped
+    raise AssertionError("one γ gives one params tree")
+
+
+def clamp_all(
+    config: ViTConfig,
+    params: Params,
+    gammas: Iterable[float],
+    *,
+    kernels: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """`clamp_singular_values` for several γ, with each kernel factorized only once.
+
+    Between the steps it holds the singular vectors of the shorter side that belong to
+    values above the smallest γ (3 GB for the giant if all do), and no clamped model:
+    drop the one you have before you ask for the next.
+
+    Args:
+      config: the architecture.
+      params: the params tree; it is not changed.
+      gammas: any number of γ, in any order; each above 0.
+      kernels: as for `clamp_singular_values`.
+      progress: called after each kernel is factorized.
+
+    Returns:
+      An iterator of (γ, params), in the order of `gammas`.
+
+    Raises:
+      ValueError: as for `clamp_singular_values`, at once and not at the first step.
+    """
+    gammas, names = tuple(gammas), _clamped_names(config, kernels)
+    for gamma in gammas:
+        if not gamma > 0:
+            raise ValueError(f"gamma must be above 0, got {gamma}.")
+    return _clamp_all(config, params, gammas, names, progress)
+
+
+def _clamp_all(
+    config: ViTConfig,
+    params: Params,
+    gammas: tuple[float, ...],
+    names: tuple[str, ...],
+    progress: Progress | None,
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    if not gammas:
+        return
+
+    def above(name: str, block: int) -> tuple[np.ndarray, np.ndarray]:
+        wide = _wide(kernel_matrix(config, params, block, name))
+        vectors, s = _short_side(wide, subset_by_value=(min(gammas) ** 2, np.inf))
+        return np.ascontiguousarray(vectors), s
+
+    found = _of_every_kernel(config, names, above, progress)
+    for gamma in gammas:
+        yield gamma, _clamped(config, params, found, gamma)
+
+
+def _clamped(
+    config: ViTConfig,
+    params: Params,
+    found: Mapping[tuple[str, int], tuple[np.ndarray, np.ndarray]],
+    gamma: float,
+) -> dict[str, Any]:
+    """Takes σ − γ off every triplet above γ, so that the others keep their rounding.
+
+    With vectors u of the shorter side alone: W − Σ u·(1 − γ/σ)·uᵀW.
+    """
+    flat = traverse_util.flatten_dict(dict(params), sep="/")
+    for path in {_place(config, name)[0] for name, _ in found}:
+        flat[f"blocks/{path}/kernel"] = np.array(flat[f"blocks/{path}/kernel"])
+
+    def clamp(key: tuple[str, int]) -> None:
+        (name, block), (vectors, s) = key, found[key]
+        too_large = s > gamma
+        if not too_large.any():
+            return
+        path, columns = _place(config, name)
+        wide = _wide(flat[f"blocks/{path}/kernel"][block][:, columns].T)  # a view
+        u = vectors[:, too_large]
+        shrink = 1 - gamma / s[too_large]
+        wide[...] = wide - (u * shrink[None, :]) @ (u.T @ wide.astype(np.float64))
+
+    for _ in in_parallel(clamp, list(found)):
+        pass
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _clamped_names(config: ViTConfig, kernels: Sequence[str] | None) -> tuple[str, ...]:
+    names = linear_layers(config) if kernels is None else tuple(kernels)
+    for name in names:
+        _place(config, name)
+    fused_and_third = _FUSED in names and set(names) & set(_THIRDS)
+    if len(set(names)) < len(names) or fused_and_third:
+        raise ValueError(f"a kernel is named twice in {', '.join(names)}.")
+    return names
+
+
+# --- What a repair changed ------------------------------------------------------------
+
+
+def singular_value_changes(
+    config: ViTConfig,
+    original: Params,
+    repaired: Params,
+    leading: int = 3,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, Float[np.ndarray, "L leading"]]:
+    """Learned minus original singular values of the trainable kernels (figure 7).
+
+    Each belongs to a pair of singular vectors of the original, as ε does: it is
+    u_iᵀ·(W' − W)·v_i, which for W' = U·diag(σ + ε)·Vᵀ is ε_i even where the learned
+    values come in another order than the original ones.
+
+    Args:
+      config: the architecture of both.
+      original: params before the repair.
+      repaired: params after it.
+      leading: how many singular values of each kernel, from the largest.
+      progress: called after each kernel.
+
+    Returns:
+      float64 by name, see `factor.kernel_names`; negative where the repair shrank.
+
+    Raises:
+      ValueError: kernels of different shapes, or fewer than `leading` singular values.
+
+    Example:
+      >>> from sinder_jax import planted
+      >>> made = planted.planted_model(0)
+      >>> clamped = clamp_singular_values(made.config, made.params, 5.0)
+      >>> changes = singular_value_changes(made.config, made.params, clamped)
+      >>> round(float(changes["mlp/w3"][made.block, 0]), 1)  # from 9 to 5
+      -4.0
+    """
+    names = kernel_names(config)
+    for name in names:
+        shapes = [
+            kernel_matrix(config, tree, 0, name).shape for tree in (original, repaired)
+        ]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the models differ: {name} is {shapes[0]} in one and {shapes[1]} in "
+                "the other."
+            )
+
+    def change(name: str, block: int) -> np.ndarray:
+        before, after = (
+            kernel_matrix(config, tree, block, name) for tree in (original, repaired)
+        )
+        u, _, v = leading_triplets(before, leading)
+        return np.einsum("oi,oi->i", u, (after - before) @ v)
+
+    found = _of_every_kernel(config, names, change, progress)
+    return _stacked(config, found, names)
