@@ -24,6 +24,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
+from experiments import cli, peers
 from experiments.peers import PATIENCE, Meeting, Peers
 from sinder_jax import repair
 
@@ -176,7 +177,7 @@ class Cluster:
             # Most likely a process died; the thread that watches them says which.
             time.sleep(PATIENCE)
         elif error is not None:
-            self._peers.end_alone()
+            self._peers.fail()
         if error is None:
             self.barrier()
             if not self.is_first:
@@ -219,6 +220,9 @@ def start(args: argparse.Namespace) -> Cluster:
     except RuntimeError as error:
         raise OSError(f"the other processes cannot be reached: {error}") from None
     if cluster.processes > 1:
+        peers.end_instead_of_abort(
+            peers.gone(0, "its coordination service is"), cli.TRY_AGAIN
+        )
         cluster._peers = Peers(
             cluster.process, cluster.processes, _first_host(), _exchange(cluster)
         )

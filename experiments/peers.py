@@ -7,24 +7,27 @@ counts as dead after `patience` seconds. Whoever notices ends: the collectives o
 would wait for the dead process, on some hardware without end.
 """
 
+import ctypes
 import dataclasses
 import os
 import selectors
+import signal
 import socket
 import struct
 import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import Any
 
 from experiments import cli
 
 INTERVAL = 2.0  # seconds between two signs of life
 PATIENCE = 30.0  # seconds without one until a process counts as dead
-GRACE = 2.0  # seconds in which this process may end by an error of its own
+GRACE = 2.0  # seconds for the others, where one ends by an error that it has told
 TOKEN_BYTES = 16
 HELLO = struct.Struct(f">{TOKEN_BYTES}sI")
-ALIVE, BYE, GONE = b".", b"b", b"g"
+ALIVE, BYE, FAILED, GONE = b".", b"b", b"f", b"g"
 MESSAGE = struct.Struct(">cI")  # kind, and for GONE which process
 
 
@@ -46,7 +49,29 @@ class _Peer:
     process: int
     heard: float  # time.monotonic()
     said_bye: bool = False
+    failed: bool = False
     partial: bytes = b""
+
+
+def gone(process: int, how: str) -> str:
+    """The one line for a process that died."""
+    return (
+        f"process {process} of this run is gone ({how}); its own output says why. "
+        "Start all processes again: the run goes on from its last saved state"
+    )
+
+
+def end_instead_of_abort(line: str, code: int) -> None:
+    """Ends this process by `end` where C++ code calls abort().
+
+    JAX's does when it misses process 0. The thread that watches is nearly always first.
+    """
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    _handlers.append(kind(lambda number: end(line, code)))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _handlers[-1])
+
+
+_handlers: list[Any] = []  # C code holds them: they must not be collected
 
 
 def end(line: str, code: int) -> None:
@@ -105,9 +130,17 @@ class Peers:
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
-    def end_alone(self) -> None:
-        """Says nothing more of others: an error of its own is ending this process."""
+    def fail(self) -> None:
+        """Tells the others that an error ends this process, which they may meet, too.
+
+        Each then ends by its own. Process 0 waits for that: JAX ends the others by a
+        signal once it is gone.
+        """
         self._closing.set()
+        self._thread.join()
+        self._tell(FAILED)
+        if self._process == 0:
+            time.sleep(self._grace)
 
     def close(self) -> None:
         """Takes leave; process 0 waits until all others did, so that it ends last."""
@@ -141,7 +174,8 @@ class Peers:
         self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def _connections(self) -> list[tuple[socket.socket, _Peer]]:
-        return [(key.fileobj, key.data) for key in self._selector.get_map().values()]  # type: ignore[misc]
+        open_ones = self._selector.get_map() or {}  # None once it is closed
+        return [(key.fileobj, key.data) for key in open_ones.values()]  # type: ignore[misc]
 
     # --- The watching thread --------------------------------------------------------
 
@@ -171,7 +205,7 @@ class Peers:
             self._selector.unregister(connection)
             connection.close()
             if not peer.said_bye and not self._closing.is_set():
-                self._report(peer.process, "its connection closed")
+                self._report(peer.process, "its connection closed", failed=peer.failed)
             return
         peer.heard = time.monotonic()
         peer.partial += received
@@ -179,8 +213,11 @@ class Peers:
             kind, process = MESSAGE.unpack(peer.partial[: MESSAGE.size])
             peer.partial = peer.partial[MESSAGE.size :]
             peer.said_bye |= kind == BYE
+            peer.failed |= kind == FAILED
+            if kind == FAILED:
+                self._report(peer.process, "by an error", failed=True)
             if kind == GONE:
-                self._report(process, "as process 0 says")
+                self._report(process, "as process 0 says", failed=peer.failed)
 
     def _tell(self, kind: bytes, process: int = 0) -> None:
         for connection, peer in self._connections():
@@ -189,13 +226,9 @@ class Peers:
             except OSError:  # found by the next read
                 peer.heard = min(peer.heard, time.monotonic())
 
-    def _report(self, process: int, how: str) -> None:
+    def _report(self, process: int, how: str, *, failed: bool = False) -> None:
+        if failed and self._closing.wait(self._grace):
+            return  # by the same error, which this process tells itself
         if self._process == 0:
             self._tell(GONE, process)
-        # What ended the other may be about to end this one, with a line that says more.
-        if self._closing.wait(self._grace):
-            return
-        self._gone(
-            f"process {process} of this run is gone ({how}); its own output says why. "
-            "Start all processes again: the run goes on from its last saved state"
-        )
+        self._gone(gone(process, how))

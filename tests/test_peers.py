@@ -2,6 +2,8 @@
 
 import queue
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -53,6 +55,14 @@ class Group:
         for connection, _ in peers._connections():
             connection.close()
 
+    def drop(self):
+        """Ends all threads and closes what is still open."""
+        for peers in self.peers:
+            peers._closing.set()
+            peers._thread.join(10)
+            for connection, _ in peers._connections():
+                connection.close()
+
     def reported(self, count):
         return dict(self.reports.get(timeout=10) for _ in range(count))
 
@@ -65,18 +75,32 @@ class Group:
         assert not any(thread.is_alive() for thread in threads)
 
 
-def test_nobody_reports_a_run_that_ends_well():
-    group = Group(3)
+@pytest.fixture
+def group():
+    """Makes a group; its sockets are closed at the end."""
+    made = []
+
+    def make(count, **options):
+        made.append(Group(count, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.drop()
+
+
+def test_nobody_reports_a_run_that_ends_well(group):
+    run = group(3)
     time.sleep(0.5)
-    group.close()
-    assert group.reports.empty()
+    run.close()
+    assert run.reports.empty()
 
 
 @pytest.mark.parametrize("gone", [1, 2])
-def test_all_others_hear_of_a_dead_process(gone):
-    group = Group(3)
-    group.die(gone)
-    reports = group.reported(2)
+def test_all_others_hear_of_a_dead_process(gone, group):
+    run = group(3)
+    run.die(gone)
+    reports = run.reported(2)
     assert set(reports) == {0, 3 - gone}
     for line in reports.values():
         assert (
@@ -84,32 +108,60 @@ def test_all_others_hear_of_a_dead_process(gone):
         )
 
 
-def test_all_hear_of_the_first_process():
-    group = Group(3)
-    group.die(0)
-    reports = group.reported(2)
+def test_all_hear_of_the_first_process(group):
+    run = group(3)
+    run.die(0)
+    reports = run.reported(2)
     assert set(reports) == {1, 2}
     for line in reports.values():
         assert line.startswith("process 0 of this run is gone (its connection closed)")
 
 
-def test_a_silent_process_is_dead_after_a_while():
-    group = Group(2)
-    group.peers[1]._tell = lambda *_: None  # its connection stays open
+def test_a_silent_process_is_dead_after_a_while(group):
+    run = group(2)
+    run.peers[1]._tell = lambda *_: None  # its connection stays open
     began = time.monotonic()
-    report = group.reported(2)  # process 1 hears of itself, should it wake up
+    report = run.reported(2)  # process 1 hears of itself, should it wake up
     assert 0.5 <= time.monotonic() - began < 8
     assert "process 1 of this run is gone (silent for 1 seconds)" in report[0]
 
 
-def test_who_ends_by_an_error_of_its_own_reports_nobody():
-    group = Group(3, grace=2.0)
-    group.die(1)
-    time.sleep(0.3)  # both others have seen it
-    group.peers[2].end_alone()
-    assert set(group.reported(1)) == {0}
-    group.peers[2]._thread.join(10)
-    assert group.reports.empty()
+def test_who_meets_the_same_error_ends_by_it_and_reports_nobody(group):
+    run = group(3, grace=2.0)
+    failing = [
+        threading.Thread(target=run.peers[process].fail) for process in (1, 0, 2)
+    ]
+    for thread in failing:
+        thread.start()
+        time.sleep(0.2)
+    for thread in failing:
+        thread.join(10)
+    assert run.reports.empty()
+
+
+def test_an_error_of_one_alone_ends_the_others_after_a_while(group):
+    run = group(3, grace=0.5)
+    began = time.monotonic()
+    run.peers[1].fail()
+    reports = run.reported(2)
+    assert time.monotonic() - began >= 0.4 and set(reports) == {0, 2}
+    for line in reports.values():
+        assert line.startswith("process 1 of this run is gone")
+
+
+def test_abort_becomes_one_line_and_an_exit_code():
+    program = (
+        "import ctypes, threading, time\n"
+        "from experiments import peers\n"
+        "peers.end_instead_of_abort('process 0 is gone', 75)\n"
+        "threading.Thread(target=ctypes.CDLL(None).abort).start()\n"
+        "time.sleep(60)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=50
+    )
+    assert ended.returncode == 75
+    assert ended.stderr == "error: process 0 is gone\n"
 
 
 def test_a_stranger_is_not_taken_for_a_process():
