@@ -1,0 +1,98 @@
+"""Numbers that are computed once, kept as .npz files, and found again.
+
+    Step: kind, what it depends on, how to compute it
+    Step --Cache--> arrays: from DIR/KIND-DIGEST.npz, or computed now and kept there
+
+The digest is of all that a step depends on: the model's digest, the bytes of the
+photograph, and those options that change it. So another option computes anew no more
+than it must.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+FORMAT = 1  # of what is kept; another number and all is computed anew
+
+
+class Step(NamedTuple):
+    """One thing to compute, or to find again.
+
+    Attributes:
+      label: what the user is told.
+      kind: what sort of number it is.
+      key: all that it depends on; JSON values.
+      compute: makes the arrays.
+    """
+
+    label: str
+    kind: str
+    key: dict[str, Any]
+    compute: Callable[[], Arrays]
+
+
+class Cache:
+    """Arrays of steps, in memory and on a disk.
+
+    Args:
+      folder: made if it does not exist.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._known: dict[Path, Arrays] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, step: Step) -> Path:
+        """The file that the step's arrays are kept in."""
+        told = {"format": FORMAT, "kind": step.kind, **step.key}
+        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        return self._folder / f"{step.kind}-{digest[:16]}.npz"
+
+    def has(self, step: Step) -> bool:
+        """Whether the step's arrays are there, whole."""
+        path = self.path(step)
+        if path not in self._known:
+            kept = read_arrays(path)
+            if kept is None:
+                return False
+            self._known[path] = kept
+        return True
+
+    def __call__(self, step: Step) -> Arrays:
+        """The step's arrays, computed and kept if they are not there."""
+        path = self.path(step)
+        if not self.has(step):
+            arrays = {name: np.asarray(x) for name, x in step.compute().items()}
+            write_arrays(path, arrays)
+            self._known[path] = arrays
+        return self._known[path]
+
+
+def read_arrays(path: Path) -> Arrays | None:
+    """What `write_arrays` wrote, or None where there is nothing or half a file."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        return None  # cut short by a crash of the machine: computed again
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """Writes a .npz, whole or not at all."""
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        with open(unfinished, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
