@@ -1,1 +1,1 @@
-"""The jobs one runs from the command line: repair a model, look at its tokens."""
+"""The jobs one runs from the command line: repair a model, watch, look, analyze."""
