@@ -400,6 +400,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(finished, tmp_path):
 # --- Several devices ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_devices_share_the_images_of_a_step(tmp_path, monkeypatch):
     """Images per step define the run; devices may come and go."""
     if jax.local_device_count() != 2:

@@ -251,6 +251,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_one_state_at_most(tmp_path):
     """Nothing that was saved is lost, and nothing half saved is ever taken."""
     rng, reached = random.Random(0), 0
