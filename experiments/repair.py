@@ -12,7 +12,7 @@ import stat
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -188,9 +188,10 @@ def begin(job: Job, heartbeat: Heartbeat) -> Course:
     heartbeat.phase("loading")
     original = thaw(workdir)
     model, params = original.model, original.params
-    frozen, state = repair.init(
-        model, params, job.options, original.directions, original.factors
-    )
+    with on_host():  # the runner makes a copy for each device, or splits it over them
+        frozen, state = repair.init(
+            model, params, job.options, original.directions, original.factors
+        )
     # Process 0 reads the newest good state, and all others have it from there.
     saved = workdir.load_state() if processes.is_first else None
     if processes.from_first(np.array(saved is not None)):
@@ -212,6 +213,14 @@ def begin(job: Job, heartbeat: Heartbeat) -> Course:
         model, job.options, frozen, state, job.devices, split=config.split_model
     )
     return Course(original, runner, observer, position, done)
+
+
+def on_host() -> AbstractContextManager[Any]:
+    """Arrays made in this block stay on the host: one device may be too small."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX was told to do without
+        return nullcontext()
 
 
 def loop(

@@ -71,6 +71,7 @@ class Runner:
             state = repair.replicate(state, self._devices)
         else:
             self._step = repair.make_step(model, options)
+            frozen, state = jax.device_put((frozen, state), devices[0])
         self._frozen, self._state = frozen, state
 
     def step(self, batch: data.Batch) -> repair.Metrics:

@@ -242,10 +242,12 @@ def merge_kernels(
     for name, stack in kernels.items():
         merged[name] = np.array(stack)
         for block in np.flatnonzero(changed):
-            s = factors.sigma[name][block] + host[name][block]
-            merged[name][block] = merge_kernel(
-                factors.u[name][block], s, factors.v[name][block]
+            # From the host to the default device, wherever the factors are kept.
+            u, sigma, v = (
+                np.asarray(part[name][block])
+                for part in (factors.u, factors.sigma, factors.v)
             )
+            merged[name][block] = merge_kernel(u, sigma + host[name][block], v)
     return merged
 
 

@@ -215,6 +215,8 @@ def from_saved(
 ) -> RepairState:
     """The state of `to_saved`, bit for bit, its kernels merged from the original ones.
 
+    They are merged on the default device, as the step does, and kept where `frozen` is.
+
     Args:
       config: the architecture.
       params: the original params.
@@ -230,7 +232,9 @@ def from_saved(
         factor.check_eps(frozen.factors, fields[name])
     _, kernels = factor.split_params(config, params)
     fields["merged"] = factor.merge_kernels(kernels, frozen.factors, fields["eps"])
-    return RepairState(**jax.tree.map(jnp.array, fields))
+    (beside,) = frozen.directions.devices()
+    with jax.default_device(beside):
+        return RepairState(**jax.tree.map(jnp.array, fields))
 
 
 def merged_params(frozen: Frozen, state: RepairState) -> dict[str, Any]:
