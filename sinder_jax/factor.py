@@ -10,9 +10,7 @@ FFN kernels. A kernel is Flax's [in, out]; the paper's W multiplies a column and
 """
 
 import functools
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -23,7 +21,8 @@ import scipy.linalg
 from flax import struct, traverse_util
 from jax import lax
 from jaxtyping import Array, Float
-from threadpoolctl import threadpool_limits
+
+from sinder_jax.cores import in_parallel
 
 Params = Mapping[str, Any]
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -31,7 +30,6 @@ HIGHEST = jax.lax.Precision.HIGHEST
 # of 1e-7 more than the 1e-4 by which ε-gradients may be off.
 SMALL = 1e-3
 ORTHONORMAL = 1e-9
-MOST_AT_ONCE = 16  # kernels factorized at the same time
 
 
 @runtime_checkable
@@ -158,8 +156,7 @@ def _by_gram_matrix(
 def factorize(config: HasFFNLayer, params: Params) -> Factors:
     """Factors of every trainable kernel, by `factorize_kernel`.
 
-    One kernel a core at a time: LAPACK makes little of several cores within one, and
-    with one thread each the result does not depend on how many cores there are.
+    One kernel a core at a time (`cores.in_parallel`).
 
     Args:
       config: the model's configuration.
@@ -177,22 +174,16 @@ def factorize(config: HasFFNLayer, params: Params) -> Factors:
         factors.sigma[name] = np.empty((depth, size), np.float32)
         factors.v[name] = np.empty((depth, width_in, size), np.float32)
 
-    def factorize_one(name: str, block: int) -> None:
+    def factorize_one(key: tuple[str, int]) -> None:
+        name, block = key
         found = factorize_kernel(np.asarray(kernels[name][block]))
         factors.u[name][block] = found.u
         factors.sigma[name][block] = found.sigma
         factors.v[name][block] = found.v
 
-    # A giant's largest kernel takes half a gigabyte of work space: hence the limit.
-    workers = min(os.cpu_count() or 1, MOST_AT_ONCE)
-    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
-        jobs = [
-            pool.submit(factorize_one, name, block)
-            for name, stack in kernels.items()
-            for block in range(len(stack))
-        ]
-        for job in jobs:
-            job.result()
+    keys = [(name, block) for name in kernels for block in range(len(kernels[name]))]
+    for _ in in_parallel(factorize_one, keys):
+        pass
     return factors
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sinder_jax import defects, spectra
+from sinder_jax.cores import Progress, in_parallel
 from sinder_jax.factor import Params, factorize_kernel, kernel_names
-from sinder_jax.spectra import Progress
 from sinder_jax.vit import ViTConfig
 
 MIN_GAP = 3.0
@@ -151,14 +151,14 @@ def _directions_and_gaps(
     for start in range(0, config.depth, AT_ONCE):
         blocks = range(start, min(start + AT_ONCE, config.depth))
         products = []
-        for block_map in spectra.in_parallel(
+        for block_map in in_parallel(
             lambda block: defects.block_map(config, params, block), blocks
         ):
             product = block_map @ product
             product = product / np.linalg.norm(product)  # turns no singular vector
             products.append(product)
         for done, (u, s, _) in enumerate(
-            spectra.in_parallel(
+            in_parallel(
                 lambda matrix: spectra.leading_triplets(matrix, count), products
             ),
             start + 1,
@@ -250,7 +250,7 @@ def blame(
             for k in np.argsort(-np.abs(shares), kind="stable")[:count]
         ]
 
-    found = sum(spectra.in_parallel(largest_shares, list(sides)), [])
+    found = sum(in_parallel(largest_shares, list(sides)), [])
     found.sort(key=lambda triplet: -abs(triplet.share))
     return gain, tuple(found[:count])
 

@@ -10,30 +10,24 @@ not, of NumPy or JAX arrays. A linear map is the matrix that multiplies a column
 its output side, `v` its input side, and a singular vector has no sign.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import scipy.linalg
 from flax import traverse_util
 from jaxtyping import Array, Complex, Float
-from threadpoolctl import threadpool_limits
 
 from sinder_jax import defects
-from sinder_jax.factor import MOST_AT_ONCE, Params, kernel_names
+from sinder_jax.cores import Progress, in_parallel
+from sinder_jax.factor import Params, kernel_names
 from sinder_jax.vit import ViTConfig
-
-Progress = Callable[[int, int], Any]
-"""Called as `progress(done, total)` after each piece of a long computation."""
 
 # Of σ_0²: a Gram matrix gives σ_i to 1e-16·(σ_0/σ_i)², here to 1e-8.
 _GRAM_IS_ENOUGH = 1e-8
 _FUSED = "attn/qkv"
 _THIRDS = ("attn/q", "attn/k", "attn/v")
 
-_Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 
@@ -180,29 +174,6 @@ def _place(config: ViTConfig, name: str) -> tuple[str, slice]:
             f"there is no kernel {name!r}: the blocks have {', '.join(allowed)}."
         )
     return name, slice(None)
-
-
-def in_parallel(
-    function: Callable[[_Job], _Result],
-    jobs: Sequence[_Job],
-    progress: Progress | None = None,
-) -> Iterator[_Result]:
-    """`function` of each job, in order, one job a core at a time.
-
-    LAPACK makes little of several cores within one matrix, and with one thread each the
-    result does not depend on how many there are.
-
-    Args:
-      function: of one job; may raise.
-      jobs: any number.
-      progress: called after each result, by the caller's thread.
-    """
-    workers = min(os.cpu_count() or 1, MOST_AT_ONCE)
-    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
-        for done, result in enumerate(pool.map(function, jobs), start=1):
-            yield result
-            if progress is not None:
-                progress(done, len(jobs))
 
 
 def _of_every_kernel(

@@ -15,6 +15,7 @@ from experiments import inputs
 from samples import SMALL, error_of
 from sinder_jax import (
     checkpoint,
+    cores,
     data,
     defects,
     factor,
@@ -186,7 +187,7 @@ def test_after_the_repair_the_verdict_changes_and_the_blamed_values_are_smaller(
 def test_jax_arrays_and_another_count_of_cores_give_the_same(monkeypatch):
     config, params, _ = recorded("registers")
     one = forecast.forecast(config, params)
-    monkeypatch.setattr(spectra.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 5)
     other = forecast.forecast(config, jax.device_put(params))
     np.testing.assert_array_equal(one.directions, other.directions)
     assert one.blamed == other.blamed and one.verdict == other.verdict
