@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from sinder_jax import data, decode
+from sinder_jax.data import batches, decode, listing
 
 WIDTH, HEIGHT = 500, 375  # pixels
 BATCH = 4  # images
@@ -28,7 +28,7 @@ BATCH = 4  # images
 
 def write_photographs(folder: Path) -> None:
     """Writes JPEGs of ImageNet's kind: the middle of each photograph of the sample."""
-    for file in data.sample_images():
+    for file in listing.sample_images():
         image = decode.read_rgb(file)
         scale = max(WIDTH / image.width, HEIGHT / image.height)
         sides = (round(image.width * scale), round(image.height * scale))
@@ -48,10 +48,10 @@ def rate(call: Callable[[], Any], seconds: float) -> float:
 
 
 def stream_rate(
-    photographs: Sequence[data.Photograph], size: int, seconds: float, **options: int
+    photographs: Sequence[listing.Photograph], size: int, seconds: float, **options: int
 ) -> float:
     """Images a second of a stream, once the first batches are passed."""
-    stream = data.stream(photographs, size, batch_size=BATCH, **options)
+    stream = batches.stream(photographs, size, batch_size=BATCH, **options)
     for _ in range(4 + 2 * options.get("num_workers", 0)):  # read ahead, or starting
         next(stream)
     images = rate(lambda: next(stream), seconds) * BATCH
@@ -61,7 +61,7 @@ def stream_rate(
 
 def rates(folder: Path, size: int, seconds: float) -> dict[str, Any]:
     """Images a second from the photographs of a folder, by who reads them."""
-    photographs = data.open_photographs(str(folder))
+    photographs = listing.open_photographs(str(folder))
     several = sorted({1, 2, os.cpu_count() or 1})
     walk = itertools.cycle(photographs)
     crops = itertools.cycle([decode.training_crop(x.read(), size) for x in photographs])

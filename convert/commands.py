@@ -11,7 +11,8 @@ from typing import Any
 
 from convert import fetch, infer, layouts, report, source, stream, write
 from convert.source import Model
-from sinder_jax import checkpoint, store
+from sinder_jax import checkpoint
+from sinder_jax.storage import array_store
 
 
 def to_jax(
@@ -35,7 +36,7 @@ def to_jax(
     if model.torch is None:
         raise ValueError(f"{model.path} is a checkpoint already.")
     report.print_notes(model)
-    provenance = source.with_step(model.provenance, f"to-jax, {store.tool()}")
+    provenance = source.with_step(model.provenance, f"to-jax, {array_store.tool()}")
     found = stream.to_checkpoint(model, destination, provenance)
     if verify:
         _verify(destination, model.path, made=destination)
@@ -70,7 +71,7 @@ def to_torch(
     model = source.open_model(src, num_heads)
     report.print_notes(model)
     provenance = source.with_step(
-        model.provenance, f"to-torch {layout}, {store.tool()}"
+        model.provenance, f"to-torch {layout}, {array_store.tool()}"
     )
     for note in report.losses(model, layout):
         print(f"note: {note}")

@@ -9,7 +9,8 @@ import numpy as np
 
 from convert import layouts, read, report, source, write
 from convert.source import Model
-from sinder_jax import digest, factor, patch_file, vit
+from sinder_jax import digest, factor, vit
+from sinder_jax.storage import delta_file
 
 
 def inspect(path: Path, num_heads: int | None = None) -> None:
@@ -91,11 +92,11 @@ def _verified(model: Model) -> str:
 def _is_patch(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    return read.open_state_dict(path).metadata.get("format") == patch_file.FORMAT
+    return read.open_state_dict(path).metadata.get("format") == delta_file.FORMAT
 
 
 def _inspect_patch(path: Path) -> None:
-    repair, metadata = patch_file.load(path)
+    repair, metadata = delta_file.load(path)
     lines = {
         "patch for": report.title(repair.config),
         "base digest": repair.base,

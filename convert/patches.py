@@ -15,14 +15,15 @@ import numpy as np
 
 from convert import read, report, source, stream, write
 from convert.source import Model
-from sinder_jax import checkpoint, digest, factor, patch, patch_file, store, vit
+from sinder_jax import checkpoint, delta, digest, factor, vit
+from sinder_jax.storage import array_store, delta_file
 
 
 def diff(
     paths: Sequence[Path],
     destination: Path,
     num_heads: int | None = None,
-    residual: float = patch.ROUNDING,
+    residual: float = delta.ROUNDING,
 ) -> None:
     """Writes what a repair changed as a patch; prints what was found.
 
@@ -46,7 +47,7 @@ def diff(
         provenance = base.provenance
         for line in _reported(found):
             print(f"note: {line}")
-    patch_file.save(destination, made, {"provenance": json.dumps(provenance)})
+    delta_file.save(destination, made, {"provenance": json.dumps(provenance)})
     for line in report.about_patch(made):
         print(line)
     size = destination.stat().st_size
@@ -60,12 +61,12 @@ def _check_is_safetensors(path: Path) -> None:
 
 def _extract(
     base: Model, repaired: Model, residual: float
-) -> tuple[patch.Patch, patch.Report]:
+) -> tuple[delta.Patch, delta.Report]:
     has_mask_token = [
         model.torch is None or not model.torch.fills_mask_token
         for model in (base, repaired)
     ]
-    return patch.extract(
+    return delta.extract(
         base.config,
         *(checkpoint.unflatten(dict(model.leaves())) for model in (base, repaired)),
         repaired_config=repaired.config,
@@ -75,7 +76,7 @@ def _extract(
     )
 
 
-def _patch_of_run(workdir: Path) -> tuple[patch.Patch, dict[str, Any]]:
+def _patch_of_run(workdir: Path) -> tuple[delta.Patch, dict[str, Any]]:
     """ε of the newest state of a run, which is its last one where it has ended."""
     frozen, states = workdir / "frozen", workdir / "states"
     if not (frozen.is_dir() and states.is_dir()):
@@ -92,7 +93,7 @@ def _patch_of_run(workdir: Path) -> tuple[patch.Patch, dict[str, Any]]:
     factors = factor.Factors(
         **{part: checkpoint.flatten(tree["factors"][part]) for part in tree["factors"]}
     )
-    made = patch.from_eps(
+    made = delta.from_eps(
         vit.ViTConfig(**header["config"]),
         tree["params"],
         factors,
@@ -118,24 +119,24 @@ def apply(
       scale: the share of the change that is applied, above 0 to 1.
       num_heads: None: what the files say, or embed_dim // 64.
     """
-    patch.check_scale(scale)
+    delta.check_scale(scale)
     as_directory = base.is_dir()
     check = checkpoint.check_destination if as_directory else write.check_destination
     check(destination)
-    repair, _ = patch_file.load(patch_path)
+    repair, _ = delta_file.load(patch_path)
     model = source.open_model(base, num_heads)
     report.print_notes(model)
-    patch.check_base(repair, model.config, model.digest or _digest(model))
+    delta.check_base(repair, model.config, model.digest or _digest(model))
     provenance = source.with_step(
         model.provenance,
         f"apply {patch_path.name}, SHA-256 {read.sha256_of_file(patch_path)}, scale "
-        f"{scale:g}, {store.tool()}",
+        f"{scale:g}, {array_store.tool()}",
     )
 
     progress = _Progress()
 
     def leaf(path: str) -> np.ndarray:
-        return patch.patched_leaf(repair, path, model.leaf(path), scale, progress)
+        return delta.patched_leaf(repair, path, model.leaf(path), scale, progress)
 
     repaired = dataclasses.replace(model, leaf=leaf, digest=None, sha256={})
     if model.torch is None:
@@ -177,7 +178,7 @@ class _Progress:
         self._last = name
 
 
-def _reported(found: patch.Report) -> Iterator[str]:
+def _reported(found: delta.Report) -> Iterator[str]:
     name, rest = found.largest_rest
     yield (
         f"left out as rounding: up to {rest:.1e} of a kernel's norm ({name}); "

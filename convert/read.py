@@ -22,7 +22,7 @@ import safetensors
 
 from convert.state_dict import MOST_TEXT, Spec, StateDict, damaged, reason
 from convert.torch_file import open_torch_file
-from sinder_jax import paths
+from sinder_jax.storage import paths
 
 StrPath = str | os.PathLike[str]
 TORCH = (".pth", ".pt", ".bin")

@@ -8,7 +8,7 @@ import numpy as np
 
 from convert import infer
 from convert.source import Model
-from sinder_jax import patch, vit
+from sinder_jax import delta, vit
 
 
 def title(config: vit.ViTConfig) -> str:
@@ -91,9 +91,9 @@ def losses(model: Model, layout: str) -> Iterator[str]:
         )
 
 
-def about_patch(made: patch.Patch) -> Iterator[str]:
+def about_patch(made: delta.Patch) -> Iterator[str]:
     """What a patch changes, and how much."""
-    blocks = patch.touched(made)
+    blocks = delta.touched(made)
     largest = {name: float(np.abs(e).max()) for name, e in made.eps.items()}
     told = ", ".join(f"{name} {x:.3g}" for name, x in largest.items())
     yield (

@@ -16,8 +16,9 @@ import numpy as np
 
 from convert import read, write
 from convert.names import TorchModel
-from sinder_jax import checkpoint, digest, store, vit
-from sinder_jax.paths import AnyPath
+from sinder_jax import checkpoint, digest, vit
+from sinder_jax.storage import array_store
+from sinder_jax.storage.paths import AnyPath
 
 OURS = "sinder_jax"
 ENTRY = "sinder_jax"  # of a file's metadata
@@ -90,7 +91,7 @@ class Model:
           store.DamagedError: the numbers are not those that the files tell of.
         """
         if self.digest not in (None, found):
-            raise store.DamagedError(
+            raise array_store.DamagedError(
                 f"{self.path}: damaged, its tensors are not those that its own "
                 "metadata tells of: fetch or convert it again."
             )
@@ -169,7 +170,7 @@ def _open_torch(
         "source": name,
         "layout": model.layout,
         "sha256": read.sha256_of_files(state.files, verified),
-        "tool": store.tool(),
+        "tool": array_store.tool(),
         "steps": [],
     }
     return Model(
@@ -197,12 +198,12 @@ def _own_entry(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
         vit.ViTConfig(**told["config"])
         provenance = _readable(path, dict(told["provenance"]))
         return {**told, "provenance": provenance, "digest": str(told["digest"])}
-    except store.DamagedError:
+    except array_store.DamagedError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise store.DamagedError(
+        raise array_store.DamagedError(
             f"{path}: damaged, its metadata cannot be read "
-            f"({store.reason_of(error)}): fetch or convert it again."
+            f"({array_store.reason_of(error)}): fetch or convert it again."
         ) from None
 
 
@@ -210,7 +211,7 @@ def _readable(path: AnyPath, provenance: Provenance) -> Provenance:
     """A provenance as it stands in a file, perhaps a stranger's."""
     steps = provenance.get("steps", [])
     if not (isinstance(steps, list) and all(isinstance(step, str) for step in steps)):
-        raise store.DamagedError(
+        raise array_store.DamagedError(
             f"{path}: damaged, the steps of its provenance are no list of texts: fetch "
             "or convert it again."
         )

@@ -26,7 +26,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float32
 
-from sinder_jax import data, vit
+from sinder_jax import vit
+from sinder_jax.data import decode, listing
 
 StrPath = str | os.PathLike[str]
 
@@ -180,9 +181,9 @@ def photograph(config: vit.ViTConfig) -> Float32[np.ndarray, "1 size size 3"]:
     Raises:
       FileNotFoundError: scikit-image, which brings the photographs, is not installed.
     """
-    image = data.read_rgb(data.sample_images()[0])
-    crop = data.training_crop(image, config.img_size, patch_size=config.patch_size)
-    return data.normalize(crop)[None]
+    image = decode.read_rgb(listing.sample_images()[0])
+    crop = decode.training_crop(image, config.img_size, patch_size=config.patch_size)
+    return decode.normalize(crop)[None]
 
 
 # --- The two sides ----------------------------------------------------------------

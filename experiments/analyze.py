@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 from experiments import cli
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
-    from experiments.subjects import Options, Photo, Subject
-    from experiments.token_figures import Drawn
+    from experiments.study.subjects import Options, Photo, Subject
+    from experiments.study.token_figures import Drawn
 
 EXAMPLE = """\
 examples:
@@ -68,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     args, overrides = _parser().parse_known_args(argv)
 
-    from experiments import figures, verdict
-    from experiments.cache import Cache
-    from experiments.steps import Steps, compute
-    from experiments.study import Study
+    from experiments.study import figures, verdict
+    from experiments.study.cache import Cache
+    from experiments.study.steps import Steps, compute
+    from experiments.study.study import Study
     from sinder_jax import plots
 
     # First whatever can be told to be wrong before the long part begins.
@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps.show("writing the report")
             write(out / REPORT, make_report(summary, drawn))
 
-    from experiments.progress import duration
+    from experiments.run.progress import duration
 
     print(verdict.headline(summary))
     report = f", {out / REPORT}" if args.report else ""
@@ -172,7 +172,7 @@ def _settings(
       ValueError: an option out of range, or no checkpoint.
     """
     from experiments import config as config_files
-    from experiments.subjects import Options
+    from experiments.study.subjects import Options
     from sinder_jax import defects, loss
 
     told: dict[str, Any] = {}
@@ -225,7 +225,7 @@ def open_models(
       FileNotFoundError: one is not there.
       ValueError: one is no model, or they do not go together; says in what.
     """
-    from experiments.subjects import Subject, check_same_architecture
+    from experiments.study.subjects import Subject, check_same_architecture
 
     name = "before" if args.compare else "model"
     subjects = [Subject(name, checkpoint, antialias)]
@@ -262,7 +262,7 @@ def read_images(
       FileNotFoundError: something given does not exist.
       ValueError: there is no image in a folder, or none that can be read.
     """
-    from experiments.subjects import read_photos
+    from experiments.study.subjects import read_photos
     from experiments.visualize import collect
 
     def skipped(reason: str) -> None:
@@ -302,7 +302,7 @@ def claim(out: Path, subject: "Subject", *, overwrite: bool) -> None:
 
 def write_figure(out: Path, one: "Drawn") -> None:
     """Writes NAME.png, NAME.pdf and NAME.npz."""
-    from experiments.cache import write_arrays
+    from experiments.study.cache import write_arrays
     from sinder_jax import plots
 
     for kind in ("png", "pdf"):
@@ -314,7 +314,7 @@ def write_figure(out: Path, one: "Drawn") -> None:
 
 def make_report(summary: dict[str, Any], drawn: "Sequence[Drawn]") -> str:
     """The text of report.html."""
-    from experiments import report
+    from experiments.study import report
     from sinder_jax import plots
 
     return report.page(

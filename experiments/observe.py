@@ -11,7 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from sinder_jax import analysis, loss, pictures, vit
+from sinder_jax import loss, pictures, vit
+from sinder_jax.analysis import pca
+from sinder_jax.analysis.tokens import cosine, norm_ratio, token_norms
 
 # Side of the neighbor window. As in the repair, patches nearer to the border than half
 # of it are never outliers.
@@ -59,11 +61,11 @@ def token_maps(
     Raises:
       FloatingPointError: a token is not finite.
     """
-    norms = analysis.token_norms(tokens)
+    norms = token_norms(tokens)
     if not np.isfinite(norms).all():
         raise FloatingPointError("the model gives tokens that are not finite")
     mask = outliers(tokens, direction, mask_thr=mask_thr)
-    return pictures.TokenMaps(*jax.device_get((analysis.pca_rgb(tokens), norms, mask)))
+    return pictures.TokenMaps(*jax.device_get((pca.pca_rgb(tokens), norms, mask)))
 
 
 def measure(
@@ -90,11 +92,11 @@ def measure(
     sound = None
     for name, tokens in (("before", before), ("after", after)):
         mask = np.asarray(outliers(tokens, direction, mask_thr=mask_thr))
-        norms = np.asarray(analysis.token_norms(tokens))
+        norms = np.asarray(token_norms(tokens))
         large = norms > LARGE_NORM * np.median(norms)
         numbers[f"outliers_{name}"] = int(mask.sum())
         numbers[f"large_norms_{name}"] = int(large.sum())
-        numbers[f"norm_ratio_{name}"] = float(analysis.norm_ratio(norms))
+        numbers[f"norm_ratio_{name}"] = float(norm_ratio(norms))
         sound = ~(mask | large) if sound is None else sound
-    cosine = np.asarray(analysis.cosine(before, after))
-    return numbers | {"cosine_of_sound_tokens": float(cosine[sound].mean())}
+    cosines = np.asarray(cosine(before, after))
+    return numbers | {"cosine_of_sound_tokens": float(cosines[sound].mean())}

@@ -2,9 +2,9 @@
 
     config --> photographs, weights --> factors, directions --> step, ... --> export
 
-Everything goes into the workdir (`experiments.workdir` lists the files). Started again
-with the same workdir, the run goes on where it was: after a kill, with other devices,
-in another number of processes. Told to stop, it saves and ends with exit code 75.
+Everything goes into the workdir (`run.workdir` lists the files). Started again with the
+same workdir, the run goes on where it was: after a kill, with other devices, in another
+number of processes. Told to stop, it saves and ends with exit code 75.
 """
 
 import os
@@ -20,18 +20,20 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import cli, cluster, inputs, results, sharing, sinks, tracing
+from experiments import cli
 from experiments import config as config_files
-from experiments.cluster import Cluster, Vote
-from experiments.frozen import Thawed, freeze, thaw
-from experiments.heartbeat import Heartbeat, own_command, refuse_if_alive
-from experiments.journal import Dispatched, Journal
-from experiments.progress import Progress, duration
-from experiments.runner import Runner, choose_devices
-from experiments.stopping import Stopped, Stopping
-from experiments.workdir import Workdir
-from sinder_jax import checkpoint, data, pictures, repair
-from sinder_jax.data import Photograph
+from experiments.run import cluster, inputs, results, sharing, sinks, tracing
+from experiments.run.cluster import Cluster, Vote
+from experiments.run.frozen import Thawed, freeze, thaw
+from experiments.run.heartbeat import Heartbeat, own_command, refuse_if_alive
+from experiments.run.journal import Dispatched, Journal
+from experiments.run.progress import Progress, duration
+from experiments.run.runner import Runner, choose_devices
+from experiments.run.stopping import Stopped, Stopping
+from experiments.run.workdir import Workdir
+from sinder_jax import checkpoint, pictures, repair
+from sinder_jax.data import batches
+from sinder_jax.data.listing import Photograph
 
 EXAMPLE = """\
 examples:
@@ -158,7 +160,7 @@ def settle(job: Job, *, force: bool) -> None:
     batch = int(processes.from_first(np.array(config.images_per_step)))
     if not processes.is_first:
         workdir.settle_config(config, images_per_step=batch, force=force)
-    data.check_resize(config.resize, batch)
+    batches.check_resize(config.resize, batch)
     choose_devices(batch, processes.processes)
 
 
@@ -237,7 +239,7 @@ def loop(
     job.stopping.finish_steps()
     watched = watch(job)
     vote = Vote(processes, job.devices)
-    stream = data.stream(
+    stream = batches.stream(
         job.train,
         config.image_size,
         start=position,

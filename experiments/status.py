@@ -17,8 +17,9 @@ from typing import Any
 
 from etils import epath
 
-from experiments import cli, heartbeat
-from experiments.progress import duration
+from experiments import cli
+from experiments.run import heartbeat
+from experiments.run.progress import duration
 
 WINDOW = 100  # images with a defect that a median loss is of, at most
 NAMED = 5  # files that are named of those that are bad

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
 
-    from sinder_jax import data, loss, pictures
+    from sinder_jax import loss, pictures
+    from sinder_jax.data import decode
 
     # First whatever can be told to be wrong before the long part begins.
     loss.check_loss_options(mask_thr=args.mask_thr, window=3, temperature=1.0)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     targets = name_targets(files, Path(args.out), overwrite=args.overwrite)
     models = load_models([args.checkpoint, *([args.compare] if args.compare else [])])
     patch_size = models[0][0].patch_size
-    data.check_side("--short-side", args.short_side, patch_size)
+    decode.check_side("--short-side", args.short_side, patch_size)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     observe = observer(models, mask_thr=args.mask_thr)
@@ -73,13 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = 0
     for file, target in zip(files, targets, strict=True):
         try:
-            image = data.read_rgb(file)
-        except data.UnreadableImage as error:
+            image = decode.read_rgb(file)
+        except decode.UnreadableImage as error:
             print(f"skipped, unreadable: {error}", file=sys.stderr, flush=True)
             continue
-        image = data.visual_resize(image, args.short_side, patch_size=patch_size)
+        image = decode.visual_resize(image, args.short_side, patch_size=patch_size)
         try:
-            rows = dict(zip(names, observe(data.normalize(image)), strict=True))
+            rows = dict(zip(names, observe(decode.normalize(image)), strict=True))
         except FloatingPointError as error:
             raise FloatingPointError(f"{file}: {error}") from None
         pictures.save_png(target, pictures.token_figure(np.asarray(image), rows))
@@ -134,14 +135,14 @@ def collect(images: Sequence[str]) -> list[Path]:
       FileNotFoundError: something given does not exist.
       ValueError: a folder holds no image.
     """
-    from sinder_jax import data
+    from sinder_jax.data import listing
 
     files: list[Path] = []
     for image in images:
         path = Path(image)
         if not path.exists():
             raise FileNotFoundError(f"no such image or folder: {image}")
-        files += data.list_images(path) if path.is_dir() else [path]
+        files += listing.list_images(path) if path.is_dir() else [path]
     return list(dict.fromkeys(files))
 
 

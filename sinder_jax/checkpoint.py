@@ -4,7 +4,7 @@
     tree, metadata --save_tree--> DIR --load_tree--> the same
     FOLDER/00000100, 00000200, ... --load_newest--> the newest that is not damaged
 
-`sinder_jax.store` says what such a directory holds, on a disk or in a bucket (gs://).
+`storage.array_store` says what such a directory holds, on a disk or in a bucket (gs://).
 It appears whole or not at all, and every array is verified against its digest when it
 is read.
 """
@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from sinder_jax import digest, paths, store, vit
-from sinder_jax.paths import AnyPath, StrPath
-from sinder_jax.store import check_destination
+from sinder_jax import digest, vit
+from sinder_jax.storage import array_store, paths
+from sinder_jax.storage.array_store import check_destination
+from sinder_jax.storage.paths import AnyPath, StrPath
 
 __all__ = ["check_destination"]
 Tree = dict[str, Any]
@@ -66,7 +67,7 @@ def save(
             writer.write(name, np.asarray(array))
 
 
-class ModelWriter(store.Writer):
+class ModelWriter(array_store.Writer):
     """Writes a model leaf by leaf, as `save` does; the caller has checked the leaves.
 
     Args:
@@ -104,7 +105,7 @@ class ModelWriter(store.Writer):
         super()._complete()
 
 
-class ModelReader(store.Reader):
+class ModelReader(array_store.Reader):
     """Reads a model leaf by leaf.
 
     Attributes:
@@ -126,7 +127,7 @@ class ModelReader(store.Reader):
             self.provenance = dict(self.metadata["provenance"])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{path}: no checkpoint of a model ({store.reason_of(error)})."
+                f"{path}: no checkpoint of a model ({array_store.reason_of(error)})."
             ) from None
         # Before anything is read: views of one number, with the stored shapes.
         stored = {
@@ -210,8 +211,8 @@ def save_tree(
             raise ValueError(f"{keys}: names must be text without a slash.")
     flat = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
     for name, array in flat.items():
-        store.check_storable(name, array)
-    with store.Writer(path, dict(metadata)) as writer:
+        array_store.check_storable(name, array)
+    with array_store.Writer(path, dict(metadata)) as writer:
         for name, array in flat.items():
             writer.write(name, array)
 
@@ -228,7 +229,7 @@ def load_tree(path: StrPath) -> tuple[Tree, dict[str, Any]]:
       ValueError: it is not a checkpoint, or it is damaged (`store.DamagedError`, which
         names the array); the message is one line.
     """
-    reader = store.Reader(path)
+    reader = array_store.Reader(path)
     return unflatten({name: reader.read(name) for name in reader.arrays}), (
         reader.metadata
     )
@@ -254,7 +255,7 @@ def numbered(folder: StrPath) -> list[AnyPath]:
     """The checkpoints of a folder that are named by a number, in its order.
 
     In a bucket: those that were completed. Orbax, which writes them one by one
-    (`sinder_jax.states`), ends each there with an object of that name.
+    (`sinder_jax.storage.snapshots`), ends each there with an object of that name.
     """
     folder = paths.as_path(folder)
     found = folder.iterdir() if folder.is_dir() else ()
@@ -262,7 +263,7 @@ def numbered(folder: StrPath) -> list[AnyPath]:
         path
         for path in found
         if path.name.isdigit()
-        and not (paths.is_remote(path) and not (path / store.COMMITTED).exists())
+        and not (paths.is_remote(path) and not (path / array_store.COMMITTED).exists())
     )
     return sorted(complete, key=_number)
 
@@ -283,7 +284,7 @@ def load_newest(folder: StrPath) -> Newest | None:
         except ValueError as error:  # also one whose metadata is gone
             damaged[path] = error
     if damaged:
-        raise store.DamagedError(
+        raise array_store.DamagedError(
             f"{folder}: none of its checkpoints is whole: "
             + " ".join(str(error) for error in damaged.values())
         )

@@ -1,12 +1,12 @@
 """What importing the package costs: nothing that is optional."""
 
 import json
-import pathlib
 import pkgutil
 import subprocess
 import sys
 
 import convert
+import places
 import sinder_jax
 
 OPTIONAL = ("torch", "transformers", "tensorflow", "matplotlib", "huggingface_hub")
@@ -33,7 +33,7 @@ def test_importing_the_library_loads_no_optional_package():
     assert {"sinder_jax.vit", "sinder_jax.repair", "convert.read"} <= set(modules)
     ended = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *modules],
-        cwd=pathlib.Path(__file__).parents[1],
+        cwd=places.ROOT,
         capture_output=True,
         text=True,
         check=False,

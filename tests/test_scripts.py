@@ -9,11 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+import places
+
+ROOT = places.ROOT
 SCRIPTS = sorted((ROOT / "scripts").iterdir())
 UNTIL_DONE = ROOT / "scripts" / "until_done.sh"
 ONCE_MORE = """\

@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     config.checkpoint = ""  # from `python -m convert to-jax`, or a hub file itself
     config.interpolate_antialias = True  # the authors'; plain hub models say False
     # A folder, gs://…, list:FILE, tfds:NAME[/SPLIT] (tfds:imagenet2012), or "sample":
-    # the photographs in scikit-image; see `sinder_jax.sources.open_photographs`.
+    # the photographs in scikit-image; see `sinder_jax.data.listing`.
     config.data = ""
     config.num_images = 30_000  # every max(1, files // num_images)-th file is used
     config.shuffle_seed = 0  # of the order; 0: as they are listed, no shuffling

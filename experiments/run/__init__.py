@@ -1,0 +1,1 @@
+"""What a long job needs: workdir, processes, signals, sinks, progress."""

@@ -1,0 +1,205 @@
+"""What a repair reads: photographs and weights, or how to get them.
+
+config.data --> photographs to repair on, others held out
+config.checkpoint --> ViTConfig, params (planted, for the demo)
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+import convert
+from convert import fetch, source, write
+from sinder_jax import checkpoint, planted, repair, vit
+from sinder_jax.data import batches, decode, listing
+from sinder_jax.data.listing import Photograph
+from sinder_jax.storage import paths
+
+PLANTED = "planted"
+# What must agree with config.model; the rest is how a checkpoint is resampled.
+ARCHITECTURE = ("embed_dim", "depth", "ffn_layer", "num_register_tokens")
+AT_LEAST_1 = (
+    "max_bad_steps",
+    "log_every",
+    "picture_every",
+    "checkpoint_every",
+    "measure_images",
+    "keep_states",
+)
+LARGEST = 2**31 - 1  # positions are counted in int32
+
+
+def repair_options(config: ConfigDict) -> repair.RepairOptions:
+    """The options of the step; `active_blocks=0` in a config means all.
+
+    Raises:
+      ValueError: an option or an interval out of range.
+    """
+    for name, value in config.items():
+        least = int(name in AT_LEAST_1)
+        if isinstance(value, int) and not least <= value <= LARGEST:
+            raise ValueError(
+                f"config.{name} must be from {least} to {LARGEST}, got {value}"
+            )
+    names = [field.name for field in dataclasses.fields(repair.RepairOptions)]
+    options = {name: config[name] for name in names}
+    return repair.RepairOptions(
+        **options | {"active_blocks": config.active_blocks or None}
+    )
+
+
+def photographs(
+    config: ConfigDict, say: Callable[[str], None] = print
+) -> tuple[list[Photograph], list[Photograph]]:
+    """The training list, and the photographs that are not on it.
+
+    Args:
+      config: says where they are and how many are wanted.
+      say: is told when there are fewer.
+
+    Raises:
+      ValueError: no data given, or no image there that can be read; says what to give.
+        Also a side that is no whole patches, or a `config.resize` that cannot be.
+      FileNotFoundError: there is no such folder, list or dataset.
+    """
+    decode.check_side("config.image_size", config.image_size)
+    check_resize(config)
+    if not config.data:
+        raise ValueError(
+            "no photographs: add --config.data=FOLDER, for example the training set of "
+            "ImageNet, or --config.data=sample for those inside scikit-image"
+        )
+    found = listing.open_photographs(config.data)
+    train = batches.training_list(
+        found, config.num_images, shuffle_seed=config.shuffle_seed
+    )
+    if not any(map(is_readable, train)):  # ends at the first that is
+        raise ValueError(
+            f"none of the {len(train)} images of {config.data} can be read, the first "
+            f"is {train[0].name}"
+        )
+    if len(found) < config.num_images:
+        say(
+            f"only {len(found)} photographs in {config.data}, {config.num_images} "
+            "asked for: all are used, over and over"
+        )
+    names = {photograph.name for photograph in train}  # a list may have one twice
+    rest = batches.held_out(found, config.num_images)
+    return train, [photograph for photograph in rest if photograph.name not in names]
+
+
+def check_resize(config: ConfigDict) -> None:
+    """Refuses a `config.resize` that is unknown, or impossible for so many images.
+
+    Raises:
+      ValueError: says what to give.
+    """
+    if config.resize == "keep" and config.images_per_step != 1:
+        raise ValueError(
+            "config.resize=keep gives images of several shapes, so that a step takes "
+            "one: add --config.images_per_step=1"
+        )
+    batches.check_resize(config.resize, 1)
+
+
+def is_readable(photograph: Photograph) -> bool:
+    """Whether a photograph can be had and decoded; does both."""
+    try:
+        photograph.read()
+    except decode.UnreadableImage:
+        return False
+    return True
+
+
+def check_weights_given(config: ConfigDict) -> None:
+    """Refuses a config without weights, before anything is written.
+
+    Raises:
+      ValueError: an unknown model, or no checkpoint; says what to fetch and to call.
+      FileNotFoundError: the checkpoint does not exist; likewise.
+    """
+    if config.model == PLANTED:
+        if config.checkpoint:
+            raise ValueError(
+                f"config.model={PLANTED} makes its own weights: name that of "
+                f"{config.checkpoint} by --config.model: {', '.join(vit.CONFIGS)}"
+            )
+        return
+    if config.model not in vit.CONFIGS:
+        raise ValueError(
+            f"config.model={config.model} is unknown; it is {PLANTED} or one of "
+            f"{', '.join(vit.CONFIGS)}"
+        )
+    if not config.checkpoint:
+        raise ValueError(f"no weights of {config.model}. {how_to_get(config.model)}")
+    path = paths.as_path(config.checkpoint)
+    if paths.is_remote(path) and path.suffix in (".pth", ".safetensors"):
+        raise ValueError(
+            f"config.checkpoint={path}: PyTorch files are read from a disk. Convert it "
+            "there (`python -m convert to-jax`) and copy the directory to the bucket"
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{config.checkpoint} does not exist. {how_to_get(config.model)}"
+        )
+
+
+def how_to_get(model: str) -> str:
+    """What to fetch for a hub model, and the command that converts it."""
+    url = fetch.hub_url(model)
+    return (
+        f"Fetch {url}, run `python -m convert to-jax {Path(url).name} {model}` and "
+        f"add --config.checkpoint={model}"
+    )
+
+
+class Original(NamedTuple):
+    """The model that a repair starts from.
+
+    Attributes:
+      config: its architecture, resampled as the run's config says.
+      params: its params, float32.
+      provenance: where its weights come from, see `convert.source.Model`.
+    """
+
+    config: vit.ViTConfig
+    params: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
+    """The original model.
+
+    Args:
+      config: names model and checkpoint, a directory of ours, of a disk or a bucket, or
+        PyTorch files.
+      planted_file: where planted weights, if it is them, are written and read from.
+
+    Raises:
+      ValueError: no checkpoint, a damaged one, or one of another model.
+    """
+    path = paths.as_path(config.checkpoint)
+    want = vit.CONFIGS.get(config.model, planted.CONFIG)
+    if config.model == PLANTED:
+        path = planted_file
+        made = planted.planted_model(config.seed)
+        state_dict = convert.to_torch(made.config, made.params)
+        write.write_state_dict(path, state_dict, overwrite=True)
+    model = source.open_model(path)
+    wrong = [
+        f"{name} is {getattr(model.config, name)} and not {getattr(want, name)}"
+        for name in ARCHITECTURE
+        if getattr(model.config, name) != getattr(want, name)
+    ]
+    if wrong:
+        raise ValueError(f"{path} is not {config.model}: {', '.join(wrong)}")
+    return Original(
+        dataclasses.replace(
+            model.config, interpolate_antialias=config.interpolate_antialias
+        ),
+        checkpoint.unflatten(dict(model.leaves())),
+        model.provenance,
+    )

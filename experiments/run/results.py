@@ -1,0 +1,207 @@
+"""What a repair leaves: pictures on the way, the repaired model, numbers of a summary.
+
+params now --Observer--> pictures before / now, measures of photographs
+params now --export--> repaired/, repaired.safetensors, repaired.pth
+ε --export_patch--> repaired.patch.safetensors
+"""
+
+import importlib.util
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Float32
+
+import convert
+from convert import source, write
+from experiments import observe
+from experiments.run.inputs import is_readable
+from experiments.run.workdir import Workdir
+from sinder_jax import checkpoint, delta, digest, factor, pictures, vit
+from sinder_jax.data import decode
+from sinder_jax.data.listing import Photograph
+from sinder_jax.storage import array_store, delta_file
+
+
+def export(
+    workdir: Workdir,
+    config: vit.ViTConfig,
+    params: Any,
+    provenance: Mapping[str, Any],
+) -> list[str]:
+    """Writes the repaired model for JAX and PyTorch; names what was written.
+
+    `repaired/` is a checkpoint, `repaired.safetensors` has the hub's names, and so has
+    `repaired.pth`, written where torch is installed. All say where the weights that
+    were repaired come from.
+    """
+    provenance = source.with_step(provenance, f"repaired by {array_store.tool()}")
+    target = workdir.path / "repaired"
+    if not target.exists():  # else from a finish that was cut short: the same model
+        checkpoint.save(target, config, params, provenance)
+    names = ["repaired.safetensors"]
+    if importlib.util.find_spec("torch"):
+        names.append("repaired.pth")
+    state_dict = convert.to_torch(config, params)
+    told = source.metadata_of(
+        config, provenance, digest.of_model(checkpoint.flatten(params))
+    )
+    for name in names:
+        with workdir.output(name) as path:
+            write.write_state_dict(path, state_dict, overwrite=True, metadata=told)
+    return ["repaired", *names]
+
+
+def export_patch(
+    workdir: Workdir,
+    config: vit.ViTConfig,
+    params: Any,
+    factors: factor.Factors,
+    eps: Mapping[str, Any],
+    provenance: Mapping[str, Any],
+) -> list[str]:
+    """Writes what the repair changed, `repaired.patch.safetensors`; names the file.
+
+    Nothing is written where it changed nothing.
+    """
+    if not any(np.any(e) for e in eps.values()):
+        return []
+    made = delta.from_eps(config, params, factors, eps)
+    with workdir.output("repaired.patch.safetensors") as path:
+        path.unlink(missing_ok=True)  # from a finish cut short: the same patch
+        delta_file.save(path, made, {"provenance": json.dumps(dict(provenance))})
+    return [path.name]
+
+
+class Look(NamedTuple):
+    """One photograph as a model sees it.
+
+    Attributes:
+      image: normalized pixels of the training crop.
+      tokens: last block's patch tokens.
+    """
+
+    image: Float32[np.ndarray, "size size 3"]
+    tokens: Float[Array, "H W D"]
+
+
+class Observer:
+    """Compares the model as it is now with the original, on photographs.
+
+    Args:
+      config: the architecture.
+      params: the original params.
+      direction: singular defect direction of the original's last block.
+      mask_thr: see `loss.outlier_mask`.
+      size: side of the training crop in pixels.
+    """
+
+    def __init__(
+        self,
+        config: vit.ViTConfig,
+        params: Any,
+        direction: Float[Array, " D"],
+        *,
+        mask_thr: float,
+        size: int,
+    ):
+        self._config, self._original = config, params
+        self._direction, self._mask_thr, self._size = direction, mask_thr, size
+
+    def figure(self, photograph: Photograph, params: Any) -> pictures.RGB:
+        """The photograph's tokens before and now, see `pictures.before_after`."""
+        before = self._look(photograph, self._original)
+        now = self._look(photograph, params)
+        maps = [
+            observe.token_maps(look.tokens, self._direction, mask_thr=self._mask_thr)
+            for look in (before, now)
+        ]
+        return pictures.before_after(decode.to_uint8(before.image), *maps)
+
+    def closing_figure(
+        self, photographs: Sequence[Photograph], params: Any
+    ) -> pictures.RGB:
+        """Several photographs below each other."""
+        return pictures.stack([self.figure(one, params) for one in photographs])
+
+    def measure(
+        self, photographs: Sequence[Photograph], params: Any, most: int
+    ) -> dict[str, Any] | None:
+        """Defects before and after, as means over photographs and one by one.
+
+        Args:
+          photographs: those that can be chosen from.
+          params: the repaired params.
+          most: how many of them are measured, see `spread`.
+
+        Returns:
+          Per-photograph means, the largest norm ratios, and all numbers by name; None
+          if there is no readable photograph.
+        """
+        each = {}
+        for one in spread(photographs, most):
+            before, now = self._look(one, self._original), self._look(one, params)
+            each[one.name] = observe.measure(
+                before.tokens, now.tokens, self._direction, mask_thr=self._mask_thr
+            )
+        if not each:
+            return None
+
+        def mean(name: str) -> float:
+            return float(np.mean([numbers[name] for numbers in each.values()]))
+
+        def largest(name: str) -> float:
+            return max(numbers[name] for numbers in each.values())
+
+        return {
+            "photographs": len(each),
+            "defective_patches_by_direction": {
+                "before": mean("outliers_before"),
+                "after": mean("outliers_after"),
+            },
+            "defective_patches_by_norm": {
+                "before": mean("large_norms_before"),
+                "after": mean("large_norms_after"),
+            },
+            "largest_to_median_norm": {
+                "before": largest("norm_ratio_before"),
+                "after": largest("norm_ratio_after"),
+            },
+            "cosine_of_sound_tokens": mean("cosine_of_sound_tokens"),
+            "each": each,
+        }
+
+    def _look(self, photograph: Photograph, params: Any) -> Look:
+        image = decode.training_crop(photograph.read(), self._size)
+        pixels = decode.normalize(image)
+        return Look(pixels, observe.last_patches(self._config, params, pixels))
+
+
+def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
+    """The first readable photograph of each of `most` equal parts of a list.
+
+    No more are decoded than that takes: there may be a million.
+    """
+    count = len(photographs)
+    parts = np.array_split(np.arange(count), min(most, count) or 1)
+    readable = (filter(is_readable, (photographs[i] for i in part)) for part in parts)
+    return [one for found in readable for one in itertools.islice(found, 1)]
+
+
+def describe(name: str, measures: dict[str, Any] | None) -> str:
+    """The measures of a set of photographs in one line."""
+    if measures is None:
+        return f"{name}: no photographs"
+
+    def change(key: str) -> str:
+        return f"{measures[key]['before']:.2f} -> {measures[key]['after']:.2f}"
+
+    return (
+        f"{name}, {measures['photographs']} photographs: defective patches each "
+        f"{change('defective_patches_by_direction')} by direction, "
+        f"{change('defective_patches_by_norm')} by norm; largest to median norm "
+        f"{change('largest_to_median_norm')}; cosine of sound tokens "
+        f"{measures['cosine_of_sound_tokens']:.4f}"
+    )

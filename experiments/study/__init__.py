@@ -1,0 +1,1 @@
+"""What an analysis needs: cached numbers, figures, verdict, report."""

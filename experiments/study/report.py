@@ -1,0 +1,308 @@
+"""One self-contained HTML file: verdict, numbers, figures. No network, no script.
+
+    numbers of `verdict.summarize`, figures as SVG --page--> text of report.html
+
+It reads on paper and on a phone: figures are inlined and keep the size of their type,
+tables and wide figures scroll sideways where there is no room for them.
+"""
+
+import base64
+import html
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from experiments.study import verdict
+from experiments.study.verdict import Numbers
+from sinder_jax.storage import array_store
+
+
+class Inlined(NamedTuple):
+    """A figure of the report.
+
+    Attributes:
+      name: of its files.
+      title, caption: in words.
+      svg: the figure.
+      inches: its width.
+    """
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+    inches: float
+
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+       color: #1a1a1a; background: #fff; max-width: 48rem; margin: 0 auto;
+       padding: 1.5rem 1rem 4rem; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.2rem 0 1rem; }
+h2 { font-size: 1.2rem; margin: 2.5rem 0 0.6rem; border-bottom: 1px solid #ccc; }
+.kicker { color: #555; margin: 0; overflow-wrap: anywhere; }
+.verdict { border-left: 4px solid #0072B2; padding: 0.1rem 0 0.1rem 1rem; }
+.verdict.defect { border-color: #D55E00; }
+.verdict.sound { border-color: #009E73; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }
+th, td { text-align: right; padding: 0.25rem 0.9rem 0.25rem 0; vertical-align: top;
+         border-bottom: 1px solid #e3e3e3; font-variant-numeric: tabular-nums; }
+td { white-space: nowrap; }
+td:first-child, td.text { white-space: normal; }
+th:first-child, td:first-child { text-align: left; }
+td.text { text-align: left; overflow-wrap: anywhere; min-width: 12rem; }
+thead th { font-weight: 600; border-bottom: 1px solid #888; }
+figure { margin: 1.6rem 0; }
+figure img { display: block; width: calc(1.4in * var(--inches)); height: auto;
+             max-width: 100%; }
+figure.wide img { min-width: 36rem; }
+figcaption { font-size: 0.9rem; color: #333; margin-top: 0.4rem; }
+footer { margin-top: 3rem; color: #555; font-size: 0.85rem; }
+code { font-size: 0.9em; overflow-wrap: anywhere; }
+@page { margin: 16mm; }
+@media print {
+  body { font-size: 10pt; max-width: none; padding: 0; }
+  h2 { break-after: avoid; }
+  figure, tr, .verdict { break-inside: avoid; }
+  figure img { width: auto; max-width: min(100%, calc(1.1in * var(--inches)));
+               max-height: 210mm; }
+  figure.wide img { min-width: 0; }
+  .scroll { overflow: visible; }
+}
+"""
+
+WIDE = 5.0  # inches; from here on a figure may not shrink to a phone's width
+
+
+def page(summary: Numbers, figures: Sequence[Inlined]) -> str:
+    """The whole report.
+
+    Args:
+      summary: from `verdict.summarize`.
+      figures: in the order they are shown in.
+    """
+    models = summary["models"]
+    headline = verdict.headline(summary)
+    names = " and ".join(model["path"] for model in models)
+    state = verdict.state(models[-1])
+    parts = [
+        f'<p class="kicker">Spectral analysis of {_text(names)}</p>',
+        f"<h1>{_text(headline)}</h1>",
+        f'<div class="verdict {state}">',
+        *_paragraphs(verdict.paragraphs(summary)),
+        "</div>",
+        "<h2>In numbers</h2>",
+        _numbers(models),
+        "<h2>The kernels that carry it</h2>",
+        _kernels(summary),
+        "<h2>The model</h2>" if len(models) == 1 else "<h2>The models</h2>",
+        *(_provenance(model, several=len(models) > 1) for model in models),
+    ]
+    if models[0]["photographs"]:
+        parts += ["<h2>Photograph by photograph</h2>", _photographs(models)]
+    if figures:
+        parts += ["<h2>Figures</h2>", *_figures(figures)]
+    parts += [_options(summary["options"])]
+    body = "\n".join(parts)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(headline)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+# --- Sections -------------------------------------------------------------------------
+
+
+def _paragraphs(told: dict[str, str]) -> list[str]:
+    """A single one needs no title."""
+    if len(told) == 1:
+        return [f"<p>{_text(text)}</p>" for text in told.values()]
+    return [
+        f"<p><b>{_text(name)}.</b> {_text(text)}</p>" for name, text in told.items()
+    ]
+
+
+def _numbers(models: Sequence[Numbers]) -> str:
+    rows = [
+        ("forecast: block in which a defect appears", "forecast", "block"),
+        ("forecast: largest gap σ0/σ1", "forecast", "gap"),
+        ("photographs", "overall", "photographs"),
+        ("… that show a defect", "overall", "with_defect"),
+        ("… from block", "overall", "block"),
+        ("defective patches in the last block (%)", "overall", "defective_share"),
+        ("largest / median norm in the last block", "overall", "norm_ratio"),
+        ("largest / median norm in any block", "overall", "largest_norm_ratio"),
+        (
+            "measured direction to ν of the last block (degrees)",
+            "overall",
+            "angle_to_theory",
+        ),
+        ("… spread over the photographs (degrees)", "overall", "spread"),
+        ("AUC of the angle to ν for tokens of large norm", "overall", "auc"),
+        ("… of random directions, mean", "overall", "random_auc"),
+    ]
+    cells = []
+    for label, section, name in rows:
+        values = [model[section] and model[section][name] for model in models]
+        if any(model[section] is not None for model in models):
+            cells.append([label, *(_number(name, value) for value in values)])
+    head = ["", *(model["name"] for model in models)] if len(models) > 1 else []
+    return _table(head, cells)
+
+
+def _kernels(summary: Numbers) -> str:
+    blamed = summary["models"][0]["forecast"]["blamed"]
+    if not blamed:
+        return "<p>No defect is forecast, so there is no kernel to blame.</p>"
+    after = {
+        (row["block"], row["kernel"], row["index"]): row["after"]
+        for row in summary["kernels"] or []
+    }
+    head = ["kernel", "block", "singular value", "size", "share of the gain along ν"]
+    rows = []
+    for each in blamed:
+        row = [
+            each["kernel"],
+            str(each["block"]),
+            f"number {each['index']}",
+            f"{each['value']:.2f}",
+            f"{100 * each['share']:.1f} %",
+        ]
+        if after:
+            now = after.get((each["block"], each["kernel"], each["index"]))
+            row.append("" if now is None else f"{now:.2f}")
+        rows.append(row)
+    note = (
+        "<p>Singular values are numbered from 0, the largest. The share is what would "
+        "be missing of the block's gain along ν without it; two kernels in a row carry "
+        "the same share.</p>"
+    )
+    return _table([*head, "size after"] if after else head, rows) + note
+
+
+def _provenance(model: Numbers, *, several: bool) -> str:
+    shape = model["architecture"]
+    told = model["provenance"]
+    registers = shape["num_register_tokens"]
+    rows = [
+        ["checkpoint", model["path"]],
+        [
+            "architecture",
+            f"{shape['depth']} blocks of width {shape['embed_dim']}, "
+            f"{shape['num_heads']} heads, FFN {shape['ffn_layer']}, patches of "
+            f"{shape['patch_size']} pixels, "
+            + (f"{registers} registers" if registers else "no registers"),
+        ],
+        ["parameters", f"{model['parameters']:,}"],
+        ["digest of the weights", model["digest"]],
+    ]
+    labels = {"source": "first read from", "layout": "in layout", "sha256": "SHA-256"}
+    rows += [[label, str(told[k])] for k, label in labels.items() if told.get(k)]
+    rows += [["since then", step] for step in told.get("steps", [])]
+    title = f"<h3>{_text(model['name'])}</h3>" if several else ""
+    return title + _table([], rows, text=True)
+
+
+def _photographs(models: Sequence[Numbers]) -> str:
+    head = ["photograph"]
+    head += ["model"] if len(models) > 1 else []
+    head += [
+        "patches",
+        "defect from block",
+        "to",
+        "defective in the last",
+        "norm ratio",
+    ]
+    rows = []
+    for name in models[0]["photographs"]:
+        for model in models:
+            one = model["photographs"][name]
+            row = [name, *([model["name"]] if len(models) > 1 else [])]
+            row += [
+                str(one["patches"]),
+                _number("block", one["block"]),
+                _number("block", one["last_block"]),
+                f"{one['defective']} ({100 * one['defective_share']:.2g} %)",
+                f"{one['norm_ratio']:.1f}",
+            ]
+            rows.append(row)
+    return _table(head, rows)
+
+
+def _figures(figures: Sequence[Inlined]) -> list[str]:
+    """A caption is said once where several figures in a row share it."""
+    captions = ["", *(each.caption for each in figures)]
+    return [
+        _figure(each, "" if each.caption == before else each.caption)
+        for each, before in zip(figures, captions, strict=False)
+    ]
+
+
+def _figure(one: Inlined, caption: str) -> str:
+    data = base64.b64encode(one.svg).decode()
+    wide = ' class="wide"' if one.inches >= WIDE else ""
+    return (
+        f'<figure id="{_text(one.name)}"{wide}>\n<div class="scroll">'
+        f'<img alt="{_text(one.title)}" style="--inches: {one.inches:.2f}" '
+        f'src="data:image/svg+xml;base64,{data}"></div>\n'
+        f"<figcaption><b>{_math(one.title)}.</b> {_math(caption)}</figcaption>\n"
+        "</figure>"
+    )
+
+
+def _options(options: dict[str, Any]) -> str:
+    said = ", ".join(f"{name} {_short(value)}" for name, value in options.items())
+    return (
+        f"<footer><p>Made by {_text(array_store.tool())}, experiments.analyze, with "
+        f"{_text(said)}. Method: SINDER, arXiv:2407.16826. A defective token is "
+        "more than three times as long as the median token and lies along ν: detected "
+        "by equation 5, or within 45 degrees of it. A photograph shows a defect where "
+        "min_outliers of them are found in one block. Blocks and singular values count "
+        "from 0.</p></footer>"
+    )
+
+
+# --- Pieces ---------------------------------------------------------------------------
+
+
+def _table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, text: bool = False
+) -> str:
+    kind = ' class="text"' if text else ""
+    cells = "".join(f"<th>{_text(name)}</th>" for name in head)
+    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
+    body = "\n".join(
+        f"<tr><td>{_text(first)}</td>"
+        + "".join(f"<td{kind}>{_text(cell)}</td>" for cell in rest)
+        + "</tr>"
+        for first, *rest in rows
+    )
+    return f'<div class="scroll"><table>{top}<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _number(name: str, value: Any) -> str:
+    """A number of the summary for a cell; a dash where there is none."""
+    if value is None or (name == "block" and value < 0):
+        return "–"
+    if name == "defective_share":
+        return f"{100 * value:.2g}"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.3f}" if "auc" in name else f"{value:.1f}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "/".join(f"{each:g}" for each in value)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _math(text: str) -> str:
+    return _text(text).replace("ν_i", "ν<sub><i>i</i></sub>")
+
+
+def _text(text: str) -> str:
+    return html.escape(str(text), quote=True)

@@ -1,0 +1,330 @@
+"""What an analysis found, as numbers for a file and in plain words for a person.
+
+study --summarize--> numbers by model and photograph (JSON values)
+numbers --headline, paragraphs--> a verdict, computed from them and nothing else
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from experiments.study import token_figures, weight_figures
+from experiments.study.cache import Arrays
+from experiments.study.study import NUM_RANDOM, Study
+from experiments.study.subjects import Photo, Subject
+from sinder_jax.analysis import tokens
+
+LARGE_NORM = 3.0  # times the median: the second sign of a defective token
+ALONG = (
+    45.0  # degrees: nearer to a line, more of a token's square lies along it than off
+)
+NOWHERE = -1
+
+Numbers = dict[str, Any]
+
+
+# --- Numbers --------------------------------------------------------------------------
+
+
+def summarize(study: Study) -> Numbers:
+    """All numbers of the report, as JSON values.
+
+    Returns:
+      "models", one entry a model with "forecast", "photographs" by name and, over
+      these, "overall"; "options"; "kernels", what a repair changed, or None.
+    """
+    options = dataclasses.asdict(study.options) | {"blocks": list(study.blocks)}
+    return _plain(
+        {
+            "models": [_of_model(study, subject) for subject in study.subjects],
+            "options": options,
+            "kernels": _kernels(study) if len(study.subjects) > 1 else None,
+        }
+    )
+
+
+def _of_model(study: Study, subject: Subject) -> Numbers:
+    photos = {photo.name: _of_photo(study, subject, photo) for photo in study.photos}
+    return {
+        "name": subject.name,
+        "path": subject.path,
+        "digest": subject.digest,
+        "architecture": dataclasses.asdict(subject.config),
+        "parameters": subject.model.num_params,
+        "provenance": subject.model.provenance,
+        "forecast": _of_forecast(study.cache(study.forecast(subject))),
+        "photographs": photos,
+        "overall": _overall(study, subject, photos) if photos else None,
+    }
+
+
+def _of_forecast(found: Arrays) -> Numbers:
+    found = weight_figures.carriers(found)
+    block = int(found["block"])
+    blamed = zip(
+        *(
+            found[f"blamed_{name}"]
+            for name in ("block", "kernel", "index", "value", "share")
+        ),
+        strict=True,
+    )
+    return {
+        "has_defect": bool(found["has_defect"]),
+        "block": block,
+        "gap": float(
+            found["gaps"][block:].max() if block >= 0 else found["gaps"].max()
+        ),
+        "blamed": [
+            dict(zip(("block", "kernel", "index", "value", "share"), row, strict=True))
+            for row in blamed
+        ],
+        "verdict": str(found["verdict"]),
+    }
+
+
+def _of_photo(study: Study, subject: Subject, photo: Photo) -> Numbers:
+    """One photograph. A defective token lies along ν_i and is large besides.
+
+    Along ν_i: detected by equation 5, or nearer than `ALONG`, for where every fourth
+    token is defective none is an outlier. Direction alone would not do: at 4 standard
+    deviations, about two of 1,369 normally distributed cosines are outliers.
+    """
+    look = study.cache(study.look(subject, photo))
+    detected, norms = study.detected(look), look["norms"]
+    medians = np.median(norms, axis=(1, 2), keepdims=True)
+    large = norms > LARGE_NORM * medians
+    angles = look["angles"]
+    counts = ((detected | (angles < ALONG)) & large).sum(axis=(1, 2))
+    start, end = longest_run(counts >= study.options.min_outliers)
+    ratios = (norms / medians).max(axis=(1, 2))
+    found = {
+        "file": str(photo.path),
+        "patches": norms[0].size,
+        "block": start,
+        "last_block": end,
+        "detected": int(detected[-1].sum()),
+        "large": int(large[-1].sum()),
+        "defective": int(counts[-1]),
+        "defective_share": float(counts[-1] / norms[-1].size),
+        "norm_ratio": float(ratios[-1]),
+        "largest_norm_ratio": float(ratios.max()),
+        "auc": tokens.separation(-angles[-1], large[-1]),
+    }
+    random = [tokens.separation(x, large[-1]) for x in look["cosines"]]
+    return found | {
+        "random_auc": float(np.mean(random)),
+        "random_auc_deviation": float(np.std(random)),
+    }
+
+
+def longest_run(there: np.ndarray) -> tuple[int, int]:
+    """First and last index of the longest stretch of True; (-1, -1) without any."""
+    best, start = (NOWHERE, NOWHERE), 0
+    for i, yes in enumerate(there):
+        if not yes:
+            start = i + 1
+        elif best[0] == NOWHERE or i - start > best[1] - best[0]:
+            best = (start, i)
+    return best
+
+
+def _overall(study: Study, subject: Subject, photos: dict[str, Numbers]) -> Numbers:
+    each = list(photos.values())
+    with_defect = [one["block"] for one in each if one["block"] != NOWHERE]
+    measured = token_figures.measured_directions(study, subject)
+
+    def mean(name: str) -> float:
+        values = [one[name] for one in each if np.isfinite(one[name])]
+        return float(np.mean(values)) if values else float("nan")
+
+    blocks, counts = np.unique(with_defect, return_counts=True)
+    return {
+        "photographs": len(each),
+        "with_defect": len(with_defect),
+        "block": int(blocks[counts.argmax()]) if with_defect else NOWHERE,
+        "defective_share": mean("defective_share"),
+        "detected": mean("detected"),
+        "large": mean("large"),
+        "norm_ratio": max(one["norm_ratio"] for one in each),
+        "largest_norm_ratio": max(one["largest_norm_ratio"] for one in each),
+        "angle_to_theory": float(measured["to_theory"][-1]),
+        "spread": float(measured["spread"][-1]),
+        "auc": mean("auc"),
+        "random_auc": mean("random_auc"),
+        "random_directions": NUM_RANDOM,
+    }
+
+
+def _kernels(study: Study) -> list[Numbers]:
+    """The first model's blamed singular values, and those that stand there now."""
+    before, after = study.subjects
+    found = weight_figures.carriers(study.cache(study.forecast(before)))
+    rows = []
+    for block, kernel, index, value in zip(
+        found["blamed_block"],
+        found["blamed_kernel"],
+        found["blamed_index"],
+        found["blamed_value"],
+        strict=True,
+    ):
+        changes = study.cache(study.changes())[str(kernel)][block]
+        if index < len(changes):
+            row = {"block": block, "kernel": kernel, "index": index, "before": value}
+            rows.append(row | {"after": value + changes[index]})
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    """JSON values: of NumPy's numbers Python's, None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not np.isfinite(value):
+        return None
+    return value
+
+
+# --- Words ----------------------------------------------------------------------------
+
+
+def state(model: Numbers) -> str:
+    """What a model is: "defect", "traces" or "sound".
+
+    With photographs: a defect, if at least half of them show it; traces, if any does or
+    a norm is large. The weights alone: as they forecast.
+    """
+    seen = model["overall"]
+    if seen is None:
+        return "defect" if model["forecast"]["has_defect"] else "sound"
+    if 2 * seen["with_defect"] >= seen["photographs"]:
+        return "defect"
+    if seen["with_defect"] or seen["norm_ratio"] > LARGE_NORM:
+        return "traces"
+    return "sound"
+
+
+_STATES = {
+    "defect": "has a singular defect",
+    "traces": "shows traces of a singular defect",
+    "sound": "has no singular defect",
+}
+
+
+def headline(summary: Numbers) -> str:
+    """The verdict in one sentence."""
+    states = [state(model) for model in summary["models"]]
+    basis = "" if summary["models"][0]["overall"] else ", as far as the weights tell"
+    if len(states) == 1:
+        return f"This model {_STATES[states[0]]}{basis}."
+    before, after = states
+    if before == after:
+        return f"Before and after, the model {_STATES[before]}{basis}."
+    return f"Before, the model {_STATES[before]}; after, it {_STATES[after]}{basis}."
+
+
+def paragraphs(summary: Numbers) -> dict[str, str]:
+    """The verdict by title: a paragraph for each model, and one to compare them."""
+    models = summary["models"]
+    found = {
+        model["name"].capitalize(): " ".join(
+            [model["forecast"]["verdict"], *_seen(model)]
+        )
+        for model in models
+    }
+    if len(models) > 1:
+        found["Compared"] = " ".join(
+            _compared(models[0], models[1], summary["kernels"])
+        )
+    return found
+
+
+def _seen(model: Numbers) -> list[str]:
+    seen, forecast = model["overall"], model["forecast"]
+    if seen is None:
+        return []
+    total = seen["photographs"]
+    large = f"the largest token norm is {seen['norm_ratio']:.1f} times the median"
+    if not seen["with_defect"] and seen["largest_norm_ratio"] > LARGE_NORM:
+        return [
+            f"None of {_photographs(total)} shows one as the theory has it: there are "
+            f"tokens up to {seen['largest_norm_ratio']:.1f} times as long as the "
+            f"median, but too few of them lie along ν. In the last block {large}."
+        ]
+    if not seen["with_defect"]:
+        text = (
+            f"None of {_photographs(total)} shows one: no token is more than three "
+            f"times as long as the median. In the last block {large}."
+        )
+        if forecast["has_defect"]:
+            text += (
+                " So the weights could do what these photographs do not provoke: the "
+                "direction is there, the trigger is not."
+            )
+        return [text]
+    angle = seen["angle_to_theory"]
+    text = (
+        f"{seen['with_defect']} of {_photographs(total)} show it, from block "
+        f"{seen['block']} on. In the last block {_percent(seen)} of "
+        f"the patches are defective and {large}. The "
+        f"{token_figures.direction_tokens()} lie {angle:.1f}° from the direction that "
+        "the weights predict."
+    )
+    agree = forecast["has_defect"] and forecast["block"] == seen["block"]
+    if agree:
+        text += " The forecast named the same block."
+    elif forecast["has_defect"]:
+        text += (
+            f" The forecast named block {forecast['block']}, where the weights first "
+            "favor the direction."
+        )
+    else:
+        text += " The forecast had not seen it: the weights alone do not tell."
+    texts = [text]
+    if seen["auc"] is not None:
+        texts.append(
+            "As a detector of tokens over three times the median norm, the angle to ν "
+            f"has an AUC of {seen['auc']:.3f}; {seen['random_directions']} random "
+            f"directions have {seen['random_auc']:.2f} on average."
+        )
+    return texts
+
+
+def _compared(before: Numbers, after: Numbers, kernels: list[Numbers]) -> list[str]:
+    was, now = state(before), state(after)
+    order = ["sound", "traces", "defect"]
+    if was == now:
+        texts = ["From the first to the second model the verdict does not change."]
+    elif order.index(now) < order.index(was):
+        rest = "" if now == "sound" else ", but not all of it"
+        texts = [f"The defect of the first model is gone in the second{rest}."]
+    else:
+        texts = ["The second model is worse than the first."]
+    if before["overall"] is not None:
+        a, b = before["overall"], after["overall"]
+        texts.append(
+            f"Defective patches in the last block: {_percent(a)} "
+            f"before, {_percent(b)} after; largest over median "
+            f"norm: {a['norm_ratio']:.1f} before, {b['norm_ratio']:.1f} after."
+        )
+    smaller = [row for row in kernels if row["after"] < row["before"]]
+    if kernels:
+        first = kernels[0]
+        texts.append(
+            f"{len(smaller)} of the {len(kernels)} singular values that carried the "
+            f"defect became smaller; the first of them, number {first['index']} of "
+            f"{first['kernel']} in block {first['block']}, went from "
+            f"{first['before']:.2f} to {first['after']:.2f}."
+        )
+    return texts
+
+
+def _percent(seen: Numbers) -> str:
+    return f"{100 * seen['defective_share']:.2g}\u00a0%"
+
+
+def _photographs(count: int) -> str:
+    return "1 photograph" if count == 1 else f"{count} photographs"

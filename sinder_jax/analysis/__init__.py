@@ -1,0 +1,1 @@
+"""What tokens and weights say of singular defects: numbers, no drawing."""

@@ -1,0 +1,1 @@
+"""Photographs: where they lie, one photograph to an array, the stream of batches."""

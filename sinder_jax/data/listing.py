@@ -1,0 +1,424 @@
+"""Where photographs lie: a folder, a list of files, a TFDS dataset, the sample.
+
+    "folder:/data/train" --open_photographs--> [Photograph, ...]    nothing decoded yet
+    Photograph --read--> RGB                                        or UnreadableImage
+
+The list is in an order that no file system changes. A photograph is small and can be
+sent to another process, which then opens what it reads from by itself.
+"""
+
+import abc
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sinder_jax.data import decode
+from sinder_jax.storage import paths
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # compared in lower case
+SAMPLE = "sample"
+KINDS = "a folder, folder:PATH, list:FILE, tfds:NAME[/SPLIT] or sample"
+
+# The color photographs inside scikit-image's wheel. Drawings are left out, and so is
+# motorcycle_right.png: it is the other half of a stereo pair, so nothing held out
+# would be new beside motorcycle_left.png.
+_SAMPLES = (
+    "astronaut.png",
+    "chelsea.png",
+    "coffee.png",
+    "hubble_deep_field.jpg",
+    "ihc.png",
+    "motorcycle_left.png",
+    "retina.jpg",
+    "rocket.jpg",
+)
+_LISTING_THREADS = 32  # requests to a bucket at a time
+# NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION
+_TFDS_NAME = re.compile(r"\w+(/[\w.-]+)?(:[\w.*]+)?")
+_USUAL_SPLITS = ("train", "test", "validation")
+
+
+class Photograph(abc.ABC):
+    """One photograph that can be read, and told from all others by its name."""
+
+    __slots__ = ()
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """What metrics and messages call it: the path of a file, as it was given."""
+
+    @abc.abstractmethod
+    def read(self) -> Image.Image:
+        """Decodes it to 8-bit RGB at full size, see `decode.read_rgb`.
+
+        Raises:
+          UnreadableImage: it cannot be had or decoded; the message begins with `name`.
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class File(Photograph):
+    """A photograph in a file of its own.
+
+    Attributes:
+      path: of a file of a disk, or gs://bucket/a.jpg.
+    """
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def read(self) -> Image.Image:
+        if not paths.is_remote(self.path):
+            return decode.read_rgb(self.path)
+        try:
+            path = paths.as_path(self.path)
+            with paths.answering(path):
+                content = path.read_bytes()
+        except (OSError, ValueError) as error:
+            raise decode.UnreadableImage(f"{self.path}: {error}") from error
+        return decode.read_rgb(content, name=self.path)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record(Photograph):
+    """A photograph in a split of a TFDS dataset.
+
+    Attributes:
+      split: the split.
+      index: its number in the split, from 0.
+    """
+
+    split: "_TfdsSplit"
+    index: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split.name}#{self.index}"
+
+    def read(self) -> Image.Image:
+        try:
+            content = self.split.images[self.index]["image"]
+        except (OSError, RuntimeError, ValueError) as error:
+            # What array_record and pyarrow raise on a missing or damaged file.
+            raise decode.UnreadableImage(f"{self.name}: {error}") from error
+        return decode.read_rgb(content, name=self.name)
+
+
+def open_photographs(spec: str) -> Sequence[Photograph]:
+    """Lists the photographs that a line of text names; none is decoded.
+
+    Args:
+      spec: one of
+
+        `PATH` or `folder:PATH`: the files below a folder, of a disk or gs://bucket/…,
+        in the order of `list_images`.
+
+        `list:FILE`: the paths in a text file, one a line, in the order of the file,
+        relative to the file's folder. Empty lines and those that begin with # are
+        skipped. Whether the files exist is seen when they are read.
+
+        `tfds:NAME[/SPLIT]`: the feature `image` of a dataset that tensorflow_datasets
+        has prepared as array_record or parquet (a parquet split is held in memory by
+        every process that reads it), below the environment variable `TFDS_DATA_DIR`
+        or else ~/tensorflow_datasets. NAME is what `tfds.builder` takes, with /CONFIG
+        or :VERSION; what follows the last / is the split if the dataset has such a
+        split, as `imagenet2012/validation` or `imagenet2012/train[:10%]`; else the
+        split is `train`. The order is that of the records.
+
+        `sample`: the photographs inside scikit-image, see `sample_images`.
+
+    Raises:
+      FileNotFoundError: there is no such folder, file, or prepared dataset.
+      OSError: it cannot be read.
+      ValueError: nothing in it, or it is of another kind; says what is allowed.
+    """
+    kind, colon, rest = spec.partition(":")
+    if colon and not rest:
+        raise ValueError(f"{spec} names nothing; photographs are given as {KINDS}")
+    if spec == SAMPLE:
+        return [File(os.fspath(path)) for path in sample_images()]
+    if colon and kind == "list":
+        return _listed(rest)
+    if colon and kind == "tfds":
+        return _tfds_records(rest)
+    folder = rest if colon and kind == "folder" else spec
+    if "://" in folder:
+        return [File(path) for path in _list_bucket(folder)]
+    if colon and kind != "folder" and not Path(folder).exists():
+        raise FileNotFoundError(
+            f"no such image folder: {spec}; photographs are given as {KINDS}"
+        )
+    prefix = os.fspath(Path(folder) / "x")[:-1]
+    return [File(prefix + path) for path in _relative_paths(folder)]
+
+
+# --- Folders --------------------------------------------------------------------------
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """Lists the photographs below a local folder in an order no file system changes.
+
+    The authors took the order of `glob`, which is that of the directory; here paths
+    are sorted, since the order decides what the repair learns from.
+
+    Args:
+      folder: searched recursively; links to folders are followed, loops are not.
+
+    Returns:
+      Files named .jpg, .jpeg, .png or .webp in any case, sorted by their POSIX path
+      relative to `folder`, as bytes (so `B.jpg` comes before `a.jpg`).
+
+    Raises:
+      FileNotFoundError: there is no such folder.
+      ValueError: it is a file, or no image lies below it.
+    """
+    return [Path(folder) / path for path in _relative_paths(folder)]
+
+
+def _relative_paths(folder: str | os.PathLike) -> list[str]:
+    if not Path(folder).exists():
+        raise FileNotFoundError(f"no such image folder: {folder}")
+    if not Path(folder).is_dir():
+        raise ValueError(f"not a folder but a file: {folder}; give the folder it is in")
+    return _in_order(_walk(os.fspath(folder), "", frozenset()), folder)
+
+
+def _walk(folder: str, relative: str, ancestors: frozenset[str]) -> Iterator[str]:
+    # Strings and scandir: ImageNet has 1.3 million files, and a Path takes its time.
+    here = os.path.realpath(folder)
+    if here in ancestors:  # a link back to a folder we are inside of
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                inside = f"{relative}{entry.name}/"
+                yield from _walk(entry.path, inside, ancestors | {here})
+            elif entry.name.lower().endswith(SUFFIXES):
+                yield relative + entry.name
+
+
+def _in_order(relative: Iterable[str], folder: str | os.PathLike) -> list[str]:
+    in_order = sorted(relative, key=os.fsencode)
+    if not in_order:
+        raise ValueError(
+            f"no images in {folder}: looked there and in its sub-folders for files "
+            f"ending in {', '.join(SUFFIXES)} in any case"
+        )
+    return in_order
+
+
+def _list_bucket(address: str) -> list[str]:
+    folder = paths.as_path(address)
+    root = os.fspath(folder)
+    with paths.answering(folder):
+        if not folder.exists():
+            raise FileNotFoundError(f"no such image folder: {address}")
+        found = [os.fspath(path)[len(root) + 1 :] for path in _walk_bucket(folder)]
+    return [f"{root}/{path}" for path in _in_order(found, address)]
+
+
+def _walk_bucket(folder: paths.AnyPath) -> Iterator[paths.AnyPath]:
+    """Objects below an address, level by level; what has an image's name is one."""
+    folders = [folder]
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        while folders:
+            others = []
+            for entries in pool.map(lambda folder: list(folder.iterdir()), folders):
+                for entry in entries:
+                    if entry.name.lower().endswith(SUFFIXES):
+                        yield entry
+                    else:
+                        others.append(entry)
+            are_folders = pool.map(lambda entry: entry.is_dir(), others)
+            folders = [x for x, yes in zip(others, are_folders, strict=True) if yes]
+
+
+# --- Lists ----------------------------------------------------------------------------
+
+
+def _listed(file: str) -> list[Photograph]:
+    path = paths.as_path(file)
+    with paths.answering(path):
+        if not path.exists():
+            raise FileNotFoundError(f"no such list of images: {file}")
+        content = None if path.is_dir() else path.read_bytes()
+    if content is None:
+        raise ValueError(f"{file} is not a list but a folder: give folder:{file}")
+    try:
+        lines = [line.strip() for line in content.decode().splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{file} is no text in UTF-8; a list has the path of an image in each line"
+        ) from None
+    named = [line for line in lines if line and not line.startswith("#")]
+    if not named:
+        raise ValueError(f"no images in {file}: give the path of one in each line")
+    prefix = os.fspath(path.parent / "x")[:-1]
+    return [
+        File(line if "://" in line or os.path.isabs(line) else prefix + line)
+        for line in named
+    ]
+
+
+# --- TFDS -----------------------------------------------------------------------------
+
+
+class _TfdsSplit:
+    """A split of a prepared dataset, opened by each process that reads it.
+
+    Args:
+      name: what its records are called.
+      folder: of one version, with dataset_info.json in it.
+      split: as tfds takes it.
+    """
+
+    def __init__(self, name: str, folder: str, split: str):
+        self.name, self._folder, self._split = name, folder, split
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _TfdsSplit, (self.name, self._folder, self._split)
+
+    @property
+    def images(self) -> Any:
+        """Its examples by index: dicts with the bytes of image files as stored."""
+        with self._lock:
+            return self._opened
+
+    @functools.cached_property
+    def _opened(self) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder_from_directory(self._folder)
+        skipped = {
+            name: tfds.decode.SkipDecoding()
+            for name, feature in builder.info.features.items()
+            if isinstance(feature, tfds.features.Image)
+        }
+        return builder.as_data_source(split=self._split, decoders=skipped)
+
+
+def _tfds_records(spec: str) -> list[Photograph]:
+    import tensorflow_datasets as tfds
+
+    builder, split = _find_prepared(spec)
+    info, folder = builder.info, os.fspath(builder.data_dir)
+    name = f"tfds:{info.name}"
+    if builder.builder_config is not None:
+        name += f"/{builder.builder_config.name}"
+    name += f":{builder.version}"
+    random_access = {
+        file_format.value for file_format in info.available_file_formats()
+    } & {"array_record", "parquet"}
+    if not random_access:
+        raise ValueError(
+            f"{name} is stored as {info.file_format.value}, which cannot be read image "
+            f"by image; run `tfds convert_format --dataset_version_dir={folder} "
+            "--out_file_format=array_record`, which needs TensorFlow installed"
+        )
+    features = dict(info.features.items())
+    if not isinstance(features.get("image"), tfds.features.Image):
+        raise ValueError(
+            f"{name} has no feature `image` that is an image; it has "
+            f"{', '.join(sorted(features))}"
+        )
+    if "[" in split and "array_record" not in random_access:
+        # tfds 4.9 gives the whole split there without a word.
+        raise ValueError(
+            f"{name} is stored as parquet, of which no part such as {split} can be "
+            "read: give a whole split"
+        )
+    opened = _TfdsSplit(f"{name}/{split}", folder, split)
+    try:
+        count = len(opened.images)
+    except ValueError as error:  # it explains itself over several lines
+        raise ValueError(
+            f"no images in {name}/{split}: {' '.join(str(error).split())}"
+        ) from error
+    if not count:
+        raise ValueError(f"no images in {name}/{split}: the split is empty")
+    return [Record(opened, index) for index in range(count)]
+
+
+def _find_prepared(spec: str) -> tuple[Any, str]:
+    """The builder of a prepared dataset, and the split of it that is meant."""
+    head, _, last = spec.rpartition("/")
+    split = re.split(r"[\[+]", last)[0]
+    builder = _prepared(head)
+    if builder is not None and split in builder.info.splits:
+        return builder, last
+    whole = _prepared(spec)
+    if whole is not None and "train" in whole.info.splits:
+        return whole, "train"
+    found = whole or builder
+    if found is not None:
+        wanted = "train" if whole else last
+        raise ValueError(
+            f"tfds:{spec}: {found.info.full_name} has no split {wanted}, only "
+            f"{', '.join(found.info.splits)}"
+        )
+    name = head if head and split in _USUAL_SPLITS else spec
+    where = _tfds_folder()
+    raise FileNotFoundError(
+        f"no dataset {name} is prepared in {where} (TFDS_DATA_DIR); run `tfds build "
+        f"{name} --file_format=array_record --data_dir={where}`, which needs "
+        "TensorFlow installed"
+    )
+
+
+def _prepared(name: str) -> Any:
+    """The builder of a dataset on this disk, without the code that made it, or None."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import read_only_builder
+
+    if not _TFDS_NAME.fullmatch(name):
+        return None
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=_tfds_folder())
+    except tfds.core.DatasetNotFoundError:
+        return None
+
+
+def _tfds_folder() -> str:
+    default = os.path.join(os.path.expanduser("~"), "tensorflow_datasets")
+    return os.environ.get("TFDS_DATA_DIR") or default
+
+
+# --- The sample -----------------------------------------------------------------------
+
+
+def sample_images() -> list[Path]:
+    """Returns the color photographs inside scikit-image's wheel, sorted by name.
+
+    They are read from the installed package, so nothing is downloaded, and scikit-image
+    itself is not imported.
+
+    Raises:
+      FileNotFoundError: scikit-image, or every one of these photographs, is missing.
+    """
+    package = importlib.util.find_spec("skimage")
+    if package is None or not package.submodule_search_locations:
+        raise FileNotFoundError(
+            "the sample photographs are part of scikit-image, which is not installed: "
+            "run `pip install scikit-image` or give a folder of images"
+        )
+    folder = Path(package.submodule_search_locations[0]) / "data"
+    files = [folder / name for name in _SAMPLES if (folder / name).is_file()]
+    if not files:
+        raise FileNotFoundError(
+            f"no sample photographs in {folder}: looked for {', '.join(_SAMPLES)}"
+        )
+    return files

@@ -1,0 +1,1 @@
+"""Files of every kind: places, arrays with digests, states of a run, deltas."""

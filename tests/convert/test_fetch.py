@@ -1,0 +1,382 @@
+"""Everything talks to a server in this process; nothing reaches the network."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import http_server
+import places
+from convert import download, fetch
+from sinder_jax import vit
+
+NAME = "dinov2_vitg14_reg"
+FILE = "dinov2_vitg14_reg4_pretrain.pth"
+ADDRESS = f"/dinov2_vitg14/{FILE}"
+WEIGHTS = bytes(range(250)) * 8
+
+
+@pytest.fixture
+def server():
+    with http_server.serving({ADDRESS: WEIGHTS}) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def cache(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SINDER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("SINDER_HUB_URL", server.url)
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(download, "WAITS", ())
+    return tmp_path / "cache"
+
+
+def failure(name=NAME, kind=OSError):
+    """The one line of a failing call, which leaves no final file."""
+    with pytest.raises(kind) as caught:
+        fetch.fetch(name)
+    message = str(caught.value)
+    assert message and "\n" not in message and message.endswith(".")
+    assert not (fetch.cache_directory() / FILE).exists()
+    return message
+
+
+def failed_download():
+    message = failure()
+    assert FILE in message and fetch.hub_url(NAME) in message
+    assert "python -m convert to-jax FILE DST" in message
+    return message
+
+
+# --- Names ------------------------------------------------------------------------
+
+
+def test_hub_names_are_those_of_the_configs():
+    assert sorted(fetch.HUB_NAMES) == sorted(vit.CONFIGS)
+
+
+@pytest.mark.parametrize("name", vit.CONFIGS)
+def test_hub_names_and_file_names_mean_the_same(name):
+    alias = name.replace("_reg", "_reg4")
+    assert fetch.is_name(name) and fetch.is_name(alias)
+    assert fetch.hub_url(name) == fetch.hub_url(alias)
+    assert fetch.hub_config(name) is fetch.hub_config(alias) is vit.CONFIGS[name]
+
+
+def test_urls_are_those_of_the_hub(monkeypatch):
+    monkeypatch.delenv("SINDER_HUB_URL")
+    assert fetch.hub_url("dinov2_vits14") == (
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth"
+    )
+    assert fetch.hub_url(NAME) == f"https://dl.fbaipublicfiles.com/dinov2{ADDRESS}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["facebook/dinov2-giant", "timm/vit_small_patch14_dinov2.lvd142m", "o/n", "_o/_n"],
+)
+def test_hugging_face_ids_are_names_without_a_config(source):
+    assert fetch.is_name(source)
+    assert fetch.hub_config(source) is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "",
+        "dinov2_vitx14",
+        "dinov2_vitg14_reg44",
+        "dinov2_vitg144",
+        "dinov2_vitg14_pretrain.pth",
+        "giant.safetensors",
+        "weights/giant.pth",  # owner/name, but a file by its suffix
+        "/dinov2_vitg14",
+        "./dinov2_vitg14",
+        "../dinov2",
+        "~/dinov2",
+        "a/b/c",
+        "a//b",
+        "owner/",
+        "owner/na me",
+        "owner/name\n",
+        "öwner/name",
+        "https://huggingface.co/facebook/dinov2-giant",
+        "x" * 5000,
+        "a\0b",
+    ],
+)
+def test_paths_and_misspelt_names_are_no_names(source, server):
+    assert not fetch.is_name(source)
+    for function in (fetch.fetch, fetch.hub_config):
+        with pytest.raises(ValueError) as caught:
+            function(source)
+        assert "\n" not in str(caught.value) and "dinov2_vitg14" in str(caught.value)
+    assert server.seen == []
+
+
+def test_existing_paths_are_no_names(tmp_path):
+    (tmp_path / NAME).mkdir()
+    (tmp_path / "checkpoints" / "giant").mkdir(parents=True)
+    assert not fetch.is_name(NAME)
+    assert not fetch.is_name("checkpoints/giant")
+    assert not fetch.is_name("checkpoints/gaint")  # the folder is here: mistyped
+    assert "folder here" in failure("checkpoints/gaint", ValueError)
+    assert fetch.is_name("facebook/dinov2-giant")
+
+
+def test_misspelt_name_lists_the_nearest():
+    message = failure("dinov2_vitx14", ValueError)
+    for size in "sblg":
+        assert f"dinov2_vit{size}14" in message
+    assert "_reg" not in message
+    assert "dinov2_vitl14_reg" in failure("dinov2_vitl14_regs", ValueError)
+    assert all(name in failure("resnet50", ValueError) for name in fetch.HUB_NAMES)
+
+
+def test_names_are_known_without_jax():
+    code = (
+        "import sys; from convert import fetch\n"
+        f"assert fetch.is_name({NAME!r}) and fetch.is_name('facebook/dinov2-giant')\n"
+        f"assert fetch.hub_url({NAME!r})\n"
+        "assert not {'jax', 'torch', 'huggingface_hub'} & set(sys.modules)"
+    )
+    root = places.ROOT
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+# --- The cache --------------------------------------------------------------------
+
+
+def test_cache_directory_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("SINDER_CACHE", "~/models")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert fetch.cache_directory() == Path("/home/someone/models")
+    monkeypatch.setenv("SINDER_CACHE", "")
+    assert fetch.cache_directory() == Path("/xdg/sinder_jax")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert fetch.cache_directory() == Path("/home/someone/.cache/sinder_jax")
+
+
+def test_hub_model_is_a_file_of_the_cache(server, cache):
+    path = fetch.fetch(NAME)
+    assert path == cache / FILE
+    assert path.read_bytes() == WEIGHTS
+    assert [address for address, _ in server.seen] == [ADDRESS]
+
+
+def test_second_fetch_makes_no_request(server, cache, capsys, monkeypatch):
+    path = fetch.fetch(NAME)
+    server.seen.clear()
+    capsys.readouterr()
+    monkeypatch.setenv("SINDER_HUB_URL", "nonsense")  # nor is its address looked at
+    assert fetch.fetch(f"{NAME}4") == path
+    assert server.seen == [] and capsys.readouterr() == ("", "")
+
+
+def test_cached_file_needs_no_writable_cache(server, cache):
+    cache.mkdir()
+    (cache / FILE).write_bytes(WEIGHTS)
+    cache.chmod(0o500)
+    try:
+        assert fetch.fetch(NAME) == cache / FILE
+    finally:
+        cache.chmod(0o700)
+    assert [*cache.iterdir()] == [cache / FILE] and server.seen == []
+
+
+# --- How it fails -----------------------------------------------------------------
+
+
+def test_interrupted_fetch_says_what_is_kept_and_goes_on(server):
+    server.plan = [{"cut": 1500}]
+    message = failed_download()
+    assert "not fetched: connection ended 500 bytes early; 1.5 kB are kept" in message
+    assert "the same call goes on there, or fetch http" in message
+    assert fetch.fetch(NAME).read_bytes() == WEIGHTS
+    assert server.ranges() == [None, "bytes=1500-"]
+
+
+def test_unknown_address_says_what_to_fetch_by_hand(server):
+    server.files.clear()
+    message = failed_download()
+    assert "not fetched: HTTP 404 Not Found; fetch http" in message
+
+
+def test_no_connection_says_what_to_fetch_by_hand(monkeypatch):
+    monkeypatch.setenv("SINDER_HUB_URL", "http://127.0.0.1:1")
+    assert "not fetched: no connection (Connection refused); " in failed_download()
+
+
+def test_full_disk_names_the_variable_of_the_cache(cache, monkeypatch):
+    usage = types.SimpleNamespace(free=1000)
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda _: usage)
+    message = failed_download()
+    assert f"it needs 2.0 kB and 1.0 kB are free in {cache}; make room or" in message
+    assert "set SINDER_CACHE to another folder" in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["file:///weights", "ftp://host/x", "host/folder", "http://", "https://me:pw@host"],
+)
+def test_mirror_without_an_http_address_raises(url, monkeypatch, cache):
+    monkeypatch.setenv("SINDER_HUB_URL", url)
+    assert "SINDER_HUB_URL" in failure(kind=ValueError)
+    assert not cache.exists()
+
+
+def test_cache_that_is_a_file_raises(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SINDER_CACHE", str(tmp_path / "file"))
+    assert "cannot be written" in failed_download()
+
+
+# --- Hugging Face -----------------------------------------------------------------
+
+REPO = "owner/dinov2-tiny"
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def hub_files(*names):
+    """What a Hugging Face server answers for a model of these files."""
+    bodies = {name: f"content of {name}".encode() for name in names}
+    info = {"id": REPO, "modelId": REPO, "sha": SHA}
+    info["siblings"] = [{"rfilename": name} for name in names]
+    tree = [
+        {"type": "file", "path": name, "size": len(body), "oid": f"{index:040x}"}
+        for index, (name, body) in enumerate(bodies.items())
+    ]
+    answers = {
+        f"/api/models/{REPO}": json.dumps(info).encode(),
+        f"/api/models/{REPO}/revision/main": json.dumps(info).encode(),
+        f"/api/models/{REPO}/tree/{SHA}": json.dumps(tree).encode(),
+    }
+    for name, body in bodies.items():
+        answers[f"/{REPO}/resolve/{SHA}/{name}"] = body
+    return answers
+
+
+FETCH_AND_PRINT = textwrap.dedent(
+    """
+    import sys
+    from convert import download, fetch
+    download.TIMEOUT = float(sys.argv[2])
+    try:
+        path = fetch.fetch(sys.argv[1])
+        print(path)
+        for file in sorted(path.iterdir()):
+            print(file.name, file.read_text())
+    except Exception as error:
+        print(type(error).__name__, error)
+    """
+)
+
+
+@pytest.fixture
+def hugging_face(server, tmp_path):
+    """Fetches in a process of its own: HF_ENDPOINT is read at import."""
+    pytest.importorskip("huggingface_hub")
+
+    def run(source, timeout=20.0, **environment):
+        environment = {
+            "PYTHONPATH": str(places.ROOT),
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        } | environment
+        done = subprocess.run(
+            [sys.executable, "-c", FETCH_AND_PRINT, source, str(timeout)],
+            env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+        return done.stdout.splitlines()
+
+    server.plan = _CommitHeaders()
+    return run
+
+
+class _CommitHeaders(list):
+    """A plan without end, of the header that Hugging Face answers everything with."""
+
+    def __bool__(self):
+        return True
+
+    def pop(self, index):
+        step = super().pop(index) if len(self) else {}
+        return {"headers": {"X-Repo-Commit": SHA}} | step
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_hugging_face_model_is_a_directory(weights, hugging_face, server):
+    server.files = hub_files("config.json", weights, "README.md", f"onnx/{weights}")
+    path, *found = hugging_face(REPO)
+    expected = [f"{name} content of {name}" for name in ("config.json", weights)]
+    assert found == expected
+    # Without a network, what is there is used.
+    server.files = {}
+    assert hugging_face(REPO, HF_ENDPOINT="http://127.0.0.1:1") == [path, *expected]
+
+
+def test_safetensors_are_preferred_to_pickles(hugging_face, server):
+    server.files = hub_files("config.json", "model.safetensors", "pytorch_model.bin")
+    _, *found = hugging_face(REPO)
+    assert [line.split()[0] for line in found] == ["config.json", "model.safetensors"]
+
+
+def test_hugging_face_model_without_weights_raises(hugging_face, server):
+    server.files = hub_files("config.json", "flax_model.msgpack")
+    (line,) = hugging_face(REPO)
+    assert line.startswith(f"ValueError {REPO}: no weights")
+    assert "flax_model.msgpack" in line and f"https://huggingface.co/{REPO}" in line
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ({"status": 404, "headers": {"X-Error-Code": "RepoNotFound"}}, "no such model"),
+        ({"status": 401}, "401 Unauthorized"),
+        ({"status": 403, "headers": {"X-Error-Code": "GatedRepo"}}, "agree to terms"),
+        ({"status": 500}, "500"),
+    ],
+    ids=["unknown", "unauthorized", "gated", "broken"],
+)
+def test_hugging_face_refusal_is_one_line(step, said, hugging_face, server):
+    server.plan += [step] * 9
+    (line,) = hugging_face(REPO)
+    assert line.startswith(f"OSError {REPO}: not fetched: ") and said in line
+    assert f"https://huggingface.co/{REPO}" in line
+
+
+def test_hugging_face_without_a_network_is_one_line(hugging_face):
+    start = time.monotonic()
+    (line,) = hugging_face(REPO, HF_ENDPOINT="http://127.0.0.1:1")
+    assert line.startswith(f"OSError {REPO}: not fetched: ") and "refused" in line
+    assert time.monotonic() - start < 60
+
+
+def test_silent_hugging_face_is_given_up(hugging_face, server):
+    server.plan += [{"stall": 20, "headers": {"Content-Length": 1000}}] * 9
+    server.files = hub_files("config.json", "model.safetensors")
+    start = time.monotonic()
+    (line,) = hugging_face(REPO, timeout=0.5)
+    assert line.startswith(f"OSError {REPO}: not fetched: ") and "timed out" in line
+    assert time.monotonic() - start < 60
+
+
+def test_missing_huggingface_hub_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    message = failure(REPO, ImportError)
+    assert "needs huggingface_hub: pip install huggingface_hub, or" in message
+    assert f"https://huggingface.co/{REPO}" in message

@@ -1,0 +1,302 @@
+"""experiments/results.py and observe.py: tokens to numbers, pictures and files."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import convert
+from convert import read, source
+from experiments import observe
+from experiments.run import results
+from experiments.run.workdir import Workdir
+from sinder_jax import checkpoint, loss, vit
+from sinder_jax.analysis import pca
+from sinder_jax.analysis.tokens import token_norms
+from sinder_jax.data import decode, listing
+
+CONFIG = vit.ViTConfig(64, 3, 1, "mlp", img_size=56)
+SIZE = 112
+
+
+def weights(config: vit.ViTConfig, seed: int):
+    rng = np.random.default_rng(seed)
+    shapes = checkpoint.flatten(vit.param_shapes(config))
+    flat = {p: rng.normal(0, 0.2, x.shape) for p, x in shapes.items()}
+    return checkpoint.unflatten({p: x.astype(np.float32) for p, x in flat.items()})
+
+
+@pytest.fixture(scope="module")
+def two_models():
+    return weights(CONFIG, 0), weights(CONFIG, 1)
+
+
+@pytest.fixture(scope="module")
+def direction():
+    vector = np.random.default_rng(2).normal(size=64).astype(np.float32)
+    return jnp.asarray(vector / np.linalg.norm(vector))
+
+
+@pytest.fixture
+def photos(tmp_path) -> list[listing.File]:
+    """Six photographs; two have the same file name, and the fourth is broken."""
+    files = []
+    for i, name in enumerate(
+        ["a.png", "x/b.png", "y/b.png", "c.png", "d.png", "e.png"]
+    ):
+        file = tmp_path / "photos" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (120, 130, 3), np.uint8)
+        Image.fromarray(pixels).save(file)
+        files.append(listing.File(str(file)))
+    Path(files[3].path).write_bytes(b"no image")
+    return files
+
+
+def observer(two_models, direction, mask_thr=1.5) -> results.Observer:
+    return results.Observer(
+        CONFIG, two_models[0], direction, mask_thr=mask_thr, size=SIZE
+    )
+
+
+def tokens_of(params, file: listing.File) -> jax.Array:
+    """The same steps written out: photograph to last block's patch tokens."""
+    image = decode.normalize(decode.training_crop(file.read(), SIZE))
+    (tokens,) = vit.ViT(CONFIG).apply(
+        {"params": jax.device_put(params)},
+        jnp.asarray(image[None]),
+        blocks=(CONFIG.depth - 1,),
+        method="intermediates",
+    )
+    return tokens[0, 1:].reshape(8, 8, 64)
+
+
+# --- observe: tokens ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_last_patches_are_the_tokens_behind_class_and_registers(registers):
+    config = dataclasses.replace(CONFIG, num_register_tokens=registers)
+    params = jax.device_put(weights(config, 0))
+    image = np.random.default_rng(3).normal(size=(56, 84, 3)).astype(np.float32)
+    patches = observe.last_patches(config, params, image)
+    (tokens,) = vit.ViT(config).apply(
+        {"params": params},
+        jnp.asarray(image[None]),
+        blocks=(2,),
+        method="intermediates",
+    )
+    assert tokens.shape == (1, 1 + registers + 24, 64)
+    # The same program compiled twice may fuse differently: float32 rounding.
+    np.testing.assert_allclose(
+        patches, tokens[0, 1 + registers :].reshape(4, 6, 64), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_outliers_are_those_of_the_loss(direction):
+    tokens = np.random.default_rng(4).normal(size=(9, 7, 64)).astype(np.float32)
+    tokens[4, 3] += 20 * np.asarray(direction)
+    tokens[0, 3] += 20 * np.asarray(direction)  # on the border, never one
+    mask = observe.outliers(jnp.asarray(tokens), direction, mask_thr=3.0)
+    _, aux = loss.neighbor_loss(jnp.asarray(tokens), direction, mask_thr=3.0)
+    np.testing.assert_array_equal(mask, aux.mask)
+    assert np.argwhere(mask).tolist() == [[4, 3]]
+
+
+def test_maps_are_those_of_analysis(direction):
+    tokens = np.random.default_rng(4).normal(size=(9, 7, 64)).astype(np.float32)
+    tokens = jnp.asarray(tokens).at[4, 3].add(20 * direction)
+    maps = observe.token_maps(tokens, direction, mask_thr=3.0)
+    np.testing.assert_array_equal(maps.norms, token_norms(tokens))
+    np.testing.assert_array_equal(maps.pca, pca.pca_rgb(tokens))
+    assert maps.mask.sum() == 1 and maps.mask[4, 3]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        observe.token_maps(tokens.at[0, 0, 0].set(jnp.inf), direction, mask_thr=3.0)
+
+
+# --- observe: numbers -----------------------------------------------------------------
+
+
+def test_measures_of_tokens_made_by_hand():
+    """A flat field of norm 2; one token thrown along the direction, one across it."""
+    direction = jnp.asarray(np.eye(8, dtype=np.float32)[0])
+    before = np.zeros((6, 6, 8), np.float32)
+    before[..., 1] = 2.0
+    after = before.copy()
+    before[2, 2, 0] = 10.0  # norm √104, an outlier
+    before[3, 4, 1] = 7.0  # large, but not along the direction
+    before[0, 3, 0] = 20.0  # on the border: never an outlier, but large
+    after[3, 4, 1] = 5.0  # still there, no more than 3 x the median
+    after[1, 1, 2] = 2.0  # a sound token turned by 45 degrees
+    numbers = observe.measure(
+        jnp.asarray(before), jnp.asarray(after), direction, mask_thr=1.0
+    )
+    assert numbers == {
+        "outliers_before": 1,
+        "large_norms_before": 3,
+        "norm_ratio_before": pytest.approx(np.sqrt(404) / 2, rel=1e-6),
+        "outliers_after": 0,
+        "large_norms_after": 0,
+        "norm_ratio_after": pytest.approx(2.5, rel=1e-6),
+        # 33 of 36 were sound; one of them has the cosine of 45 degrees.
+        "cosine_of_sound_tokens": pytest.approx((32 + np.sqrt(0.5)) / 33, rel=1e-6),
+    }
+    json.dumps(numbers)  # plain numbers
+
+
+# --- results: several photographs -----------------------------------------------------
+
+
+def test_measures_of_photographs_are_means_and_maxima(two_models, direction, photos):
+    measured = observer(two_models, direction).measure(photos, two_models[1], 6)
+    readable = [file for i, file in enumerate(photos) if i != 3]
+    each = [
+        observe.measure(
+            *(tokens_of(params, file) for params in two_models), direction, mask_thr=1.5
+        )
+        for file in readable
+    ]
+    # By path: two of them have the same name.
+    assert list(measured["each"]) == [file.name for file in readable]
+    assert measured["photographs"] == 5
+    for mine, expected in zip(measured["each"].values(), each, strict=True):
+        assert mine == pytest.approx(expected, rel=1e-4)  # float32, fused differently
+    for kind, name in [("direction", "outliers"), ("norm", "large_norms")]:
+        for time in ("before", "after"):
+            expected = np.mean([numbers[f"{name}_{time}"] for numbers in each])
+            assert measured[f"defective_patches_by_{kind}"][time] == expected
+    for time in ("before", "after"):
+        assert measured["largest_to_median_norm"][time] == pytest.approx(
+            max(numbers[f"norm_ratio_{time}"] for numbers in each), rel=1e-4
+        )
+    outliers = measured["defective_patches_by_direction"]
+    assert outliers["before"] != outliers["after"]  # so that they could be confused
+
+
+def test_the_same_model_twice_changes_nothing(two_models, direction, photos):
+    measured = observer(two_models, direction).measure(photos, two_models[0], 2)
+    assert measured["photographs"] == 2
+    for name in ("defective_patches_by_direction", "largest_to_median_norm"):
+        assert measured[name]["before"] == measured[name]["after"]
+    assert measured["cosine_of_sound_tokens"] == pytest.approx(1, abs=1e-6)
+
+
+def test_without_a_readable_photograph_there_are_no_measures(
+    two_models, direction, photos
+):
+    observe_none = observer(two_models, direction).measure
+    assert observe_none([], two_models[1], 8) is None
+    assert observe_none([photos[3]], two_models[1], 8) is None
+    assert results.describe("held out", None) == "held out: no photographs"
+
+
+def test_measures_are_described_in_one_line():
+    measures = {
+        "photographs": 4,
+        "defective_patches_by_direction": {"before": 7.0, "after": 0.25},
+        "defective_patches_by_norm": {"before": 6.5, "after": 0.0},
+        "largest_to_median_norm": {"before": 15.988, "after": 1.4731},
+        "cosine_of_sound_tokens": 0.99965,
+    }
+    assert results.describe("held out", measures) == (
+        "held out, 4 photographs: defective patches each 7.00 -> 0.25 by direction, "
+        "6.50 -> 0.00 by norm; largest to median norm 15.99 -> 1.47; cosine of sound "
+        "tokens 0.9997"
+    )
+
+
+# --- results: which photographs -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "most, chosen",
+    [
+        (1, [0]),
+        (2, [0, 4]),
+        (3, [0, 2, 4]),
+        (6, [0, 1, 2, 4, 5]),
+        (99, [0, 1, 2, 4, 5]),
+    ],
+)
+def test_photographs_are_spread_and_readable(most, chosen, photos):
+    """The fourth is broken: the next of its part stands in, if there is one."""
+    assert results.spread(photos, most) == [photos[i] for i in chosen]
+
+
+def test_no_more_photographs_are_decoded_than_needed(photos, monkeypatch):
+    read = []
+    monkeypatch.setattr(results, "is_readable", lambda file: read.append(file) or True)
+    assert results.spread(photos * 100_000, 2) == [photos[0], photos[0]]
+    assert len(read) == 2
+    assert results.spread([], 8) == []
+
+
+# --- results: pictures ----------------------------------------------------------------
+
+
+def test_a_figure_shows_photograph_before_and_now(two_models, direction, photos):
+    look = observer(two_models, direction)
+    figure = look.figure(photos[0], two_models[1])
+    assert figure.dtype == np.uint8 and figure.ndim == 3 and figure.shape[2] == 3
+    assert not np.array_equal(figure, look.figure(photos[0], two_models[0]))
+    two = look.closing_figure([photos[0], photos[1]], two_models[1])
+    assert two.shape[0] > 2 * figure.shape[0] and two.shape[1] == figure.shape[1]
+    np.testing.assert_array_equal(two[: figure.shape[0]], figure)
+
+
+# --- results: the repaired model ------------------------------------------------------
+
+PROVENANCE = {"source": "hub.pth", "steps": ["to-jax"]}
+
+
+def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
+    workdir = Workdir(str(tmp_path))
+    names = results.export(workdir, CONFIG, two_models[0], PROVENANCE)
+    has_torch = importlib.util.find_spec("torch") is not None
+    files = ["repaired.safetensors", *(["repaired.pth"] if has_torch else [])]
+    assert names == ["repaired", *files]
+    sides = [f"{file}.sha256" for file in files]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names + sides)
+    config, params = checkpoint.load(tmp_path / "repaired")
+    assert config == CONFIG
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
+    for file in files:
+        _, params = convert.from_torch(read.read_state_dict(tmp_path / file))
+        assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
+
+
+def test_exports_say_where_the_weights_come_from(two_models, tmp_path):
+    results.export(Workdir(str(tmp_path)), CONFIG, two_models[0], PROVENANCE)
+    digests = set()
+    for path in tmp_path.iterdir():
+        if path.suffix == ".sha256":
+            continue
+        model = source.open_model(path)
+        assert model.provenance["source"] == "hub.pth"
+        assert model.provenance["steps"][0] == "to-jax"
+        assert "repaired by sinder_jax" in model.provenance["steps"][1]
+        digests.add(model.digest)
+    assert len(digests) == 1 and None not in digests
+
+
+def test_without_torch_no_pth_is_written(two_models, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    names = results.export(Workdir(str(tmp_path)), CONFIG, two_models[0], PROVENANCE)
+    assert names == ["repaired", "repaired.safetensors"]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [*names, "repaired.safetensors.sha256"]
+
+
+def test_an_export_that_was_cut_short_is_completed(two_models, tmp_path):
+    workdir = Workdir(str(tmp_path))
+    results.export(workdir, CONFIG, two_models[0], PROVENANCE)
+    expected = (tmp_path / "repaired.safetensors").read_bytes()
+    (tmp_path / "repaired.safetensors").write_bytes(b"half")
+    results.export(workdir, CONFIG, two_models[0], PROVENANCE)
+    assert (tmp_path / "repaired.safetensors").read_bytes() == expected

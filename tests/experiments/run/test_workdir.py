@@ -1,0 +1,475 @@
+"""experiments/workdir.py: what a run stores, and what a second start makes of it."""
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bucket as buckets
+from experiments import config as config_files
+from experiments.run import workdir as workdir_module
+from experiments.run.workdir import FREE_KEYS, Workdir, write_text
+from sinder_jax import checkpoint
+
+
+def config(**changes):
+    changed = config_files.load("tiny.py")
+    changed.update(changes)
+    return changed
+
+
+def started(path: Path, **changes) -> Workdir:
+    """A workdir in which a run of tiny.py was started and its factors computed."""
+    workdir = Workdir(str(path))
+    workdir.settle_config(config(**changes), images_per_step=3)
+    workdir.frozen.mkdir()
+    return workdir
+
+
+def listing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- The folder -----------------------------------------------------------------------
+
+
+def test_the_folder_is_made_with_its_parents_and_left_empty(tmp_path):
+    workdir = Workdir(str(tmp_path / "a" / "b"))
+    assert workdir.path == tmp_path / "a" / "b"
+    assert listing(workdir.path) == []
+    Workdir(str(tmp_path / "a" / "b"))  # a second start
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_a_file_in_the_way_raises_with_its_path(name, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError) as caught:
+        Workdir(str(tmp_path / name))
+    assert str(tmp_path / "file") in str(caught.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_takes_no_file_raises():
+    # Permission bits do not stop root; /proc takes files from nobody.
+    if not Path("/proc/self").is_dir():
+        pytest.skip("needs Linux")
+    with pytest.raises(OSError):
+        Workdir("/proc/self")
+
+
+# --- The config -----------------------------------------------------------------------
+
+
+def test_the_first_start_stores_the_config_with_images_per_step(tmp_path):
+    first = config(images_per_step=0, lr=0.125)
+    Workdir(str(tmp_path)).settle_config(first, images_per_step=8)
+    assert first.images_per_step == 8
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored == first.to_dict()
+    assert listing(tmp_path) == ["config.json"]
+
+
+def test_images_per_step_of_the_config_goes_before_the_devices(tmp_path):
+    first = config(images_per_step=2)
+    Workdir(str(tmp_path)).settle_config(first, images_per_step=8)
+    assert first.images_per_step == 2
+
+
+def test_another_start_takes_images_per_step_from_the_first(tmp_path):
+    workdir = started(tmp_path, images_per_step=0)
+    again = config(images_per_step=0)
+    workdir.settle_config(again, images_per_step=8)  # on more devices
+    assert again.images_per_step == 3
+
+
+def test_a_changed_config_is_refused_with_all_differences(tmp_path):
+    workdir = started(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError) as caught:
+        workdir.settle_config(
+            config(lr=0.5, data="photos", log_every=7), images_per_step=3
+        )
+    assert str(caught.value) == (
+        f"{tmp_path} holds a run with another config: data was 'sample' and is "
+        "'photos'; lr was 0.02 and is 0.5. Choose another --workdir, or go on with "
+        "what it was started with; --force goes on with the new one."
+    )
+    with pytest.raises(ValueError, match="images_per_step was 3 and is 2"):
+        workdir.settle_config(config(images_per_step=2), images_per_step=3)
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_every_key_is_either_free_or_held(tmp_path):
+    """A key that changes the result must not slip through, nor a free one be held."""
+    workdir = started(tmp_path)
+    for key, value in config().items():
+        other = {bool: True, int: 77, float: 0.77, str: "other"}[type(value)]
+        other = not value if isinstance(value, bool) else other
+        changed = config(**{key: other})
+        if key in FREE_KEYS:
+            workdir.settle_config(changed, images_per_step=3)
+            continue
+        with pytest.raises(ValueError, match=f"{key} was .* and is "):
+            workdir.settle_config(changed, images_per_step=3)
+    assert set(FREE_KEYS) <= set(config().keys())
+
+
+def test_before_anything_is_computed_the_config_may_still_change(tmp_path):
+    """A first start that ended with an error must not tie the folder to its mistake."""
+    workdir = Workdir(str(tmp_path))
+    workdir.settle_config(config(model="dinov2_vits14"), images_per_step=1)
+    workdir.settle_config(config(lr=0.5), images_per_step=1)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert (stored["model"], stored["lr"]) == ("planted", 0.5)
+
+
+def test_force_goes_on_with_the_new_config_and_keeps_the_ones_before(tmp_path, capsys):
+    workdir = started(tmp_path)
+    first = (tmp_path / "config.json").read_bytes()
+    workdir.settle_config(config(), images_per_step=3, force=True)  # nothing changed
+    assert capsys.readouterr().err == ""
+    for lr in (0.5, 0.25):
+        Workdir(tmp_path).settle_config(config(lr=lr), images_per_step=3, force=True)
+    warned = capsys.readouterr().err.splitlines()
+    assert "lr was 0.02 and is 0.5" in warned[0] and "config.json.before_1" in warned[0]
+    assert "lr was 0.5 and is 0.25" in warned[1] and len(warned) == 2
+    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.25
+    assert (tmp_path / "config.json.before_1").read_bytes() == first
+    before = json.loads((tmp_path / "config.json.before_2").read_text())
+    assert before["lr"] == 0.5
+    workdir.settle_config(config(lr=0.25), images_per_step=3)  # the one that holds now
+
+
+def test_a_process_that_does_not_write_settles_the_same_and_changes_nothing(tmp_path):
+    reader = Workdir(tmp_path, writes=False)
+    first = config(images_per_step=0)
+    reader.settle_config(first, images_per_step=3)
+    assert first.images_per_step == 3 and listing(tmp_path) == []
+    started(tmp_path)
+    before = (tmp_path / "config.json").read_bytes()
+    again = config(images_per_step=0)
+    reader.settle_config(again, images_per_step=8)
+    assert again.images_per_step == 3
+    with pytest.raises(ValueError, match="lr was 0.02 and is 0.5"):
+        reader.settle_config(config(lr=0.5), images_per_step=3)
+    reader.settle_config(config(lr=0.5), images_per_step=3, force=True)
+    assert (tmp_path / "config.json").read_bytes() == before
+    assert listing(tmp_path) == ["config.json", "frozen"]
+
+
+def test_a_damaged_config_is_named(tmp_path):
+    workdir = started(tmp_path)
+    (tmp_path / "config.json").write_text('{"lr"')
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        workdir.settle_config(config(), images_per_step=3)
+
+
+# --- States ---------------------------------------------------------------------------
+
+
+def test_states_come_back_and_only_the_last_two_are_kept(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    assert workdir.load_state() is None
+    for position in (9, 20, 100):
+        saved = {"eps": {"attn": {"v": np.full((2, 3), position, np.float32)}}}
+        workdir.save_state(position, saved)
+    loaded = workdir.load_state()
+    assert listing(tmp_path / "states") == ["00000020", "00000100"]
+    np.testing.assert_array_equal(loaded["eps"]["attn"]["v"], np.full((2, 3), 100.0))
+    assert loaded["eps"]["attn"]["v"].dtype == np.float32
+
+
+def test_a_state_that_is_there_is_kept(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    workdir.save_state(5, {"x": np.zeros(1)})
+    workdir.save_state(5, {"x": np.ones(1)})
+    np.testing.assert_array_equal(workdir.load_state()["x"], [0.0])
+
+
+def test_what_a_killed_write_left_behind_is_no_state(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    workdir.save_state(5, {"x": np.zeros(1)})
+    (tmp_path / "states" / ".00000009.abc" / "00000009").mkdir(parents=True)
+    np.testing.assert_array_equal(workdir.load_state()["x"], [0.0])
+
+
+def test_a_state_keeps_the_config_and_the_position(tmp_path):
+    workdir = started(tmp_path, lr=0.5)
+    workdir.save_state(5, {"x": np.zeros(1)}, {"step": 2})
+    workdir.close()
+    _, metadata = checkpoint.load_tree(tmp_path / "states" / "00000005")
+    assert metadata["config"]["lr"] == 0.5 and metadata["config"]["seed"] == 1
+    assert (metadata["position"], metadata["step"]) == (5, 2)
+    assert "jax" in metadata["versions"]
+
+
+def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path, capsys):
+    with Workdir(tmp_path) as workdir:
+        for position in (5, 6):
+            workdir.save_state(position, {"x": np.full(9, position)})
+    (chunk,) = (tmp_path / "states/00000006/arrays_0/x").glob("[0-9]*")
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
+    reader = Workdir(tmp_path, writes=False)
+    assert reader.load_state()["x"][0] == 5
+    assert listing(tmp_path / "states") == ["00000005", "00000006"]
+    assert capsys.readouterr().err == ""
+    with Workdir(tmp_path) as workdir:
+        assert workdir.load_state()["x"][0] == 5
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "00000006.damaged; going on from the one before, 00000005" in warning
+    assert listing(tmp_path / "states") == ["00000005", "00000006.damaged"]
+
+
+def test_more_states_are_kept_where_asked(tmp_path):
+    with Workdir(tmp_path, keep_last=1, keep_every=4) as workdir:
+        for position in range(2, 12, 2):
+            workdir.save_state(position, {"x": np.zeros(1)})
+    assert listing(tmp_path / "states") == ["00000004", "00000008", "00000010"]
+
+
+def test_what_a_kill_left_of_the_frozen_model_is_removed(tmp_path):
+    (tmp_path / ".frozen.abc" / "frozen" / "arrays_0").mkdir(parents=True)
+    (tmp_path / "frozen").mkdir()
+    Workdir(tmp_path, writes=False)
+    assert listing(tmp_path) == [".frozen.abc", "frozen"]
+    Workdir(tmp_path)
+    assert listing(tmp_path) == ["frozen"]
+
+
+def test_a_process_that_does_not_write_makes_nothing(tmp_path):
+    reader = Workdir(tmp_path / "run", writes=False)
+    assert reader.load_state() is None and reader.read_metrics() == []
+    assert not reader.finished()
+    for write in (
+        lambda: reader.save_state(1, {"x": np.zeros(1)}),
+        lambda: reader.append_metrics([{"image": 1}]),
+        lambda: reader.rewind_metrics(0),
+        lambda: reader.write_summary({}),
+    ):
+        with pytest.raises(RuntimeError, match="leave writing"):
+            write()
+    reader.close()
+    assert listing(tmp_path) == []
+
+
+def test_a_workdir_that_was_removed_is_not_made_anew(tmp_path):
+    """In no part: not even where the background still wrote when it went."""
+    path = tmp_path / "run"
+    workdir = started(path)
+    workdir.save_state(5, {"x": np.zeros(1)})
+    workdir.wait()
+    shutil.rmtree(path)
+    for leftover in (None, path / "states"):
+        if leftover is not None:
+            leftover.mkdir(parents=True)
+        for write in (
+            lambda: workdir.save_state(6, {"x": np.zeros(1)}),
+            lambda: workdir.append_metrics([{"image": 5}]),
+            lambda: workdir.rewind_metrics(0),
+            lambda: workdir.write_summary({"finished": True}),
+        ):
+            with pytest.raises(OSError, match="was removed while the run") as caught:
+                write()
+            assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    workdir.close()
+    assert listing(path) == ["states"] and listing(path / "states") == []
+
+
+def test_a_state_that_could_not_be_written_is_told_with_the_next_lines(
+    tmp_path, monkeypatch
+):
+    """Not hours later, with the next state."""
+    workdir = started(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("etils.epath.gpath.PosixGPath.rename", fail)
+        workdir.save_state(5, {"x": np.zeros(1)})
+        with pytest.raises(OSError, match="No space left on device"):
+            for image in range(1000):
+                time.sleep(0.01)
+                workdir.append_metrics([{"image": image}])
+    assert image < 500
+    workdir.append_metrics([{"image": image}])
+    workdir.close()
+
+
+# --- Metrics --------------------------------------------------------------------------
+
+
+def test_lines_are_read_back_in_order(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    assert workdir.read_metrics() == []
+    rows = [{"image": i, "loss": None if i else 0.1} for i in range(5)]
+    workdir.append_metrics(rows[:2])
+    workdir.append_metrics([])
+    workdir.append_metrics(rows[2:])
+    assert workdir.read_metrics() == rows
+    assert len(workdir.metrics.read_text().splitlines()) == 5
+
+
+@pytest.mark.parametrize("position, left", [(0, 0), (3, 3), (5, 5), (9, 5)])
+def test_rewinding_drops_the_lines_that_come_again(position, left, tmp_path):
+    workdir = Workdir(str(tmp_path))
+    workdir.append_metrics({"image": i} for i in range(5))
+    whole = workdir.metrics.read_bytes()
+    workdir.rewind_metrics(position)
+    assert workdir.read_metrics() == [{"image": i} for i in range(left)]
+    assert whole.startswith(workdir.metrics.read_bytes())  # the very bytes
+
+
+def test_a_line_that_a_kill_cut_is_dropped_before_others_follow(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    workdir.append_metrics({"image": i} for i in range(3))
+    with workdir.metrics.open("a") as file:
+        file.write('{"image": 3, "lo')
+    assert [row["image"] for row in workdir.read_metrics()] == [0, 1, 2]
+    workdir.rewind_metrics(3)
+    workdir.append_metrics([{"image": 3}])
+    assert [row["image"] for row in workdir.read_metrics()] == [0, 1, 2, 3]
+
+
+def test_nothing_after_a_broken_line_is_believed(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    good = b'{"image": 0}\n{"image": 1}\n'
+    for broken in (b'{"image": 2, "lo\n', b"\0\0\0\n", b"\xff\n", b"[]\n", b"3\n"):
+        workdir.metrics.write_bytes(good + broken + b'{"image": 3}\n')
+        assert [row["image"] for row in workdir.read_metrics()] == [0, 1]
+        workdir.rewind_metrics(9)
+        assert workdir.metrics.read_bytes() == good
+
+
+def test_a_full_disk_names_the_metrics(tmp_path, monkeypatch):
+    workdir = Workdir(tmp_path)
+    workdir.append_metrics([{"image": 0}])
+    if not Path("/dev/full").exists():
+        pytest.skip("needs Linux")
+    monkeypatch.setattr(Workdir, "metrics", Path("/dev/full"))
+    with pytest.raises(OSError, match="/dev/full cannot be written: No space left"):
+        workdir.append_metrics([{"image": 1}])
+
+
+# --- The end --------------------------------------------------------------------------
+
+
+def test_a_run_is_finished_when_its_summary_says_so(tmp_path):
+    workdir = Workdir(tmp_path)
+    assert not workdir.finished()
+    for finished in (False, True):
+        workdir.write_summary({"finished": finished, "images": 3})
+        assert Workdir(tmp_path, writes=False).finished() is finished
+    workdir.summary.write_text("{")
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        workdir.finished()
+
+
+def test_an_output_is_a_file_of_the_workdir(tmp_path):
+    workdir = Workdir(tmp_path)
+    with workdir.output("pictures/a.png") as path:
+        assert path == tmp_path / "pictures" / "a.png"
+        path.write_bytes(b"png")
+    assert workdir.pictures / "a.png" == path
+
+
+# --- Buckets --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    return buckets.install(monkeypatch, tmp_path / "cloud")
+
+
+def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
+    """From config to summary, with a kill after the second state."""
+    monkeypatch.chdir(tmp_path)  # nothing is to appear in a folder of this name
+    place = "gs://b/runs/one"
+    with Workdir(place) as workdir:
+        workdir.settle_config(config(lr=0.5), images_per_step=3)
+        assert not workdir.frozen.exists()
+        checkpoint.save_tree(workdir.frozen, {"x": np.ones(3)}, {})
+        for image in range(8):
+            workdir.append_metrics([{"image": image}])
+            if image in (2, 5):
+                workdir.save_state(image + 1, {"x": np.full(4, image + 1)})
+        workdir.wait()
+        written = bucket.place(f"{place}/metrics.jsonl").read_text()
+        assert len(written.splitlines()) == 6  # up to the state
+        bucket.stop_after(0)
+        with pytest.raises(buckets.Killed):
+            workdir.close()
+        bucket.stop_after(None)
+
+    again = Workdir(place)
+    again.settle_config(config(lr=0.5), images_per_step=1)
+    with pytest.raises(ValueError, match="lr was 0.5 and is 0.25"):
+        again.settle_config(config(lr=0.25), images_per_step=1)
+    assert again.load_state()["x"][0] == 6
+    again.append_metrics([{"image": 6}, {"image": 7}])
+    again.rewind_metrics(6)
+    again.append_metrics([{"image": 6}])
+    reader = Workdir(place, writes=False)
+    assert reader.load_state()["x"][0] == 6
+    with again.output("pictures/a.png") as path:
+        path.write_bytes(b"png")
+    with again.output("repaired") as path:
+        path.mkdir()
+        (path / "weights").write_bytes(b"1")
+    again.write_summary({"finished": True})
+    again.close()
+    assert [row["image"] for row in reader.read_metrics()] == list(range(7))
+    assert reader.finished()
+    tops = {name.split("/")[3] for name in bucket.objects("b/runs/one")}
+    assert tops == {
+        "config.json",
+        "frozen",
+        "metrics.jsonl",
+        "pictures",
+        "repaired",
+    } | {
+        "states",
+        "summary.json",
+    }
+    assert bucket.place(f"{place}/pictures/a.png").read_bytes() == b"png"
+    assert bucket.place(f"{place}/repaired/weights").read_bytes() == b"1"
+    assert listing(tmp_path) == ["cloud"]
+
+
+def test_a_bucket_that_takes_nothing_is_told(bucket, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("Anonymous caller\nmay not write")
+
+    monkeypatch.setattr(bucket, "put_object", refuse)
+    with pytest.raises(OSError, match="--workdir=gs://b/run cannot be written") as e:
+        Workdir("gs://b/run")
+    assert "may not write" in str(e.value) and "\n" not in str(e.value)
+
+
+# --- Whole or not at all --------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    write_text(path, "old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workdir_module.os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    monkeypatch.undo()
+    assert path.read_text() == "old"
+    write_text(path, "new")
+    assert path.read_text() == "new" and listing(tmp_path) == ["summary.json"]
+
+
+def test_the_module_lists_the_files_it_writes(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    text = workdir_module.__doc__
+    for path in (workdir.frozen, workdir.metrics, workdir.pictures, workdir.summary):
+        assert path.name in text

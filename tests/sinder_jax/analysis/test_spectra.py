@@ -1,0 +1,375 @@
+"""spectra.py: against NumPy, by identities, and on the planted model."""
+
+import doctest
+import functools
+
+import jax
+import numpy as np
+import pytest
+import scipy.linalg
+
+import convert
+import golden
+import reference
+from experiments import observe
+from samples import SMALL, error_of, random_params
+from sinder_jax import defects, factor, planted
+from sinder_jax.analysis import spectra
+from sinder_jax.analysis.tokens import norm_ratio, token_norms
+from sinder_jax.data import decode, listing
+
+GAMMAS = (2.0, 1.5, 1.3)  # of figure 5
+
+
+@functools.cache
+def recorded(name):
+    """(config, params, reference model) of a recording."""
+    arrays, meta = golden.load(name)
+    state = golden.state(arrays)
+    config, params = convert.from_torch(state, num_heads=meta["num_heads"])
+    return config, params, reference.Model.from_golden(arrays, meta)
+
+
+def relative(actual, expected):
+    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+
+
+def leaves(params):
+    return jax.tree_util.tree_leaves_with_path(params)
+
+
+def test_examples_in_the_docstrings_run():
+    result = doctest.testmod(spectra)
+    assert result.attempted >= 12 and result.failed == 0
+
+
+# --- Kernels --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_kernel_spectra_match_an_svd(name):
+    config, params = SMALL[name], random_params(SMALL[name])
+    found = spectra.kernel_spectra(config, params)
+    first, last = ("w12", "w3") if config.ffn_layer == "swiglu" else ("fc1", "fc2")
+    qkv = np.split(np.float64(params["blocks"]["attn"]["qkv"]["kernel"]), 3, axis=-1)
+    kernels = dict(zip(("attn/q", "attn/k", "attn/v"), qkv, strict=True)) | {
+        "attn/proj": params["blocks"]["attn"]["proj"]["kernel"],
+        f"mlp/{first}": params["blocks"]["mlp"][first]["kernel"],
+        f"mlp/{last}": params["blocks"]["mlp"][last]["kernel"],
+    }
+    assert set(found) == set(kernels)
+    for kernel, stack in kernels.items():
+        expected = np.linalg.svd(np.float64(stack), compute_uv=False)
+        assert found[kernel].dtype == np.float64
+        # What a Gram matrix may lose, see `_GRAM_IS_ENOUGH`.
+        np.testing.assert_allclose(found[kernel], expected, rtol=2e-8)
+
+
+def test_kernel_spectra_of_missing_ranks_are_exact():
+    config, params = SMALL["swiglu"], random_params(SMALL["swiglu"])
+    kernel = params["blocks"]["mlp"]["w3"]["kernel"]
+    kernel[0, 3:] = 0
+    kernel[1] = 0
+    found = spectra.kernel_spectra(config, params)["mlp/w3"]
+    expected = np.linalg.svd(np.float64(kernel), compute_uv=False)
+    np.testing.assert_allclose(found, expected, atol=1e-13 * expected.max())
+    assert (found[0, 3:] < 1e-13).all() and not found[1].any()
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (9, 40), (40, 9), (1, 7), (7, 1)], ids=str)
+def test_leading_triplets_are_those_of_an_svd(shape):
+    matrix = np.random.default_rng(0).normal(size=shape)
+    count = min(3, *shape)
+    u, s, v = spectra.leading_triplets(matrix, count)
+    assert u.shape == (shape[0], count) and v.shape == (shape[1], count)
+    np.testing.assert_allclose(s, scipy.linalg.svdvals(matrix)[:count], rtol=1e-12)
+    np.testing.assert_allclose(matrix @ v, u * s, atol=1e-12)  # signs belong together
+    for vectors in (u, v):
+        np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=1e-12)
+
+
+def test_leading_triplets_of_zero_are_zero_and_too_many_raise():
+    _, s, v = spectra.leading_triplets(np.zeros((3, 5)), 2)
+    assert not s.any() and not v.any()
+    for count in (0, 4):
+        message = error_of(spectra.leading_triplets, np.ones((5, 3)), count)
+        assert f"5 x 3 has 1 to 3 singular values, not {count}" in message
+
+
+def test_a_kernel_that_does_not_exist_raises():
+    config, params = SMALL["mlp"], random_params(SMALL["mlp"])
+    message = error_of(spectra.kernel_matrix, config, params, 0, "mlp/w3")
+    assert "no kernel 'mlp/w3'" in message and "attn/qkv, attn/proj, mlp/fc1" in message
+
+
+# --- Block maps -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu", "registers"])
+def test_block_maps_match_the_svd_of_the_reference(name):
+    config, params, model = recorded(name)
+    maps = spectra.block_maps(config, params)
+    for block in range(config.depth):
+        matrix = reference.block_map(model, block)
+        u, s, vh = np.linalg.svd(matrix)
+        np.testing.assert_allclose(maps.singular_values[block], s, rtol=1e-10)
+        np.testing.assert_allclose(maps.ratios[block], s[0] / s[1], rtol=1e-10)
+        # Up to the sign; 1e-14 over the smallest gap there is, 1e-2.
+        assert abs(maps.directions[block] @ u[:, 0]) > 1 - 1e-10
+        assert abs(maps.triggers[block] @ vh[0]) > 1 - 1e-10
+        thrown = matrix @ maps.triggers[block]
+        np.testing.assert_allclose(thrown, s[0] * maps.directions[block], atol=1e-9)
+
+
+def test_eigenvalues_have_the_trace_the_determinant_and_the_order():
+    config, params, model = recorded("swiglu")
+    found = spectra.block_maps(config, params).eigenvalues
+    assert found.dtype == np.complex128
+    assert found.shape == (config.depth, config.embed_dim)
+    assert (np.diff(np.abs(found)) <= 1e-12).all()
+    for values, block in zip(found, range(config.depth), strict=True):
+        matrix = reference.block_map(model, block)
+        np.testing.assert_allclose(values.sum(), np.trace(matrix), rtol=1e-10)
+        log_determinant = np.linalg.slogdet(matrix)[1]
+        np.testing.assert_allclose(np.log(np.abs(values)).sum(), log_determinant)
+
+
+def test_eigenvalues_are_left_out_on_request():
+    config, params, _ = recorded("gelu")
+    maps = spectra.block_maps(config, params, eigenvalues=False)
+    assert maps.eigenvalues.shape == (config.depth, 0)
+    with_them = spectra.block_maps(config, params)
+    np.testing.assert_array_equal(maps.directions, with_them.directions)
+
+
+def test_planted_trigger_and_direction_are_the_leading_vectors_of_its_block():
+    made = planted.planted_model(3)
+    trigger = made.params["blocks"]["mlp"]["w12"]["kernel"][made.block, :, 0]
+    maps = spectra.block_maps(made.config, made.params, eigenvalues=False)
+    assert abs(maps.directions[made.block] @ made.direction) > 0.99
+    assert abs(maps.triggers[made.block] @ trigger) > 0.99 * planted.GATE
+    # Another block knows neither.
+    assert abs(maps.directions[made.block - 1] @ made.direction) < 0.5
+    ratios = np.delete(maps.ratios, made.block)
+    assert ratios.max() < 1.1 < 10 < maps.ratios[made.block]
+
+
+def test_probes_give_nearly_the_analytic_maps_and_need_a_key():
+    config, params, _ = recorded("gelu")
+    exact = spectra.block_maps(config, params, eigenvalues=False)
+    probed = [
+        spectra.block_maps(
+            config,
+            params,
+            method="monte_carlo",
+            key=jax.random.key(seed),
+            num_probes=20_000,
+            eigenvalues=False,
+        )
+        for seed in (0, 1)
+    ]
+    for one in probed:  # 1/√20,000 = 0.7 %
+        np.testing.assert_allclose(one.ratios, exact.ratios, rtol=0.05)
+    assert (probed[0].ratios != probed[1].ratios).all()
+    assert "method must be" in error_of(spectra.block_maps, config, params, method="x")
+
+
+def test_decay_counts_by_hand():
+    # Rotations by 120°, of length 0.9 and 1.1: real parts -0.45 and -0.55.
+    turn = np.exp(2j * np.pi / 3)
+    found = spectra.decay(
+        np.array(
+            [
+                [1.1 * turn, 1.1 / turn, 0.9 * turn, 0.9 / turn],
+                [3.0, 2.0, 1.0, 0.5],  # |λ| = 1 is not inside
+            ],
+            np.complex128,
+        )
+    )
+    np.testing.assert_array_equal(found.share_inside, [0.5, 0.25])
+    np.testing.assert_array_equal(found.share_negative, [1.0, 0.0])
+    np.testing.assert_allclose(found.most_negative, [-0.55, 0.5])
+
+
+# --- Clamping -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu"])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_clamped_kernels_match_the_reference(name, gamma):
+    config, params, model = recorded(name)
+    ours = convert.to_torch(
+        config, spectra.clamp_singular_values(config, params, gamma)
+    )
+    clamped = reference.clamp(model, gamma)
+    changed = 0
+    for key, expected in clamped.state.items():
+        np.testing.assert_allclose(ours[key], expected, atol=1e-6, err_msg=key)
+        if not np.array_equal(expected, model.state[key]) and ".weight" in key:
+            assert relative(ours[key], expected) < 1e-6
+            changed += relative(model.state[key], expected) > 1e-3
+    assert changed > config.depth  # the control: something was clamped
+
+
+def test_no_singular_value_is_above_gamma_and_the_others_stay():
+    config, params, _ = recorded("swiglu")
+    before = spectra.kernel_spectra(config, params)
+    after = spectra.kernel_spectra(
+        config, spectra.clamp_singular_values(config, params, 1.2, kernels=["mlp/w3"])
+    )
+    expected = np.minimum(before["mlp/w3"], 1.2)
+    np.testing.assert_allclose(after["mlp/w3"], expected, atol=1e-6)
+    for name in before.keys() - {"mlp/w3"}:
+        np.testing.assert_array_equal(after[name], before[name])
+
+
+def test_what_is_not_clamped_keeps_its_bits_and_the_input_is_untouched():
+    config, params, _ = recorded("gelu")
+    kept = jax.tree.map(np.copy, params)
+    clamped = spectra.clamp_singular_values(config, params, 1.0, kernels=["attn/v"])
+    for (path, got), (_, want) in zip(leaves(clamped), leaves(kept), strict=True):
+        assert got.dtype == want.dtype
+        if "qkv" in str(path) and "kernel" in str(path):
+            width = config.embed_dim
+            np.testing.assert_array_equal(got[..., : 2 * width], want[..., : 2 * width])
+            assert not np.array_equal(got[..., 2 * width :], want[..., 2 * width :])
+        else:
+            np.testing.assert_array_equal(got, want)
+    nothing = spectra.clamp_singular_values(config, params, 1e3)
+    for (path, got), (_, want), (_, now) in zip(
+        leaves(nothing), leaves(kept), leaves(params), strict=True
+    ):
+        np.testing.assert_array_equal(got, want, err_msg=str(path))
+        np.testing.assert_array_equal(now, want, err_msg=str(path))
+
+
+def test_several_gammas_factorize_once_and_give_what_each_gives_alone(monkeypatch):
+    config, params, _ = recorded("swiglu")
+    calls = []
+
+    def counted(matrix, **subset):
+        calls.append(matrix.shape)
+        return eigh(matrix, **subset)
+
+    eigh = scipy.linalg.eigh
+    monkeypatch.setattr(spectra.scipy.linalg, "eigh", counted)
+    several = spectra.clamp_all(config, params, (1.3, 2.0, 1.5))
+    assert not calls  # nothing is computed before the first is asked for
+    found = {}
+    for gamma, clamped in several:
+        found[gamma] = clamped
+        assert len(calls) == 4 * config.depth
+    assert list(found) == [1.3, 2.0, 1.5]
+    for gamma, clamped in found.items():
+        alone = spectra.clamp_singular_values(config, params, gamma)
+        for (path, got), (_, want) in zip(leaves(clamped), leaves(alone), strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=str(path))
+    assert list(spectra.clamp_all(config, params, ())) == []
+
+
+def test_clamping_lowers_the_norm_ratio_monotonically():
+    made = planted.planted_model(1)
+    pixels = decode.normalize(
+        decode.training_crop(decode.read_rgb(listing.sample_images()[0]), 224)
+    )
+
+    def ratio(params):
+        tokens = observe.last_patches(made.config, jax.device_put(params), pixels)
+        return float(norm_ratio(token_norms(tokens)))
+
+    gammas = (20.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5, 1.3)  # 9 are planted
+    clamped = spectra.clamp_all(made.config, made.params, gammas)
+    ratios = [ratio(params) for _, params in clamped]
+    assert ratios[0] == ratio(made.params) > 10
+    # Until the thrown tokens are no longer the longest ones; then the ratio is that
+    # of sound tokens, 1.3 to 1.4, which clamping moves either way.
+    assert (np.diff(ratios[:6]) < -0.05).all(), ratios
+    assert max(ratios[5:]) < 1.5, ratios
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])
+def test_a_gamma_that_is_not_positive_raises_at_once(gamma):
+    config, params, _ = recorded("gelu")
+    for call in (
+        lambda: spectra.clamp_singular_values(config, params, gamma),
+        lambda: spectra.clamp_all(config, params, (2.0, gamma)),
+    ):
+        assert f"gamma must be above 0, got {gamma}" in error_of(call)
+
+
+def test_kernels_that_do_not_exist_or_come_twice_raise():
+    config, params, _ = recorded("gelu")
+    clamp = functools.partial(spectra.clamp_all, config, params, [1.0])
+    assert "no kernel 'mlp/w12'" in error_of(clamp, kernels=["mlp/w12"])
+    for names in (["attn/v", "attn/v"], ["attn/qkv", "attn/k"]):
+        assert "named twice" in error_of(clamp, kernels=names)
+
+
+# --- What a repair changed ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["swiglu", "gelu"])
+def test_changes_are_epsilon_also_where_it_reorders_singular_values(name):
+    config, params, _ = recorded(name)
+    factors = factor.factorize(config, params)
+    rng = np.random.default_rng(0)
+    eps = {
+        kernel: rng.normal(0, 0.5, sigma.shape).astype(np.float32)
+        for kernel, sigma in factors.sigma.items()
+    }
+    repaired = factor.merge(params, factors, eps)
+    changes = spectra.singular_value_changes(config, params, repaired, 4)
+    assert list(changes) == list(factor.kernel_names(config))
+    for kernel, found in changes.items():
+        assert found.shape == (config.depth, 4)
+        # Rounding to float32, over the smallest relative gap of σ², about 1e-3.
+        np.testing.assert_allclose(found, eps[kernel][:, :4], atol=1e-3)
+    same = spectra.singular_value_changes(config, params, params)
+    assert all(found.shape[1] == 3 and not found.any() for found in same.values())
+
+
+def test_changes_between_models_that_differ_raise():
+    config, params, _ = recorded("swiglu")
+    wide = random_params(SMALL["mlp"])
+    wide["blocks"]["mlp"] = {"w12": {"kernel": np.ones((3, 128, 8))}}
+    message = error_of(spectra.singular_value_changes, config, params, wide)
+    assert "the models differ: attn/v is (64, 64) in one and (64, 128)" in message
+    message = error_of(spectra.singular_value_changes, config, params, params, 65)
+    assert "not 65" in message
+
+
+# --- Any arrays, and progress ---------------------------------------------------------
+
+
+def test_jax_arrays_give_what_numpy_arrays_give():
+    config, params, _ = recorded("registers")
+    placed = jax.device_put(params)
+    for function in (
+        spectra.kernel_spectra,
+        lambda *args: spectra.block_maps(*args)._asdict(),
+        lambda *args: spectra.clamp_singular_values(*args, 1.3),
+        lambda *args: spectra.singular_value_changes(*args, args[1]),
+    ):
+        ours, theirs = function(config, placed), function(config, params)
+        jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_progress_is_told_after_every_piece():
+    config, params, _ = recorded("gelu")
+    for call, total in (
+        (spectra.kernel_spectra, 6 * config.depth),
+        (spectra.block_maps, config.depth),
+        (functools.partial(spectra.clamp_singular_values, gamma=2.0), 4 * config.depth),
+    ):
+        told = []
+        call(config, params, progress=lambda *at, told=told: told.append(at))
+        assert told == [(done, total) for done in range(1, total + 1)]
+
+
+def test_defects_and_spectra_agree_on_the_first_block():
+    """Where the running product is the block's map."""
+    config, params, _ = recorded("moving")
+    maps = spectra.block_maps(config, params, eigenvalues=False)
+    found = defects.singular_defects(config, params)
+    assert abs(maps.directions[0] @ np.asarray(found.directions[0])) > 1 - 1e-6
+    np.testing.assert_allclose(maps.ratios[0], found.gaps[0], rtol=1e-9)

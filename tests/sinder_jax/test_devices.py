@@ -1,0 +1,176 @@
+"""The number of devices does not change a bit: in a process with eight simulated ones.
+
+1, 2, 4 and 8 of them share the same eight images a step, by `pmap` and with the model
+split over them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import places
+from benchmarks import giant_step
+from samples import error_of
+from sinder_jax import planted, repair, vit
+
+PROGRAM = """
+import hashlib, json, sys
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import convert, golden
+from sinder_jax import planted, repair, vit
+
+NAME, STEPS = sys.argv[1], int(sys.argv[2])
+if NAME == "planted":
+    from sinder_jax.data import decode, listing
+    made = planted.planted_model(1)
+    config, params = made.config, made.params
+    directions, options = None, repair.RepairOptions(lr=0.02)
+    files = listing.sample_images()[:8]
+    crops = [decode.training_crop(decode.read_rgb(file), 224) for file in files]
+    images = np.stack([decode.normalize(crop) for crop in crops])
+else:
+    arrays, meta = golden.load(NAME)
+    config = vit.ViTConfig(**golden.architecture(meta))
+    _, params = convert.from_torch(golden.state(arrays), config.num_heads)
+    directions = arrays["singular_defects"]
+    options = repair.RepairOptions(**golden.options(meta))
+    images = np.moveaxis(arrays["images"], 1, 3)
+    images = np.ascontiguousarray(images[np.arange(8) % len(images)])
+FROZEN, STATE = repair.init(config, params, options, directions)
+
+def copies():  # a step is given the memory of its state
+    return FROZEN, jax.tree.map(lambda x: x.copy(), STATE)
+
+def one():
+    frozen, state = copies()
+    return frozen, state, repair.make_step(config, options), lambda x: x
+
+def mapped(count):
+    devices = jax.devices()[:count]
+    frozen, state = (repair.replicate(tree, devices) for tree in copies())
+    step = repair.make_pmapped_step(config, options, devices)
+    def call(state, frozen, images):
+        return step(state, frozen, images.reshape(count, -1, *images.shape[1:]))
+    return frozen, state, call, repair.unreplicate
+
+def split(count):
+    mesh = Mesh(np.array(jax.devices()[:count]), ("images",))
+    sharding = NamedSharding(mesh, PartitionSpec("images"))
+    frozen, state = (repair.shard(tree, sharding) for tree in copies())
+    return frozen, state, repair.make_step(config, options, sharding), lambda x: x
+
+def hashes(frozen, state, step, whole):
+    told, defects = [], 0
+    for k in range(STEPS):
+        state, metrics = step(state, frozen, np.roll(images, k, axis=0))
+        defects += int(np.sum(np.asarray(metrics.layer) >= 0))
+        now = whole(state)
+        leaves = [*jax.tree.leaves(now.eps), *jax.tree.leaves(now.momentum)]
+        leaves += jax.tree.leaves(now.merged)
+        digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in leaves))
+        told.append(digest.hexdigest())
+    return told, defects
+
+ways = {"1": one}
+for count in (2, 4, 8):
+    ways[f"{count} mapped"] = lambda count=count: mapped(count)
+    ways[f"{count} split"] = lambda count=count: split(count)
+print(json.dumps({name: hashes(*make()) for name, make in ways.items()}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("planted", 20), ("moving", 8)],
+)
+def test_any_number_of_devices_gives_the_same_bits(name, steps):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": f"{places.SUPPORT}{os.pathsep}{places.ROOT}",
+    }
+    command = [sys.executable, "-c", PROGRAM, name, str(steps)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    expected, defects = told["1"]
+    assert len(set(expected)) > 1 and defects >= 8  # it did repair something
+    assert len(told) == 7
+    for way, (hashes, _) in told.items():
+        assert hashes == expected, way
+
+
+def sharding_of(*axes):
+    mesh = Mesh(np.array(jax.devices()[:2]), ("images",))
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def test_a_sharding_of_another_kind_is_refused():
+    config = vit.ViTConfig(16, 1, 1, "mlp", img_size=28)
+    options = repair.RepairOptions()
+    for axes in ((), (None, "images")):
+        message = error_of(repair.make_step, config, options, sharding_of(*axes))
+        assert "PartitionSpec(axis)" in message
+
+
+def test_images_that_the_devices_do_not_divide_are_refused():
+    config = vit.ViTConfig(16, 1, 1, "mlp", img_size=28)
+    step = repair.make_step(config, repair.RepairOptions(), sharding_of("images"))
+    params = giant_step.random_params(config)
+    frozen, state = repair.init(config, params, repair.RepairOptions())
+    images = jnp.zeros((3, 28, 28, 3))
+    message = error_of(step, state, frozen, images)
+    assert "3 images" in message and "2 devices" in message
+
+
+def test_matrices_are_split_and_vectors_are_whole():
+    config = vit.ViTConfig(16, 2, 1, "swiglu", img_size=28)
+    params = giant_step.random_params(config)
+    trees = repair.init(config, params, repair.RepairOptions())
+    frozen, state = (repair.shard(tree, sharding_of("images")) for tree in trees)
+
+    def share(x):
+        return x.addressable_shards[0].data.size / x.size
+
+    for split in (state.merged, frozen.factors.u, frozen.factors.v):
+        assert {share(x) for x in split.values()} == {0.5}
+    assert share(frozen.params["blocks"]["attn"]["qk"]["kernel"]) == 0.5
+    assert share(frozen.params["blocks"]["attn"]["v"]["bias"]) == 1
+    assert share(frozen.params["patch_embed"]["kernel"]) == 1
+    assert {share(x) for x in frozen.factors.sigma.values()} == {1}
+    assert {share(x) for x in state.eps.values()} == {1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the memory from /proc")
+def test_two_thousand_steps_take_no_more_memory_than_two_hundred():
+    made = planted.planted_model(1)
+    options = repair.RepairOptions(
+        lr=1e-6, max_iter=10**6, history=10**5, mask_thr=0.5, min_outliers=1
+    )
+    frozen, state = repair.init(made.config, made.params, options)
+    step = repair.make_step(made.config, options)
+    image = jnp.asarray(np.random.default_rng(0).standard_normal((1, 56, 56, 3)))
+    image = image.astype(jnp.float32)
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1])
+
+    for count in range(2_200):
+        state, metrics = step(state, frozen, image)
+        if count == 200:
+            float(metrics.skipped)  # waits for the step
+            before = resident()
+    assert not bool(metrics.done) and int(metrics.layer[0]) >= 0
+    assert resident() < 1.02 * before
+    assert step._cache_size() == 1

@@ -1,0 +1,98 @@
+"""Random repairs of small models, and how deltas are compared."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from sinder_jax import checkpoint, delta, factor, vit
+
+SWIGLU = vit.ViTConfig(16, 5, 2, "swiglu", img_size=28)
+
+
+MLP = vit.ViTConfig(12, 5, 2, "mlp", img_size=28)
+
+
+REGISTERS = vit.ViTConfig(16, 5, 2, "mlp", img_size=28, num_register_tokens=4)
+
+
+MODELS = {"swiglu": SWIGLU, "mlp": MLP, "registers": REGISTERS}
+
+
+SIZES = (0.0, 1e-6, 1e-4, 0.0, 1e-1)  # of ε, by block
+
+
+TOUCHED = (1, 2, 4)
+
+
+every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+
+
+def relative(actual, expected):
+    expected = np.asarray(expected, np.float64)
+    difference = np.asarray(actual, np.float64) - expected
+    return np.linalg.norm(difference) / np.linalg.norm(expected)
+
+
+@functools.cache
+def random_model(config):
+    """(params, factors) with kernels of the size of a trained model's."""
+    rng = np.random.default_rng(0)
+    params = checkpoint.unflatten(
+        {
+            path: rng.standard_normal(leaf.shape).astype(np.float32) * 0.3
+            for path, leaf in checkpoint.flatten(vit.param_shapes(config)).items()
+        }
+    )
+    return params, factor.factorize(config, params)
+
+
+def random_eps(factors, sizes=SIZES):
+    rng = np.random.default_rng(1)
+    size = np.array(sizes)[:, None]
+    return {
+        name: (size * rng.standard_normal(sigma.shape)).astype(np.float32)
+        for name, sigma in factors.sigma.items()
+    }
+
+
+def random_patch(config):
+    params, factors = random_model(config)
+    return delta.from_eps(config, params, factors, random_eps(factors))
+
+
+@functools.cache
+def extracted(config):
+    """(params, repaired params, patch, report) of a random repair."""
+    params, factors = random_model(config)
+    repaired = factor.merge(params, factors, random_eps(factors))
+    return params, repaired, *delta.extract(config, params, repaired)
+
+
+def changed_copy(params, path, change):
+    """A copy of `params` in which `change` has been called on one leaf."""
+    flat = checkpoint.flatten(params)
+    flat[path] = flat[path].copy()
+    change(flat[path])
+    return checkpoint.unflatten(flat)
+
+
+def kernels_of(config, params):
+    """{(name, block): kernel}"""
+    _, kernels = factor.split_params(config, params)
+    return {
+        (name, b): k for name, stack in kernels.items() for b, k in enumerate(stack)
+    }
+
+
+def assert_same_bytes(got, want):
+    got, want = checkpoint.flatten(got), checkpoint.flatten(want)
+    assert set(got) == set(want)
+    for path in want:
+        assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes(), path
+
+
+def assert_same_patch(got, want):
+    assert (got.config, got.base) == (want.config, want.base)
+    assert_same_bytes(got.eps, want.eps)
+    assert_same_bytes(got.probe, want.probe)
