@@ -34,10 +34,10 @@ def make_source(path: Path, model: str) -> None:
     """A random model of the size of `model` in hub layout, leaf by leaf."""
     from convert import layouts, write
     from convert.state_dict import Spec
-    from sinder_jax import checkpoint, vit
+    from sinder_jax import param_tree, vit
 
     config = vit.CONFIGS[model]
-    shapes = checkpoint.flatten(vit.param_shapes(config))
+    shapes = param_tree.flatten(param_tree.shapes(config))
     rng = np.random.default_rng(0)
     table = layouts.table("dinov2", config)
     specs = {key: Spec(slot.shape, "float32") for key, slot in table.items()}
@@ -60,7 +60,7 @@ def phases(source: Path, target: Path) -> dict[str, float]:
     """Seconds of reading, transposing, digests and writing, each by itself."""
     from convert import layouts, read
     from convert.names import TorchModel
-    from sinder_jax import digest
+    from sinder_jax import param_tree
 
     state = read.open_state_dict(source)
     model = TorchModel(state)
@@ -84,7 +84,7 @@ def phases(source: Path, target: Path) -> dict[str, float]:
                 model.table,
                 tensors.__getitem__,
             )
-            timed("digest", digest.of_array, leaf)
+            timed("digest", param_tree.digest_of_array, leaf)
             timed("write", out.write, leaf.reshape(-1).view(np.uint8).data)
         timed("write", lambda: (out.flush(), os.fsync(out.fileno())))
     return seconds

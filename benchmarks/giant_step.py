@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import observe
-from sinder_jax import factor, repair, vit
+from sinder_jax import factor, param_tree, repair, vit
 
 
 def random_params(config: vit.ViTConfig, seed: int = 0) -> dict:
@@ -38,7 +38,7 @@ def random_params(config: vit.ViTConfig, seed: int = 0) -> dict:
         array *= np.float32(0.02)
         return array
 
-    return jax.tree_util.tree_map_with_path(leaf, vit.param_shapes(config))
+    return jax.tree_util.tree_map_with_path(leaf, param_tree.shapes(config))
 
 
 def outlier_direction(tokens: np.ndarray) -> np.ndarray:

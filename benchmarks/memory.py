@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sinder_jax import factor, placement, repair, vit
+from sinder_jax import factor, param_tree, placement, repair, vit
 
 GIB = 2**30
 AXIS = "images"
@@ -30,7 +30,7 @@ def shapes(
     config: vit.ViTConfig, options: repair.RepairOptions
 ) -> tuple[repair.RepairState, repair.Frozen]:
     """State and frozen model as shapes, as `repair.init` would give them."""
-    params = vit.param_shapes(config)
+    params = param_tree.shapes(config)
     frozen, kernels = jax.eval_shape(
         lambda params: factor.split_params(config, params), params
     )

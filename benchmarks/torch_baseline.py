@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from convert.torch_vit import resample_positions
-from sinder_jax import factor, loss, vit
+from sinder_jax import factor, loss, param_tree, vit
 from sinder_jax.state import RepairOptions
 
 Rebuild = Callable[..., torch.Tensor]
@@ -258,7 +258,7 @@ def count_operations(rebuild: Rebuild = rebuild_dense) -> dict[str, float]:
                 for name, (out, into) in shapes.items()
             }
         ]
-        shapes_of = vit.param_shapes(config)["blocks"]
+        shapes_of = param_tree.shapes(config)["blocks"]
         empty = _map(lambda leaf: torch.empty(leaf.shape), shapes_of)
         empty["attn"] |= {
             "qk": {"bias": torch.empty(1, 2 * width)},

@@ -11,7 +11,7 @@ from typing import Any
 
 from convert import fetch, infer, layouts, report, source, stream, write
 from convert.source import Model
-from sinder_jax import checkpoint
+from sinder_jax import checkpoint, param_tree
 from sinder_jax.storage import array_store
 
 
@@ -120,7 +120,7 @@ def _verify(jax_side: Path, torch_side: Path, *, made: Path) -> None:
     if reason:
         print(f"verify: {reason}.")
         return
-    params = checkpoint.unflatten(dict(ours.leaves()))
+    params = param_tree.unflatten(dict(ours.leaves()))
     torch_source = torch_side if layout == "hf" else theirs.torch.tensors()
     comparison = verify.compare(ours.config, params, torch_source, layout)
     assert comparison is not None

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert import layouts, read, report, source, write
 from convert.source import Model
-from sinder_jax import digest, factor, vit
+from sinder_jax import factor, param_tree, vit
 from sinder_jax.storage import delta_file
 
 
@@ -19,9 +19,9 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
         _inspect_patch(path)
         return
     model = source.open_model(path, num_heads)
-    found, tops = digest.ModelDigest(), dict[str, np.ndarray]()
+    found, tops = param_tree.ModelDigest(), dict[str, np.ndarray]()
     for name, leaf in model.leaves():
-        found.add(name, leaf, model.sha256.get(name))
+        found.add(name, leaf, model.sha256.get(name, ""))
         tops |= _largest_singular_values(model.config, name, leaf)
     config = model.config
     heads, antialias = config.num_heads, config.interpolate_antialias

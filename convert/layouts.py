@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from convert.ahead import ahead
-from sinder_jax import checkpoint, vit
+from sinder_jax import param_tree, vit
 
 Index = tuple[Any, ...]
 Leaf = Callable[[str], np.ndarray]  # the leaf of a flat name
@@ -227,7 +227,7 @@ def table(layout: str, config: vit.ViTConfig) -> Table:
     """
     shapes = {
         path: tuple(leaf.shape)
-        for path, leaf in checkpoint.flatten(vit.param_shapes(config)).items()
+        for path, leaf in param_tree.flatten(param_tree.shapes(config)).items()
     }
     has_registers = config.num_register_tokens > 0
     rows = [

@@ -14,7 +14,7 @@ import numpy as np
 
 from convert import infer, layouts
 from convert.state_dict import Spec
-from sinder_jax import checkpoint, vit
+from sinder_jax import param_tree, vit
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -69,7 +69,7 @@ class TorchModel:
         self.formats = sorted({self.specs[key].dtype for key in self.specs})
         self.shapes = {
             path: tuple(leaf.shape)
-            for path, leaf in checkpoint.flatten(vit.param_shapes(self.config)).items()
+            for path, leaf in param_tree.flatten(param_tree.shapes(self.config)).items()
         }
         misfits = self._misfits()
         if misfits:
@@ -86,7 +86,7 @@ class TorchModel:
           ValueError: it holds NaN or infinity; names all tensors that do.
         """
         leaf = layouts.from_tensors(path, self.shapes[path], self.table, self._tensor)
-        if not vit.is_finite(leaf):
+        if not param_tree.is_finite(leaf):
             raise ValueError(f"{_told(self._not_finite())}.")
         return leaf
 
@@ -154,7 +154,7 @@ def from_torch(
         tensor that is not finite, in one message.
     """
     model = TorchModel(state_dict, num_heads, **overrides)
-    return model.config, checkpoint.unflatten(
+    return model.config, param_tree.unflatten(
         {path: model.leaf(path) for path in model.shapes}
     )
 
@@ -166,7 +166,7 @@ def to_torch(
 
     Args:
       config: the architecture.
-      params: float32 arrays, of NumPy or JAX, in the layout of `vit.param_shapes`.
+      params: float32 arrays, of NumPy or JAX, in the layout of `param_tree.shapes`.
       layout: "dinov2" (hub), "hf" (transformers) or "timm". timm's has no mask token,
         and with registers its class token includes the position embedding.
 
@@ -178,8 +178,8 @@ def to_torch(
       ValueError: an unknown layout, or params that do not fit the config.
     """
     layouts.check_name(layout)
-    checkpoint.check_params(config, params)
-    flat = checkpoint.flatten(params)
+    param_tree.check(config, params)
+    flat = param_tree.flatten(params)
     table = layouts.table(layout, config)
     tensors = dict(layouts.to_tensors(table, lambda path: np.asarray(flat[path])))
     return {key: tensors[key] for key in table}
@@ -208,4 +208,4 @@ def _told(misfits: Mapping[str, list[str]]) -> str:
 
 def _is_finite(array: np.ndarray) -> bool:
     with np.errstate(all="ignore"):  # a float64 beyond float32 becomes infinite
-        return vit.is_finite(array.astype(np.float32, copy=False))
+        return param_tree.is_finite(array.astype(np.float32, copy=False))

@@ -15,7 +15,7 @@ import numpy as np
 
 from convert import read, report, source, stream, write
 from convert.source import Model
-from sinder_jax import checkpoint, delta, digest, factor, vit
+from sinder_jax import checkpoint, delta, factor, param_tree, vit
 from sinder_jax.storage import array_store, delta_file
 
 
@@ -68,7 +68,7 @@ def _extract(
     ]
     return delta.extract(
         base.config,
-        *(checkpoint.unflatten(dict(model.leaves())) for model in (base, repaired)),
+        *(param_tree.unflatten(dict(model.leaves())) for model in (base, repaired)),
         repaired_config=repaired.config,
         compare_mask_token=all(has_mask_token),
         residual=residual,
@@ -91,13 +91,13 @@ def _patch_of_run(workdir: Path) -> tuple[delta.Patch, dict[str, Any]]:
     for error in newest.damaged.values():
         print(f"note: {error} The one before is taken.")
     factors = factor.Factors(
-        **{part: checkpoint.flatten(tree["factors"][part]) for part in tree["factors"]}
+        **{part: param_tree.flatten(tree["factors"][part]) for part in tree["factors"]}
     )
     made = delta.from_eps(
         vit.ViTConfig(**header["config"]),
         tree["params"],
         factors,
-        checkpoint.flatten(newest.tree["eps"]),
+        param_tree.flatten(newest.tree["eps"]),
     )
     print(f"{workdir}: ε after {newest.metadata['num_images']} images")
     return made, header.get("provenance", {})
@@ -158,7 +158,7 @@ def apply(
 
 
 def _digest(model: Model) -> str:
-    found = digest.ModelDigest()
+    found = param_tree.ModelDigest()
     for path, leaf in model.leaves():
         found.add(path, leaf)
     return found.hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 
 from convert import infer
 from convert.source import Model
-from sinder_jax import delta, vit
+from sinder_jax import delta, param_tree, vit
 
 
 def title(config: vit.ViTConfig) -> str:
@@ -34,8 +34,8 @@ def print_proof(
     """
     print(
         f"{destination}: {title(config)}{detail}, {num_tensors} tensors, "
-        f"{vit.num_params(config):,} parameters, digest {found}; names, shapes and "
-        "finite values checked."
+        f"{param_tree.num_params(config):,} parameters, digest {found}; names, shapes "
+        "and finite values checked."
     )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from convert import read, write
 from convert.names import TorchModel
-from sinder_jax import checkpoint, digest, vit
+from sinder_jax import checkpoint, param_tree, vit
 from sinder_jax.storage import array_store
 from sinder_jax.storage.paths import AnyPath
 
@@ -35,7 +35,7 @@ class Model:
       shapes: of the leaves, by flat name.
       leaf: gives a leaf by its flat name: float32, finite, verified where a digest of
         it is known.
-      digest: what its files say that `digest.of_model` is, or None.
+      digest: what its files say that `param_tree.digest` is, or None.
       sha256: of the leaves, by flat name, where it is known and verified.
       provenance: {"source", "layout", "sha256", "tool", "steps"}: the file that the
         weights first came in, and what was done since.
@@ -69,7 +69,7 @@ class Model:
     @property
     def num_params(self) -> int:
         """Number of parameters of the params tree."""
-        return vit.num_params(self.config)
+        return param_tree.num_params(self.config)
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
         """All leaves in turn; at their end, the digest of the whole is checked.
@@ -77,10 +77,10 @@ class Model:
         Raises:
           As `leaf` and `check_digest`.
         """
-        found = digest.ModelDigest()
+        found = param_tree.ModelDigest()
         for path in self.shapes:
             array = self.leaf(path)
-            found.add(path, array, self.sha256.get(path))
+            found.add(path, array, self.sha256.get(path, ""))
             yield path, array
         self.check_digest(found.hexdigest())
 

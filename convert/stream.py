@@ -14,7 +14,7 @@ from convert import layouts, source, write
 from convert.ahead import ahead
 from convert.source import Model
 from convert.state_dict import Spec
-from sinder_jax import checkpoint, digest
+from sinder_jax import checkpoint, param_tree
 
 
 def to_checkpoint(model: Model, destination: Path, provenance: Mapping) -> str:
@@ -47,11 +47,11 @@ def to_files(
       as_directory: whether a Hugging Face directory is made.
       files: what stands in it besides, see `write.write_hugging_face`.
     """
-    found = digest.ModelDigest()
+    found = param_tree.ModelDigest()
 
     def recorded(path: str) -> np.ndarray:
         array = model.leaf(path)
-        found.add(path, array, model.sha256.get(path))
+        found.add(path, array, model.sha256.get(path, ""))
         return array
 
     def tensors() -> write.Tensors:

@@ -31,7 +31,7 @@ from experiments.run.progress import Progress, duration
 from experiments.run.runner import Runner, choose_devices
 from experiments.run.stopping import Stopped, Stopping
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, pictures, repair
+from sinder_jax import param_tree, pictures, repair
 from sinder_jax.data import batches
 from sinder_jax.data.listing import Photograph
 
@@ -324,7 +324,7 @@ def finish(job: Job, course: Course, heartbeat: Heartbeat, began: float) -> None
         original.model,
         original.params,
         original.factors,
-        checkpoint.flatten(saved["eps"]),
+        param_tree.flatten(saved["eps"]),
         original.provenance,
     )
     with workdir.output("before_after.png") as path:
@@ -393,7 +393,7 @@ def run_summary(workdir: Workdir) -> dict[str, Any]:
 
 def change_summary(saved: dict[str, Any]) -> dict[str, Any]:
     """What the run changed, from its last state (`repair.to_saved`)."""
-    eps = checkpoint.flatten(saved["eps"])
+    eps = param_tree.flatten(saved["eps"])
     changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
     return {
         "changed_blocks": np.flatnonzero(changed).tolist(),

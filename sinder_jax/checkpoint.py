@@ -16,26 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
-from sinder_jax import digest, vit
+from sinder_jax import param_tree, vit
 from sinder_jax.storage import array_store, paths
 from sinder_jax.storage.array_store import check_destination
 from sinder_jax.storage.paths import AnyPath, StrPath
 
 __all__ = ["check_destination"]
 Tree = dict[str, Any]
-
-
-# --- Nested trees and flat names --------------------------------------------------
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a": {"b": x}}` as `{"a/b": x}`."""
-    return traverse_util.flatten_dict(dict(tree), sep="/")
-
-
-def unflatten(flat: Mapping[str, Any]) -> Tree:
-    """`{"a/b": x}` as `{"a": {"b": x}}`: the inverse of `flatten`."""
-    return traverse_util.unflatten_dict(dict(flat), sep="/")
 
 
 # --- A model ----------------------------------------------------------------------
@@ -52,7 +39,7 @@ def save(
     Args:
       path: a directory that does not exist, in one that does.
       config: the architecture.
-      params: float32 arrays, of NumPy or JAX, in the layout of `vit.param_shapes`.
+      params: float32 arrays, of NumPy or JAX, in the layout of `param_tree.shapes`.
       provenance: JSON values that say where the weights come from; None: not known.
 
     Raises:
@@ -61,9 +48,9 @@ def save(
       FileNotFoundError, PermissionError: the directory around it is missing or closed.
     """
     check_destination(path)
-    check_params(config, params)
+    param_tree.check(config, params)
     with ModelWriter(path, config, provenance) as writer:
-        for name, array in flatten(params).items():
+        for name, array in param_tree.flatten(params).items():
             writer.write(name, np.asarray(array))
 
 
@@ -87,7 +74,7 @@ class ModelWriter(array_store.Writer):
                 "provenance": dict(provenance or {}),
             },
         )
-        self._digest = digest.ModelDigest()
+        self._digest = param_tree.ModelDigest()
 
     def write(self, name: str, array: Any) -> str:
         """Adds a leaf by its flat name; gives its SHA-256."""
@@ -135,14 +122,14 @@ class ModelReader(array_store.Reader):
             for name, entry in self.arrays.items()
         }
         try:
-            vit.check_params(self.config, unflatten(stored))
+            param_tree.check_shapes(self.config, param_tree.unflatten(stored))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def read(self, name: str) -> np.ndarray:
         """One leaf by its flat name: finite float32, its digest verified."""
         array = super().read(name)
-        wrong = _not_finite_float32(name, array)
+        wrong = param_tree.misfit(name, array)
         if wrong:
             raise ValueError(f"{self._path}: {wrong}.")
         return array
@@ -160,31 +147,9 @@ def load(path: StrPath) -> tuple[vit.ViTConfig, Tree]:
         differs is named), or does not fit its own config; the message is one line.
     """
     reader = ModelReader(path)
-    return reader.config, unflatten({name: reader.read(name) for name in reader.arrays})
-
-
-def check_params(config: vit.ViTConfig, params: Mapping[str, Any]) -> None:
-    """Refuses params that are not the finite float32 arrays of this architecture.
-
-    Raises:
-      ValueError: names every missing, surplus and misshapen path or, where the shapes
-        fit, every array that is not float32 or holds NaN or infinity.
-    """
-    vit.check_params(config, params)
-    found = (_not_finite_float32(name, x) for name, x in flatten(params).items())
-    wrong = [reason for reason in found if reason]
-    if wrong:
-        raise ValueError(
-            "params are not finite float32 numbers: " + "; ".join(wrong) + "."
-        )
-
-
-def _not_finite_float32(name: str, array: Any) -> str:
-    if array.dtype != np.float32:
-        return f"{name} is {array.dtype}, not float32"
-    if not vit.is_finite(np.asarray(array)):
-        return f"{name} holds NaN or infinity"
-    return ""
+    return reader.config, param_tree.unflatten(
+        {name: reader.read(name) for name in reader.arrays}
+    )
 
 
 # --- Any tree ---------------------------------------------------------------------
@@ -209,7 +174,7 @@ def save_tree(
     for keys in traverse_util.flatten_dict(dict(tree)):
         if not all(isinstance(key, str) and "/" not in key for key in keys):
             raise ValueError(f"{keys}: names must be text without a slash.")
-    flat = {name: np.asarray(leaf) for name, leaf in flatten(tree).items()}
+    flat = {name: np.asarray(leaf) for name, leaf in param_tree.flatten(tree).items()}
     for name, array in flat.items():
         array_store.check_storable(name, array)
     with array_store.Writer(path, dict(metadata)) as writer:
@@ -230,7 +195,7 @@ def load_tree(path: StrPath) -> tuple[Tree, dict[str, Any]]:
         names the array); the message is one line.
     """
     reader = array_store.Reader(path)
-    return unflatten({name: reader.read(name) for name in reader.arrays}), (
+    return param_tree.unflatten({name: reader.read(name) for name in reader.arrays}), (
         reader.metadata
     )
 

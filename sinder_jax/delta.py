@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sinder_jax import checkpoint, digest, factor, vit
+from sinder_jax import factor, param_tree
 from sinder_jax.factor import Params
 from sinder_jax.vit import ViTConfig
 
@@ -40,7 +40,7 @@ class Patch(NamedTuple):
     Attributes:
       config: the architecture of base and repaired model.
       eps: ε by `factor.kernel_names`, float32 [L, S], in units of singular values.
-      base: `digest.of_model` of the base, the same in every layout.
+      base: `param_tree.digest` of the base, the same in every layout.
       probe: by the same names, float32 [L, NUM_PROBES]: aᵀ·ΔW·b/‖ε‖ for fixed random
         vectors a and b, of order 1, with ΔW = V·diag(ε)·Uᵀ; 0 where ε is.
     """
@@ -113,7 +113,7 @@ def from_eps(
       ValueError: params, factors or ε do not fit the config or each other, hold values
         that are not finite, or ε is all zero.
     """
-    checkpoint.check_params(config, base_params)
+    param_tree.check(config, base_params)
     factor.check_factors(factor.split_params(config, base_params)[1], factors)
     factor.check_eps(factors, eps)
     patch = _empty(config, base_params)
@@ -166,10 +166,10 @@ def extract(
         the config or are not finite float32 numbers.
     """
     check_architecture(config, repaired_config or config)
-    checkpoint.check_params(config, base_params)
-    checkpoint.check_params(config, repaired_params)
+    param_tree.check(config, base_params)
+    param_tree.check(config, repaired_params)
     flat, new_flat = (
-        {path: np.asarray(leaf) for path, leaf in checkpoint.flatten(params).items()}
+        {path: np.asarray(leaf) for path, leaf in param_tree.flatten(params).items()}
         for params in (base_params, repaired_params)
     )
     rebuilt = (_rebuilt_parts(config, f) for f in (flat, new_flat))
@@ -195,7 +195,7 @@ def _empty(config: ViTConfig, base_params: Params) -> Patch:
     probe = {
         name: np.zeros((len(e), NUM_PROBES), np.float32) for name, e in eps.items()
     }
-    return Patch(config, eps, digest.of_model(checkpoint.flatten(base_params)), probe)
+    return Patch(config, eps, param_tree.digest(param_tree.flatten(base_params)), probe)
 
 
 def _eps_shapes(config: ViTConfig) -> dict[str, tuple[int, int]]:
@@ -333,7 +333,7 @@ def check_base(patch: Patch, config: ViTConfig, model: str) -> None:
     Args:
       patch: a patch.
       config: the model's architecture.
-      model: its `digest.of_model`.
+      model: its `param_tree.digest`.
 
     Raises:
       ValueError: another architecture or other weights.
@@ -411,9 +411,9 @@ def apply(
         other than those ε belongs to.
     """
     check_scale(scale)
-    flat = checkpoint.flatten(base_params)
-    check_base(patch, config, digest.of_model(flat))
-    return checkpoint.unflatten(
+    flat = param_tree.flatten(base_params)
+    check_base(patch, config, param_tree.digest(flat))
+    return param_tree.unflatten(
         {
             path: patched_leaf(patch, path, leaf, scale, progress)
             for path, leaf in flat.items()
@@ -474,7 +474,7 @@ def check_scale(scale: float) -> None:
 
 
 def _check_leaf(config: ViTConfig, path: str, leaf: np.ndarray) -> None:
-    shapes = checkpoint.flatten(vit.param_shapes(config))
+    shapes = param_tree.flatten(param_tree.shapes(config))
     want = shapes[path].shape if path in shapes else "no such leaf"
     if leaf.shape != want or leaf.dtype != np.float32:
         raise ValueError(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct, traverse_util
 
-from sinder_jax import defects, factor, loss, vit
+from sinder_jax import defects, factor, loss, param_tree
 from sinder_jax.factor import Factors, Params
 from sinder_jax.vit import ViTConfig
 
@@ -159,8 +159,8 @@ def init(
     Raises:
       ValueError: params, directions or factors that do not fit `config`, or not finite.
     """
-    vit.check_params(config, params)
-    vit.check_finite(params)
+    param_tree.check_shapes(config, params)
+    param_tree.check_finite(params)
     if directions is None:
         directions = defects.singular_defect_directions(config, params)
     directions = jnp.asarray(directions, jnp.float32)
@@ -174,7 +174,7 @@ def init(
     factors = factor.factorize(config, params) if factors is None else factors
     rest, kernels = factor.split_params(config, params)
     factor.check_factors(kernels, factors)
-    if not all(vit.is_finite(np.asarray(x)) for x in jax.tree.leaves(factors)):
+    if not all(param_tree.is_finite(np.asarray(x)) for x in jax.tree.leaves(factors)):
         raise ValueError("factors hold values that are not finite.")
     frozen = Frozen(
         params=jax.tree.map(jnp.asarray, rest),

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from flax import traverse_util
 from jaxtyping import Array, Float
 
 from sinder_jax import attention, pos_embed
@@ -514,57 +513,3 @@ def split_tokens(
     first = 1 + config.num_register_tokens
     patches = rearrange(tokens[:, first:], "B (H W) D -> B H W D", H=rows, W=columns)
     return tokens[:, 0], tokens[:, 1:first], patches
-
-
-@functools.lru_cache
-def _shapes(config: ViTConfig) -> Any:
-    image = jnp.zeros((1, config.patch_size, config.patch_size, 3))
-    return jax.eval_shape(ViT(config).init, jax.random.key(0), image)["params"]
-
-
-def param_shapes(config: ViTConfig) -> dict[str, Any]:
-    """The params tree with a `jax.ShapeDtypeStruct` in place of each array."""
-    return jax.tree.map(lambda leaf: leaf, _shapes(config))
-
-
-def num_params(config: ViTConfig) -> int:
-    """Number of parameters, counted from the shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(param_shapes(config)))
-
-
-def check_params(config: ViTConfig, params: Any) -> None:
-    """Raises ValueError naming every leaf that is missing, surplus or misshapen."""
-    want = _leaf_shapes(param_shapes(config))
-    got = _leaf_shapes(params)
-    wrong = [f"{path} is missing" for path in want.keys() - got.keys()]
-    wrong += [f"{path} is not of this model" for path in got.keys() - want.keys()]
-    wrong += [
-        f"{path} has shape {got[path]}, not {want[path]}"
-        for path in want.keys() & got.keys()
-        if want[path] != got[path]
-    ]
-    if wrong:
-        listed = "; ".join(sorted(wrong))
-        raise ValueError(f"params do not fit {config}: {listed}.")
-
-
-def check_finite(params: Any) -> None:
-    """Raises ValueError naming every array that holds NaN or infinity."""
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    bad = [path for path, leaf in flat.items() if not is_finite(np.asarray(leaf))]
-    if bad:
-        raise ValueError(f"params hold values that are not finite: {'; '.join(bad)}.")
-
-
-def is_finite(array: np.ndarray) -> bool:
-    """Whether no element is NaN or infinite, read slice by slice to save memory."""
-    with np.errstate(all="ignore"):
-        if np.isfinite(np.sum(array)):  # NaN and infinity would show: one fast pass
-            return True
-    slices = array if array.ndim > 1 else array[None]
-    return all(bool(np.isfinite(part).all()) for part in slices)
-
-
-def _leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    flat = traverse_util.flatten_dict(dict(tree), sep="/")
-    return {path: tuple(np.shape(leaf)) for path, leaf in flat.items()}

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from experiments.run import inputs
 from experiments.run.progress import duration
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, defects, factor, vit
+from sinder_jax import checkpoint, defects, factor, param_tree, vit
 
 FACTORS = ("u", "sigma", "v")
 
@@ -67,7 +67,7 @@ def freeze(
     tree = {
         "params": params,
         "factors": {
-            part: checkpoint.unflatten(getattr(factors, part)) for part in FACTORS
+            part: param_tree.unflatten(getattr(factors, part)) for part in FACTORS
         },
         "directions": np.asarray(found.directions),
     }
@@ -88,7 +88,7 @@ def thaw(workdir: Workdir) -> Thawed:
         model,
         tree["params"],
         factor.Factors(
-            **{part: checkpoint.flatten(tree["factors"][part]) for part in FACTORS}
+            **{part: param_tree.flatten(tree["factors"][part]) for part in FACTORS}
         ),
         tree["directions"],
         header["provenance"],

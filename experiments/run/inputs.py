@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 import convert
 from convert import fetch, source, write
-from sinder_jax import checkpoint, planted, repair, vit
+from sinder_jax import param_tree, planted, repair, vit
 from sinder_jax.data import batches, decode, listing
 from sinder_jax.data.listing import Photograph
 from sinder_jax.storage import paths
@@ -200,6 +200,6 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
         dataclasses.replace(
             model.config, interpolate_antialias=config.interpolate_antialias
         ),
-        checkpoint.unflatten(dict(model.leaves())),
+        param_tree.unflatten(dict(model.leaves())),
         model.provenance,
     )

@@ -19,7 +19,7 @@ from convert import source, write
 from experiments import observe
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, delta, digest, factor, pictures, vit
+from sinder_jax import checkpoint, delta, factor, param_tree, pictures, vit
 from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
 from sinder_jax.storage import array_store, delta_file
@@ -46,7 +46,7 @@ def export(
         names.append("repaired.pth")
     state_dict = convert.to_torch(config, params)
     told = source.metadata_of(
-        config, provenance, digest.of_model(checkpoint.flatten(params))
+        config, provenance, param_tree.digest(param_tree.flatten(params))
     )
     for name in names:
         with workdir.output(name) as path:

@@ -17,7 +17,7 @@ import numpy as np
 
 from convert import source
 from experiments.visualize import ARCHITECTURE
-from sinder_jax import checkpoint, digest
+from sinder_jax import param_tree
 from sinder_jax.data import decode
 from sinder_jax.storage import paths
 
@@ -92,12 +92,12 @@ class Subject:
         """Of the weights, see `sinder_jax.digest`."""
         if self.model.digest is not None:
             return self.model.digest
-        return digest.of_model(checkpoint.flatten(self.params))
+        return param_tree.digest(param_tree.flatten(self.params))
 
     @functools.cached_property
     def params(self) -> dict[str, Any]:
         """On the host."""
-        return checkpoint.unflatten(dict(self.model.leaves()))
+        return param_tree.unflatten(dict(self.model.leaves()))
 
     @functools.cached_property
     def placed(self) -> Any:

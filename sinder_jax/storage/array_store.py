@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from sinder_jax import digest
+from sinder_jax import param_tree
 from sinder_jax.storage import paths
 from sinder_jax.storage.paths import AnyPath, StrPath
 
@@ -106,7 +106,7 @@ class Writer:
         check_storable(name, array)
         if name in self._entries:
             raise ValueError(f"{name} is written twice.")
-        sha256 = digest.of_array(array)
+        sha256 = param_tree.digest_of_array(array)
         self._entries[name] = entry(array, sha256, part=self._num_parts)
         self._part[name] = array
         if sum(each.nbytes for each in self._part.values()) >= PART_BYTES:
@@ -181,7 +181,7 @@ class Reader:
         want = {key: stored[key] for key in found}
         if found != want:
             raise self._damaged(f"{name} is {found}, its metadata says {want}")
-        if digest.of_array(array) != stored["sha256"]:
+        if param_tree.digest_of_array(array) != stored["sha256"]:
             raise self._damaged(f"the bytes of {name} are not those that were written")
         return array
 

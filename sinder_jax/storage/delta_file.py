@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sinder_jax import checkpoint, digest
+from sinder_jax import checkpoint, param_tree
 from sinder_jax.delta import Patch, check
 from sinder_jax.storage import array_store
 from sinder_jax.vit import ViTConfig
@@ -139,7 +139,7 @@ def _content_digest(
     """SHA-256 of everything in a patch file but itself, whatever its order there."""
     lines = sorted([name, text] for name, text in header.items() if name != "digest")
     arrays = sorted(
-        [name, str(array.dtype), list(array.shape), digest.of_array(array)]
+        [name, str(array.dtype), list(array.shape), param_tree.digest_of_array(array)]
         for name, array in tensors.items()
     )
     return hashlib.sha256(json.dumps([lines, arrays]).encode()).hexdigest()

@@ -23,7 +23,7 @@ from orbax.checkpoint.checkpoint_managers import (
     LatestN,
 )
 
-from sinder_jax import checkpoint, digest
+from sinder_jax import checkpoint, param_tree
 from sinder_jax.storage import array_store, paths
 from sinder_jax.storage.paths import AnyPath, StrPath
 
@@ -101,16 +101,18 @@ class States:
             return
         flat = {
             name: np.array(leaf)  # always a copy
-            for name, leaf in checkpoint.flatten(jax.device_get(dict(tree))).items()
+            for name, leaf in param_tree.flatten(jax.device_get(dict(tree))).items()
         }
         entries = {}
         for name, array in flat.items():
             array_store.check_storable(name, array)
-            entries[name] = array_store.entry(array, digest.of_array(array), part=0)
+            entries[name] = array_store.entry(
+                array, param_tree.digest_of_array(array), part=0
+            )
         added = {"num_images": num_images, "versions": versions()}
         header = array_store.header(entries, {**(metadata or {}), **added})
         items = {
-            ARRAYS: array_store.arrays_args(checkpoint.unflatten(flat)),
+            ARRAYS: array_store.arrays_args(param_tree.unflatten(flat)),
             METADATA: ocp.args.JsonSave(header),
         }
         self._saving = num_images

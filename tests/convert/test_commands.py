@@ -16,7 +16,7 @@ from convert import commands, layouts, read, source, write
 from convert.__main__ import main
 from convert.state_dict import Spec
 from samples import SMALL, assert_same_bytes, random_params
-from sinder_jax import checkpoint, delta, digest, factor, vit
+from sinder_jax import checkpoint, delta, factor, param_tree, vit
 from sinder_jax.storage import delta_file
 
 KINDS = {"swiglu": SMALL["swiglu"], "registers": SMALL["registers"]}
@@ -85,7 +85,7 @@ def test_every_layout_leads_to_the_same_digest(layout, kind, tmp_path, capsys):
     out = capsys.readouterr().out
     assert ("no mask token" in out) == (layout == "timm")
     got = re.search(r"digest ([0-9a-f]{64})", out)[1]
-    assert got == digest.of_model(checkpoint.flatten(params))
+    assert got == param_tree.digest(param_tree.flatten(params))
     assert checkpoint.load(tmp_path / "jax")[0] == config
 
 
@@ -213,10 +213,10 @@ def test_a_file_is_brought_from_one_layout_into_another(tmp_path):
 def assert_is_repaired(path, repaired, base, changed_block):
     """Kernels within 1e-6, all else byte for byte as in the base."""
     got = loaded(path)
-    for name, want in checkpoint.flatten(repaired).items():
+    for name, want in param_tree.flatten(repaired).items():
         if name == "mask_token":
             continue
-        original = checkpoint.flatten(base)[name]
+        original = param_tree.flatten(base)[name]
         if name in ("cls_token", "pos_embed"):
             continue  # timm's are added up; compared by digest below
         if want.tobytes() == original.tobytes():

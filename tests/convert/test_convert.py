@@ -9,7 +9,7 @@ import convert
 import golden
 from convert import infer, layouts
 from samples import SMALL, assert_same_bytes, error_of, random_params, random_state
-from sinder_jax import checkpoint, vit
+from sinder_jax import param_tree, vit
 
 # --- Round trips and axes ---------------------------------------------------------
 
@@ -19,7 +19,7 @@ def test_params_come_back_with_the_same_bytes(kind):
     params = random_params(SMALL[kind])
     config, back = convert.from_torch(convert.to_torch(SMALL[kind], params))
     assert config == SMALL[kind]
-    flat, flat_back = checkpoint.flatten(params), checkpoint.flatten(back)
+    flat, flat_back = param_tree.flatten(params), param_tree.flatten(back)
     assert_same_bytes({path: flat_back[path] for path in flat}, flat)
     assert all(type(leaf) is np.ndarray for leaf in flat_back.values())
 
@@ -66,9 +66,9 @@ def test_result_shares_no_memory_with_the_input(direction):
     state = convert.to_torch(config, params)
     if direction == "from_torch":
         source, (_, tree) = state, convert.from_torch(state)
-        result = checkpoint.flatten(tree)
+        result = param_tree.flatten(tree)
     else:
-        source, result = checkpoint.flatten(params), state
+        source, result = param_tree.flatten(params), state
     for x in source.values():
         assert not any(np.shares_memory(x, y) for y in result.values())
 
@@ -94,7 +94,7 @@ def test_hub_architecture_is_inferred_from_its_shapes(name, layout):
     shapes = {key: slot.shape for key, slot in layouts.table(layout, config).items()}
     if layout != "timm":  # which has no mask token and adds up the class token
         total = sum(np.prod(shape) for shape in shapes.values())
-        assert total == vit.num_params(config)
+        assert total == param_tree.num_params(config)
     # Views of one number: the giant's shapes without the giant's memory.
     state = {
         key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()
@@ -112,8 +112,8 @@ def test_one_block_of_a_hub_model_comes_back_with_the_same_bytes(name):
     state = convert.to_torch(config, params)
     inferred, back = convert.from_torch(state)
     assert inferred == config
-    flat = checkpoint.flatten(back)
-    for path, leaf in checkpoint.flatten(params).items():
+    flat = param_tree.flatten(back)
+    for path, leaf in param_tree.flatten(params).items():
         assert flat[path].tobytes() == leaf.tobytes(), path
 
 
@@ -296,7 +296,7 @@ def test_every_tensor_of_a_layout_comes_back_with_the_same_bytes(layout, kind):
     state = convert.to_torch(SMALL[kind], params, layout)
     config, back = convert.from_torch(state)
     assert config == SMALL[kind]
-    flat, flat_back = checkpoint.flatten(params), checkpoint.flatten(back)
+    flat, flat_back = param_tree.flatten(params), param_tree.flatten(back)
     assert_same_bytes({path: flat_back[path] for path in flat}, flat)
     assert_same_bytes(convert.to_torch(config, back, layout), state)
 
@@ -334,8 +334,8 @@ def test_the_names_in_the_memory_of_transformers_are_read(kind):
     state = convert.to_torch(SMALL[kind], params, "hf")
     config, back = convert.from_torch(in_memory_of_transformers(state))
     assert config == SMALL[kind]
-    for path, leaf in checkpoint.flatten(params).items():
-        assert checkpoint.flatten(back)[path].tobytes() == leaf.tobytes(), path
+    for path, leaf in param_tree.flatten(params).items():
+        assert param_tree.flatten(back)[path].tobytes() == leaf.tobytes(), path
 
 
 def training(state):
@@ -364,8 +364,8 @@ def test_what_training_wraps_around_the_names_is_stripped(wrap):
     params = random_params(SMALL["mlp"])
     config, back = convert.from_torch(wrap(convert.to_torch(SMALL["mlp"], params)))
     assert config == SMALL["mlp"]
-    for path, leaf in checkpoint.flatten(params).items():
-        assert checkpoint.flatten(back)[path].tobytes() == leaf.tobytes(), path
+    for path, leaf in param_tree.flatten(params).items():
+        assert param_tree.flatten(back)[path].tobytes() == leaf.tobytes(), path
 
 
 @pytest.mark.parametrize("prefix", ["dinov2", "dinov2_with_registers"])

@@ -10,20 +10,20 @@ import convert
 from convert import read, write
 from convert.__main__ import main
 from samples import assert_same_bytes
-from sinder_jax import checkpoint, vit
+from sinder_jax import checkpoint, param_tree, vit
 
 SOURCE_FILES = {".safetensors": [".safetensors", ".safetensors.sha256"]}
 SOURCE_FILES[".pth"] = SOURCE_FILES[".safetensors"] + [".pth", ".pth.sha256"]
 CONFIG = vit.ViTConfig(64, 2, 1, "swiglu", img_size=28)
-NUM_PARAMS = f"{vit.num_params(CONFIG):,} parameters"
+NUM_PARAMS = f"{param_tree.num_params(CONFIG):,} parameters"
 
 
 @pytest.fixture(scope="module")
 def state():
     rng = np.random.default_rng(0)
-    shapes = checkpoint.flatten(vit.param_shapes(CONFIG))
+    shapes = param_tree.flatten(param_tree.shapes(CONFIG))
     params = {p: rng.standard_normal(x.shape, np.float32) for p, x in shapes.items()}
-    return convert.to_torch(CONFIG, checkpoint.unflatten(params))
+    return convert.to_torch(CONFIG, param_tree.unflatten(params))
 
 
 @pytest.fixture
@@ -119,9 +119,9 @@ def test_inspect_says_what_is_there(kind, source, tmp_path, capsys):
 
 def test_inspect_names_the_hub_model(tmp_path, capsys):
     config = vit.CONFIGS["dinov2_vits14"]
-    shapes = checkpoint.flatten(vit.param_shapes(config))
+    shapes = param_tree.flatten(param_tree.shapes(config))
     zeros = {path: np.zeros(leaf.shape, np.float32) for path, leaf in shapes.items()}
-    checkpoint.save(tmp_path / "small", config, checkpoint.unflatten(zeros))
+    checkpoint.save(tmp_path / "small", config, param_tree.unflatten(zeros))
     assert run("inspect", tmp_path / "small") == 0
     out = capsys.readouterr().out
     assert "dinov2_vits14\n" in out and "22,056,576 parameters" in out

@@ -11,7 +11,7 @@ from benchmarks import convert_giant, giant_step
 from convert import read, write
 from convert.__main__ import main as convert_main
 from experiments import repair
-from sinder_jax import checkpoint, digest, vit
+from sinder_jax import checkpoint, param_tree, vit
 
 
 @pytest.mark.slow
@@ -41,8 +41,8 @@ def test_small_config_repairs_a_hub_file_of_its_size(tmp_path, capsys):
     assert repaired.keys() == original.keys()
     _, loaded = checkpoint.load(workdir / "repaired")
     _, converted = convert.from_torch(repaired)
-    for path, array in checkpoint.flatten(loaded).items():
-        assert np.array_equal(array, checkpoint.flatten(converted)[path]), path
+    for path, array in param_tree.flatten(loaded).items():
+        assert np.array_equal(array, param_tree.flatten(converted)[path]), path
     # Random weights have hardly a defect; what no step touched has its very bits.
     changed = json.loads((workdir / "summary.json").read_text())["changed_blocks"]
     for key, array in original.items():
@@ -85,7 +85,9 @@ def test_hub_file_comes_back_byte_for_byte_and_loads_strictly(name, tmp_path):
     want = read.open_state_dict(source)
     assert list(loaded) == list(model.state_dict())
     for key, parameter in model.state_dict().items():
-        assert digest.of_array(parameter.numpy()) == digest.of_array(want[key]), key
+        assert param_tree.digest_of_array(
+            parameter.numpy()
+        ) == param_tree.digest_of_array(want[key]), key
     for file in (source, back):
         file.unlink()
     shutil.rmtree(tmp_path / "jax")

@@ -14,7 +14,7 @@ import convert
 from convert import source, write
 from convert.__main__ import main
 from samples import SMALL, random_params
-from sinder_jax import checkpoint, delta
+from sinder_jax import checkpoint, delta, param_tree
 from sinder_jax.storage import array_store, delta_file
 
 CONFIG = SMALL["registers"]
@@ -62,7 +62,7 @@ def outcome(path, params):
         assert "\n" not in str(error)
         assert str(path.parent) in str(error), "the file is not named"
         return "detected"
-    want = checkpoint.flatten(params)
+    want = param_tree.flatten(params)
     same = got.keys() == want.keys() and all(
         got[name].tobytes() == array.tobytes() for name, array in want.items()
     )

@@ -7,7 +7,7 @@ import pytest
 
 import convert
 import golden
-from sinder_jax import checkpoint, vit
+from sinder_jax import param_tree, vit
 
 torch = pytest.importorskip("torch")
 torch_vit = pytest.importorskip("convert.torch_vit")
@@ -33,8 +33,8 @@ each_recording = pytest.mark.parametrize("name", golden.NAMES)
 
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.flatten(vit.param_shapes(config))
-    return checkpoint.unflatten(
+    shapes = param_tree.flatten(param_tree.shapes(config))
+    return param_tree.unflatten(
         {
             path: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.1)
             + np.float32(path.endswith(("scale", "gamma")))

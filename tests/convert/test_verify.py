@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import convert
 import golden
 from convert import verify
-from sinder_jax import checkpoint, vit
+from sinder_jax import param_tree, vit
 from sinder_jax.data import decode, listing
 
 # Stored grid 4 x 4; the head width is not 64.
@@ -30,8 +30,8 @@ each_kind = pytest.mark.parametrize("kind", CONFIGS)
 
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.flatten(vit.param_shapes(config))
-    return checkpoint.unflatten(
+    shapes = param_tree.flatten(param_tree.shapes(config))
+    return param_tree.unflatten(
         {
             path: rng.standard_normal(leaf.shape, np.float32) * np.float32(0.1)
             + np.float32(path.endswith(("scale", "gamma")))

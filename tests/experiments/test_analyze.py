@@ -25,7 +25,7 @@ from experiments.study import figures, verdict
 from experiments.study.cache import Cache, Step
 from experiments.study.study import Study
 from experiments.study.subjects import Options, Photo, Subject, read_photos
-from sinder_jax import checkpoint, planted, vit
+from sinder_jax import checkpoint, param_tree, planted, vit
 from sinder_jax.analysis import spectra
 from sinder_jax.analysis.tokens import detect
 from sinder_jax.data import decode, listing
@@ -39,7 +39,7 @@ def random_params(config, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: rng.normal(0, 0.2, leaf.shape).astype(np.float32),
-        vit.param_shapes(config),
+        param_tree.shapes(config),
     )
 
 

@@ -24,7 +24,7 @@ from convert import read, write
 from convert.__main__ import main as convert_main
 from experiments import cli, repair
 from experiments.run import inputs, results
-from sinder_jax import checkpoint, factor, planted, vit
+from sinder_jax import checkpoint, factor, param_tree, planted, vit
 from sinder_jax.data import listing
 
 # One image per step: the authors' step. By default it would be one per device, so two.
@@ -680,7 +680,7 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
         config, params = convert.from_torch(state_dict)
         params["norm"]["bias"][5] = np.nan
         with checkpoint.ModelWriter(target, config) as writer:  # unchecked
-            for name, array in checkpoint.flatten(params).items():
+            for name, array in param_tree.flatten(params).items():
                 writer.write(name, array)
     elif kind == "cut.safetensors":
         del state_dict["blocks.7.ls2.gamma"]

@@ -23,7 +23,7 @@ import pytest
 import bucket
 import places
 from experiments import cli, repair, status
-from sinder_jax import checkpoint
+from sinder_jax import checkpoint, param_tree
 
 STEPS = 12
 # A run of twelve steps, saved after every third image.
@@ -59,7 +59,7 @@ def run(workdir, *arguments, code=0):
 
 def state_of(workdir):
     newest = checkpoint.load_newest(workdir / "states")
-    return {name: np.asarray(x) for name, x in checkpoint.flatten(newest.tree).items()}
+    return {name: np.asarray(x) for name, x in param_tree.flatten(newest.tree).items()}
 
 
 def assert_same(one, two):

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments import cli, visualize
-from sinder_jax import checkpoint, defects, loss, vit
+from sinder_jax import checkpoint, defects, loss, param_tree, vit
 from sinder_jax.data import decode
 
 CONFIG = vit.ViTConfig(embed_dim=32, depth=3, num_heads=2, ffn_layer="mlp", img_size=56)
@@ -27,7 +27,7 @@ def make_params(config: vit.ViTConfig, seed: int):
     def weights(shape: jax.ShapeDtypeStruct) -> np.ndarray:
         return rng.normal(0, 0.2, shape.shape).astype(np.float32)
 
-    return jax.tree.map(weights, vit.param_shapes(config))
+    return jax.tree.map(weights, param_tree.shapes(config))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import pytest
 from etils import epath
 
 import bucket as buckets
-from sinder_jax import checkpoint, vit
+from sinder_jax import checkpoint, param_tree, vit
 from sinder_jax.storage import array_store
 
 CONFIG = vit.ViTConfig(64, 3, 1, "swiglu", img_size=28, num_register_tokens=2)
@@ -31,8 +31,8 @@ TREE = {
 
 def random_params(config=CONFIG, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.flatten(vit.param_shapes(config))
-    return checkpoint.unflatten(
+    shapes = param_tree.flatten(param_tree.shapes(config))
+    return param_tree.unflatten(
         {
             path: rng.standard_normal(leaf.shape, np.float32)
             for path, leaf in shapes.items()
@@ -41,7 +41,7 @@ def random_params(config=CONFIG, seed=0):
 
 
 def assert_same_tree(got, want):
-    got, want = checkpoint.flatten(got), checkpoint.flatten(want)
+    got, want = param_tree.flatten(got), param_tree.flatten(want)
     assert got.keys() == want.keys()
     for path in want:
         expected = np.asarray(want[path])
@@ -76,9 +76,9 @@ def model(stored, tmp_path):
 
 
 def test_flatten_and_unflatten_are_inverse():
-    flat = checkpoint.flatten(TREE)
+    flat = param_tree.flatten(TREE)
     assert set(flat) >= {"a/float32", "b/deep/scalar"}
-    assert checkpoint.unflatten(flat) == TREE
+    assert param_tree.unflatten(flat) == TREE
 
 
 @pytest.mark.parametrize("ffn_layer", ["mlp", "swiglu"])
@@ -280,7 +280,7 @@ def test_not_finite_values_in_a_stored_model_are_named(tmp_path):
     params = random_params()
     params["norm"]["scale"][3] = np.nan
     with checkpoint.ModelWriter(tmp_path / "model", CONFIG) as writer:  # unchecked
-        for name, array in checkpoint.flatten(params).items():
+        for name, array in param_tree.flatten(params).items():
             writer.write(name, array)
     assert "norm/scale holds NaN" in error_of(checkpoint.load, tmp_path / "model")
 

@@ -14,7 +14,7 @@ from flax import traverse_util
 import convert
 import golden
 import reference
-from sinder_jax import defects, vit
+from sinder_jax import defects, param_tree, vit
 
 SMALL = {"gelu": ("gelu", 2), "swiglu": ("swiglu", 3)}  # recording, planted block
 
@@ -50,7 +50,7 @@ def reference_model(name):
 def random_params(config, gain):
     """Random params whose branches change a token by about `gain` times itself."""
     rng = np.random.default_rng(0)
-    flat = traverse_util.flatten_dict(vit.param_shapes(config), sep="/")
+    flat = traverse_util.flatten_dict(param_tree.shapes(config), sep="/")
     values = {}
     for path, leaf in flat.items():
         values[path] = rng.standard_normal(leaf.shape).astype(np.float32)

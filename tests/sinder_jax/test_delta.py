@@ -26,7 +26,7 @@ from deltas import (
     random_patch,
     relative,
 )
-from sinder_jax import checkpoint, delta, digest, factor
+from sinder_jax import delta, factor, param_tree
 
 # --- Extracting and applying --------------------------------------------------------
 
@@ -47,11 +47,11 @@ def test_applying_what_was_extracted_gives_the_repaired_model(config):
 def test_what_no_eps_touches_keeps_its_bits(config):
     params, _, found, _ = extracted(config)
     patched = delta.apply(config, params, found)
-    before = checkpoint.flatten(params)
+    before = param_tree.flatten(params)
     kernels = {"blocks/attn/qkv/kernel"} | {
         f"blocks/{name}/kernel" for name in factor.kernel_names(config)
     }
-    for path, leaf in checkpoint.flatten(patched).items():
+    for path, leaf in param_tree.flatten(patched).items():
         blocks = [0, 3] if path in kernels else slice(None)
         assert leaf[blocks].tobytes() == before[path][blocks].tobytes(), path
     q_and_k = slice(0, 2 * config.embed_dim)
@@ -60,7 +60,7 @@ def test_what_no_eps_touches_keeps_its_bits(config):
     # the control: the rest of it did change
     for name in kernels & before.keys():
         assert (
-            checkpoint.flatten(patched)[name][4].tobytes() != before[name][4].tobytes()
+            param_tree.flatten(patched)[name][4].tobytes() != before[name][4].tobytes()
         )
 
 
@@ -72,7 +72,7 @@ def test_extracted_eps_is_the_eps_of_the_run(config):
     assert (
         found.base
         == random_patch(config).base
-        == digest.of_model(checkpoint.flatten(params))
+        == param_tree.digest(param_tree.flatten(params))
     )
     for name, e in eps.items():
         sigma = factors.sigma[name]
@@ -177,9 +177,9 @@ def test_kernels_without_rank_or_scale():
 
 def test_a_model_is_patched_leaf_by_leaf():
     params, repaired, found, _ = extracted(SWIGLU)
-    whole = checkpoint.flatten(delta.apply(SWIGLU, params, found))
+    whole = param_tree.flatten(delta.apply(SWIGLU, params, found))
     calls = []
-    for path, leaf in checkpoint.flatten(params).items():
+    for path, leaf in param_tree.flatten(params).items():
         before = leaf.copy()
         got = delta.patched_leaf(
             found, path, leaf, progress=lambda name, block: calls.append((name, block))
@@ -443,11 +443,11 @@ def test_a_class_token_with_its_position_added_is_the_same():
     params, repaired, found, _ = extracted(REGISTERS)
 
     def folded(params):
-        flat = checkpoint.flatten(params)
+        flat = param_tree.flatten(params)
         flat["cls_token"] = flat["cls_token"] + flat["pos_embed"][:, :1]
         flat["pos_embed"] = flat["pos_embed"].copy()
         flat["pos_embed"][:, :1] = 0
-        return checkpoint.unflatten(flat)
+        return param_tree.unflatten(flat)
 
     assert_same_patch(delta.extract(REGISTERS, params, folded(repaired))[0], found)
     assert_same_patch(delta.extract(REGISTERS, folded(params), repaired)[0], found)
@@ -496,7 +496,7 @@ def test_another_architecture_is_refused_by_its_fields():
 def test_another_base_is_refused():
     params, repaired, found, _ = extracted(SWIGLU)
     for other in (repaired, changed_copy(params, "norm/bias", next_number)):
-        theirs = digest.of_model(checkpoint.flatten(other))
+        theirs = param_tree.digest(param_tree.flatten(other))
         message = f"digest {found.base[:12]}…, this one has {theirs[:12]}….* only"
         with pytest.raises(ValueError, match=message) as error:
             delta.apply(SWIGLU, other, found)

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 import convert
 import golden
-from sinder_jax import factor, vit
+from sinder_jax import factor, param_tree, vit
 
 SWIGLU = vit.ViTConfig(16, 3, 2, "swiglu", img_size=28)
 MLP = vit.ViTConfig(12, 2, 2, "mlp", img_size=28)
@@ -39,7 +39,7 @@ def random_params(config):
     rng = np.random.default_rng(0)
     values = {
         path: rng.standard_normal(leaf.shape).astype(np.float32) * 0.3
-        for path, leaf in flat(vit.param_shapes(config)).items()
+        for path, leaf in flat(param_tree.shapes(config)).items()
     }
     return traverse_util.unflatten_dict(values, sep="/")
 
@@ -201,7 +201,7 @@ def test_split_trains_the_value_third_and_freezes_query_and_key(config):
     assert not trained & set(flat(frozen))
     # nothing is lost, nothing is there twice
     sizes = [x.size for x in (*flat(frozen).values(), *kernels.values())]
-    assert sum(sizes) == vit.num_params(config)
+    assert sum(sizes) == param_tree.num_params(config)
 
 
 # --- Merging --------------------------------------------------------------------------

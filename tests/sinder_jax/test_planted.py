@@ -10,7 +10,7 @@ from PIL import Image
 from experiments import config as config_files
 from experiments import observe
 from experiments.run import inputs
-from sinder_jax import checkpoint, defects, planted, repair, vit
+from sinder_jax import defects, param_tree, planted, repair, vit
 from sinder_jax.data import decode, listing
 
 TINY = config_files.load("tiny.py")
@@ -122,7 +122,7 @@ def test_the_search_finds_it_in_the_planted_block_of_every_photograph(seed):
 
 def test_params_are_finite_float32_numpy_arrays_of_the_architecture():
     made = model(TINY.seed)
-    checkpoint.check_params(made.config, made.params)
+    param_tree.check(made.config, made.params)
     assert all(type(leaf) is np.ndarray for leaf in jax.tree.leaves(made.params))
     assert vit.patch_grid(made.config, SIDE, SIDE) == (16, 16)
     np.testing.assert_allclose(np.linalg.norm(made.direction), 1, rtol=1e-12)

@@ -30,7 +30,7 @@ from recorded import (
     start,
     stored,
 )
-from sinder_jax import factor, repair, search, vit
+from sinder_jax import factor, param_tree, repair, search, vit
 
 Tree = dict[str, Any]
 
@@ -497,7 +497,7 @@ def tiny_model() -> tuple[Tree, np.ndarray, factor.Factors]:
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: rng.standard_normal(leaf.shape, np.float32),
-        vit.param_shapes(TINY),
+        param_tree.shapes(TINY),
     )
     directions = np.ones((TINY.depth, TINY.embed_dim), np.float32)
     return params, directions, factor.factorize(TINY, params)

@@ -23,7 +23,7 @@ from recorded import (
     start,
     stored,
 )
-from sinder_jax import defects, factor, repair, vit
+from sinder_jax import defects, factor, param_tree, repair
 
 # --- Options --------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ def test_frozen_part_holds_every_weight_once_and_no_trainable_kernel():
     assert not trainable & paths.keys()
     total = sum(x.size for x in paths.values())
     total += sum(x.size for x in state.merged.values())
-    assert total == vit.num_params(case.config)
+    assert total == param_tree.num_params(case.config)
 
 
 @pytest.mark.parametrize("name", ["gelu", "swiglu"])

@@ -15,7 +15,7 @@ from jax.extend import core
 import convert
 import golden
 import reference
-from sinder_jax import factor, loss, repair, vit
+from sinder_jax import factor, loss, param_tree, repair, vit
 
 TINY = {
     "mlp": vit.ViTConfig(16, 3, 2, "mlp", img_size=42),
@@ -87,7 +87,7 @@ def computed(name):
 @functools.cache
 def leaf_shapes(config):
     """The params tree, flat, as shapes and dtypes."""
-    return flat(vit.param_shapes(config))
+    return flat(param_tree.shapes(config))
 
 
 @functools.cache
@@ -283,7 +283,9 @@ def test_spectral_init_trains_singular_values_only():
 
 
 def test_parameter_counts_of_all_hub_models():
-    counted = {name: vit.num_params(config) for name, config in vit.CONFIGS.items()}
+    counted = {
+        name: param_tree.num_params(config) for name, config in vit.CONFIGS.items()
+    }
     assert counted == PARAMETERS  # complete: the same eight names
 
 
@@ -337,7 +339,7 @@ def test_init_gives_a_model_whose_blocks_differ():
     image = jnp.zeros((1, 28, 28, 3))
     variables = jax.jit(vit.ViT(config).init)(jax.random.key(0, impl="rbg"), image)
     assert set(variables) == {"params"}
-    vit.check_params(config, variables["params"])
+    param_tree.check_shapes(config, variables["params"])
     kernel = variables["params"]["blocks"]["mlp"]["w12"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])  # a key for every block
     # normal with deviation 0.02 cut at two of them leaves 0.88 of it
@@ -351,14 +353,14 @@ def test_params_that_do_not_fit_are_all_named():
     wrong["register_tokens"] = wrong["pos_embed"]
     wrong["norm/bias"] = wrong["norm/bias"][:3]
     with pytest.raises(ValueError) as caught:
-        vit.check_params(config, traverse_util.unflatten_dict(wrong, sep="/"))
+        param_tree.check_shapes(config, traverse_util.unflatten_dict(wrong, sep="/"))
     for part in (
         "mask_token is missing",
         "register_tokens is not of this model",
         "norm/bias has shape (3,), not (16,)",
     ):
         assert part in str(caught.value)
-    vit.check_params(config, params)
+    param_tree.check_shapes(config, params)
 
 
 # --- Tokens ---------------------------------------------------------------------------

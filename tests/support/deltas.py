@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from sinder_jax import checkpoint, delta, factor, vit
+from sinder_jax import delta, factor, param_tree, vit
 
 SWIGLU = vit.ViTConfig(16, 5, 2, "swiglu", img_size=28)
 
@@ -38,10 +38,10 @@ def relative(actual, expected):
 def random_model(config):
     """(params, factors) with kernels of the size of a trained model's."""
     rng = np.random.default_rng(0)
-    params = checkpoint.unflatten(
+    params = param_tree.unflatten(
         {
             path: rng.standard_normal(leaf.shape).astype(np.float32) * 0.3
-            for path, leaf in checkpoint.flatten(vit.param_shapes(config)).items()
+            for path, leaf in param_tree.flatten(param_tree.shapes(config)).items()
         }
     )
     return params, factor.factorize(config, params)
@@ -71,10 +71,10 @@ def extracted(config):
 
 def changed_copy(params, path, change):
     """A copy of `params` in which `change` has been called on one leaf."""
-    flat = checkpoint.flatten(params)
+    flat = param_tree.flatten(params)
     flat[path] = flat[path].copy()
     change(flat[path])
-    return checkpoint.unflatten(flat)
+    return param_tree.unflatten(flat)
 
 
 def kernels_of(config, params):
@@ -86,7 +86,7 @@ def kernels_of(config, params):
 
 
 def assert_same_bytes(got, want):
-    got, want = checkpoint.flatten(got), checkpoint.flatten(want)
+    got, want = param_tree.flatten(got), param_tree.flatten(want)
     assert set(got) == set(want)
     for path in want:
         assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes(), path

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import convert
-from sinder_jax import checkpoint, vit
+from sinder_jax import param_tree, vit
 
 SMALL = {
     "mlp": vit.ViTConfig(128, 3, 2, "mlp", img_size=56),
@@ -16,8 +16,8 @@ SMALL = {
 
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.flatten(vit.param_shapes(config))
-    return checkpoint.unflatten(
+    shapes = param_tree.flatten(param_tree.shapes(config))
+    return param_tree.unflatten(
         {
             path: rng.standard_normal(leaf.shape, np.float32)
             for path, leaf in shapes.items()

@@ -13,7 +13,7 @@ import convert
 from convert import read, write
 from experiments import config as config_files
 from experiments.run import inputs
-from sinder_jax import checkpoint, planted, vit
+from sinder_jax import checkpoint, param_tree, planted, vit
 from sinder_jax.data import listing
 
 PLAIN = vit.ViTConfig(64, 2, 1, "swiglu", img_size=28)
@@ -30,13 +30,13 @@ def config(name: str = "small.py", **changes):
 
 def weights(architecture: vit.ViTConfig, seed: int = 0):
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.flatten(vit.param_shapes(architecture))
+    shapes = param_tree.flatten(param_tree.shapes(architecture))
     params = {p: rng.normal(size=x.shape).astype(np.float32) for p, x in shapes.items()}
-    return checkpoint.unflatten(params)
+    return param_tree.unflatten(params)
 
 
 def assert_same(params, expected):
-    params, expected = checkpoint.flatten(params), checkpoint.flatten(expected)
+    params, expected = param_tree.flatten(params), param_tree.flatten(expected)
     assert params.keys() == expected.keys()
     for path in expected:
         np.testing.assert_array_equal(params[path], expected[path], err_msg=path)

@@ -16,7 +16,7 @@ from convert import read, source
 from experiments import observe
 from experiments.run import results
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, loss, vit
+from sinder_jax import checkpoint, loss, param_tree, vit
 from sinder_jax.analysis import pca
 from sinder_jax.analysis.tokens import token_norms
 from sinder_jax.data import decode, listing
@@ -27,9 +27,9 @@ SIZE = 112
 
 def weights(config: vit.ViTConfig, seed: int):
     rng = np.random.default_rng(seed)
-    shapes = checkpoint.flatten(vit.param_shapes(config))
+    shapes = param_tree.flatten(param_tree.shapes(config))
     flat = {p: rng.normal(0, 0.2, x.shape) for p, x in shapes.items()}
-    return checkpoint.unflatten({p: x.astype(np.float32) for p, x in flat.items()})
+    return param_tree.unflatten({p: x.astype(np.float32) for p, x in flat.items()})
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,15 @@ import reference
 from experiments import config as config_files
 from experiments.run import inputs
 from samples import SMALL, error_of
-from sinder_jax import checkpoint, cores, defects, factor, planted, repair, vit
+from sinder_jax import (
+    cores,
+    defects,
+    factor,
+    param_tree,
+    planted,
+    repair,
+    vit,
+)
 from sinder_jax.analysis import forecast, spectra
 from sinder_jax.data import decode, listing
 
@@ -73,7 +81,7 @@ def random_params(config, gain, seed=0):
     """Kernels that keep a token's size, and a LayerScale of `gain`."""
     rng = np.random.default_rng(seed)
     values = {}
-    for path, leaf in checkpoint.flatten(vit.param_shapes(config)).items():
+    for path, leaf in param_tree.flatten(param_tree.shapes(config)).items():
         values[path] = np.zeros(leaf.shape, np.float32)
         if path.endswith("kernel"):
             size = leaf.shape[-2] ** -0.5
@@ -82,7 +90,7 @@ def random_params(config, gain, seed=0):
             values[path] += np.float32(gain)
         elif path.endswith("scale"):
             values[path] += 1
-    return checkpoint.unflatten(values)
+    return param_tree.unflatten(values)
 
 
 def test_examples_in_the_docstrings_run():
@@ -271,11 +279,11 @@ def test_a_share_is_what_is_missing_without_the_triplet(name):
         u, s, vt = np.linalg.svd(spectra.kernel_matrix(config, params, block, kernel))
         missing = s[index] * np.outer(vt[index], u[:, index])
         path = "attn/qkv" if kernel == "attn/v" else kernel
-        flat = checkpoint.flatten(params)
+        flat = param_tree.flatten(params)
         stack = np.float64(flat[f"blocks/{path}/kernel"])
         columns = slice(-missing.shape[1], None)
         stack[block][:, columns] -= missing
-        changed = checkpoint.unflatten(flat | {f"blocks/{path}/kernel": stack})
+        changed = param_tree.unflatten(flat | {f"blocks/{path}/kernel": stack})
         without = nu @ defects.block_map(config, changed, block) @ trigger
         # The factors behind the shares are rounded to float32.
         np.testing.assert_allclose(

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from deltas import SWIGLU, assert_same_patch, random_patch
-from sinder_jax import checkpoint, delta, factor, planted, vit
+from sinder_jax import delta, factor, param_tree, planted, vit
 from sinder_jax.storage import delta_file
 
 METADATA = {"note": "ε of the demo", "options": '{"lr": 0.005}'}
@@ -216,7 +216,7 @@ def test_patches_are_small(tmp_path):
     assert 4 * giant.depth * giant.embed_dim == 245_760
     assert patch_bytes(giant, tmp_path / "giant.safetensors") < 1_000_000
     for name, config in vit.CONFIGS.items():  # every S is D
-        kernels = checkpoint.flatten(vit.param_shapes(config))
+        kernels = param_tree.flatten(param_tree.shapes(config))
         for kernel in factor.kernel_names(config):
             path = "attn/qkv" if kernel == "attn/v" else kernel
             shape = kernels[f"blocks/{path}/kernel"].shape

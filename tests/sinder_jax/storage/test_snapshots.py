@@ -18,7 +18,7 @@ import pytest
 import bucket as buckets
 import places
 from numbered import tree
-from sinder_jax import checkpoint
+from sinder_jax import checkpoint, param_tree
 from sinder_jax.storage import array_store, snapshots
 
 SRC = places.ROOT
@@ -30,8 +30,8 @@ def listing(folder):
 
 def assert_is(newest, number):
     assert newest is not None and newest.path.name == f"{number:08d}"
-    want = checkpoint.flatten(tree(number))
-    got = checkpoint.flatten(newest.tree)
+    want = param_tree.flatten(tree(number))
+    got = param_tree.flatten(newest.tree)
     assert got.keys() == want.keys()
     for name, array in want.items():
         assert got[name].dtype == array.dtype
@@ -50,7 +50,7 @@ def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
     saved = tree(7)
     with snapshots.States(tmp_path) as kept:
         kept.save(7, saved)
-        for array in checkpoint.flatten(saved).values():
+        for array in param_tree.flatten(saved).values():
             array.fill(99)
         kept.wait()
         assert_is(kept.load_newest(), 7)

@@ -1,0 +1,80 @@
+"""Files and folders that appear whole or not at all, on a disk and in a bucket.
+
+path --replacing--> a local path to write to --renamed, or uploaded--> path
+path, content --write--> the file
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sinder_jax.storage import paths
+from sinder_jax.storage.paths import StrPath
+
+
+@contextmanager
+def replacing(path: StrPath) -> Iterator[Path]:
+    """A local path whose file or folder takes the place of `path` at the end.
+
+    It lies beside `path`, where a rename is atomic; for a bucket in a temporary folder,
+    from which every file beside it is uploaded too. After an exception nothing is left.
+
+    Args:
+      path: a file that is replaced if it exists, or a folder that does not exist; on a
+        disk its own folder must exist.
+
+    Raises:
+      OSError: it cannot be written; names `path`.
+    """
+    path = paths.as_path(path)
+    if paths.is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, path.name)
+            upload(Path(folder), path.parent)
+        return
+    partial = Path(path).with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        if error.filename is not None and error.filename != str(partial):
+            raise
+        raise type(error)(f"{path} cannot be written: {reason(error)}") from None
+    finally:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
+
+
+def write(path: StrPath, content: str | bytes) -> None:
+    """Writes a file; text as UTF-8.
+
+    Raises:
+      OSError: it cannot be written; names `path`.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    path = paths.as_path(path)
+    if paths.is_remote(path):  # an object appears whole
+        with paths.answering(path):
+            path.write_bytes(data)
+        return
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+def upload(folder: Path, target: paths.AnyPath) -> None:
+    """Copies all files below a local folder to the same names below `target`."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            place = target / file.relative_to(folder).as_posix()
+            with paths.answering(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(file.read_bytes())
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, without a number or a file's name."""
+    return error.strerror or str(error)
