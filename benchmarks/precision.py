@@ -31,7 +31,7 @@ from jax.extend import core
 import convert
 from sinder_jax import repair, search, vit
 from sinder_jax.placement import WHOLE
-from tests import golden
+from tests.support import golden
 
 TF32, BFLOAT16 = 10, 7  # bits of mantissa
 MARKED = (lax.Precision.HIGH,) * 2  # what the products to be emulated ask for
@@ -79,10 +79,10 @@ def emulated(
 
     def within(value: Any) -> Any:
         """A parameter of an equation: loops, branches and calls hold programs."""
+        if isinstance(value, core.Jaxpr):  # since JAX 0.12 a ClosedJaxpr is one, too
+            return value.replace(eqns=[rewritten(equation) for equation in value.eqns])
         if isinstance(value, core.ClosedJaxpr):
             return value.replace(jaxpr=within(value.jaxpr))
-        if isinstance(value, core.Jaxpr):
-            return value.replace(eqns=[rewritten(equation) for equation in value.eqns])
         return tuple(map(within, value)) if type(value) is tuple else value
 
     def rewritten(equation: Any) -> Any:
