@@ -1,11 +1,15 @@
-"""Command line of the converter: `commands`, `inspection`, `patches` do the work."""
+"""Command line of the converter; `convert.commands` does the work.
+
+python -m convert NAME ... --COMMANDS--> its function --cli.run--> exit code
+"""
 
 import argparse
-import io
-import sys
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
+
+from sinder_jax import cli
 
 EXAMPLES = """\
 examples:
@@ -25,187 +29,31 @@ SOURCE = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
+class Argument(NamedTuple):
+    """An argument of a command; its name is the parameter of the command's function."""
 
-    def error(self, message: str) -> NoReturn:
-        """Prints the line and ends with exit code 2."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+    name: str
+    metavar: str | None
+    help: str
+    options: dict[str, Any] = {}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
+class Command(NamedTuple):
+    """A command: its line in the help, its function and its arguments.
 
-    Args:
-      argv: arguments without the program's name; None: those of the process.
-
-    Returns:
-      0; 2 after an error, of which one line stands on stderr; 130 after Ctrl-C.
+    Attributes:
+      help: what it does.
+      module, function: imported only when the command runs, so that `--help` need not
+        wait for JAX.
+      arguments: in the order of the help.
+      usage: the line of the help where argparse's own would mislead.
     """
-    arguments = vars(_parser().parse_args(argv))
-    command = arguments.pop("command")
-    try:
-        command(**{name: x for name, x in arguments.items() if x is not None})
-    except (ValueError, OSError, ImportError) as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
 
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m convert",
-        description="Convert DINOv2 checkpoints between PyTorch and JAX, exactly.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_to_jax(commands)
-    _add_to_torch(commands)
-    _add_inspect(commands)
-    _add_diff(commands)
-    _add_apply(commands)
-    return parser
-
-
-def _add_to_jax(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("to-jax", help="PyTorch model -> checkpoint directory")
-    parser.add_argument(
-        "src",
-        metavar="SRC",
-        help=f"{SOURCE}; or a name to fetch: dinov2_vit{{s,b,l,g}}14[_reg], or an id "
-        "of Hugging Face such as facebook/dinov2-giant",
-    )
-    parser.add_argument("destination", metavar="DST", type=Path, help="new directory")
-    _add_num_heads(parser)
-    parser.add_argument(
-        "--interpolate-antialias",
-        type=_boolean,
-        metavar="true|false",
-        help="resample the position embedding with antialiasing (default: as the hub "
-        "models, true with registers and else false; the SINDER authors: true)",
-    )
-    parser.add_argument(
-        "--interpolate-offset",
-        type=float,
-        metavar="X",
-        help="added to the sides of its new grid (default: as the hub models, 0 with "
-        "registers and else 0.1; transformers: 0)",
-    )
-    _add_verify(parser)
-    parser.set_defaults(command=_to_jax)
-
-
-def _add_to_torch(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "to-torch", help="checkpoint directory -> PyTorch file or directory"
-    )
-    parser.add_argument(
-        "src",
-        metavar="SRC",
-        type=Path,
-        help="checkpoint directory, or a PyTorch model to bring into another layout",
-    )
-    parser.add_argument(
-        "destination",
-        metavar="DST",
-        type=Path,
-        help="new .pth, .pt or .safetensors file; for hf a new directory",
-    )
-    parser.add_argument(
-        "--layout",
-        default="dinov2",
-        metavar="dinov2|hf|timm",
-        help="for torch.hub (default), transformers or timm",
-    )
-    _add_num_heads(parser)
-    _add_verify(parser)
-    parser.set_defaults(command=_to_torch)
-
-
-def _add_inspect(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "inspect", help="say what a model or a patch is, and whether it is whole"
-    )
-    parser.add_argument(
-        "path",
-        metavar="SRC",
-        type=Path,
-        help=f"checkpoint directory, {SOURCE}, or a patch",
-    )
-    _add_num_heads(parser)
-    parser.set_defaults(command=_inspect)
-
-
-def _add_diff(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "diff",
-        help="what a repair changed, as a patch under 1 MB",
-        usage="%(prog)s [-h] [--num-heads N] (BASE REPAIRED | RUN) PATCH",
-    )
-    parser.add_argument(
-        "paths",
-        metavar="BASE REPAIRED | RUN",
-        nargs="+",
-        type=Path,
-        help="two models in any layout, or the workdir of experiments.repair",
-    )
-    parser.add_argument(
-        "destination", metavar="PATCH", type=Path, help="new .safetensors file"
-    )
-    parser.add_argument(
-        "--residual",
-        type=float,
-        metavar="X",
-        help="how much of a kernel may differ otherwise than in its singular values, "
-        "relative to its norm (default: 1e-5, rounding; a repair that used a float32 "
-        "SVD, as the authors' does, may need 1e-3)",
-    )
-    _add_num_heads(parser)
-    parser.set_defaults(command=_diff)
-
-
-def _add_apply(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "apply", help="repair a model by a patch, in the model's own layout"
-    )
-    parser.add_argument("base", metavar="BASE", type=Path, help="the unrepaired model")
-    parser.add_argument("patch_path", metavar="PATCH", type=Path, help="from diff")
-    parser.add_argument(
-        "destination",
-        metavar="DST",
-        type=Path,
-        help="new file, or new directory where BASE is one",
-    )
-    parser.add_argument(
-        "--scale",
-        type=float,
-        metavar="X",
-        help="apply this part of the change, above 0 to 1 (default: 1)",
-    )
-    _add_num_heads(parser)
-    parser.set_defaults(command=_apply)
-
-
-def _add_num_heads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--num-heads",
-        type=int,
-        metavar="N",
-        help="attention heads (default: what the files say, or width / 64)",
-    )
-
-
-def _add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="run a photograph through the JAX model and, where PyTorch is installed, "
-        "through the PyTorch one, and print the largest difference",
-    )
+    help: str
+    module: str
+    function: str
+    arguments: Sequence[Argument]
+    usage: str | None = None
 
 
 def _boolean(text: str) -> bool:
@@ -215,42 +63,173 @@ def _boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-# --- Commands: JAX is imported here, so that --help need not wait for it ----------
+PATH, NUMBER = {"type": Path}, {"type": float}
+NUM_HEADS = Argument(
+    "--num-heads",
+    "N",
+    "attention heads (default: what the files say, or width / 64)",
+    {"type": int},
+)
+VERIFY = Argument(
+    "--verify",
+    None,
+    "run a photograph through the JAX model and, where PyTorch is installed, through "
+    "the PyTorch one, and print the largest difference",
+    {"action": "store_true"},
+)
+COMMANDS = {
+    "to-jax": Command(
+        "PyTorch model -> checkpoint directory",
+        "convert.commands",
+        "to_jax",
+        [
+            Argument(
+                "src",
+                "SRC",
+                f"{SOURCE}; or a name to download: dinov2_vit{{s,b,l,g}}14[_reg], or a "
+                "Hugging Face id such as facebook/dinov2-giant",
+            ),
+            Argument("destination", "DST", "new directory", PATH),
+            NUM_HEADS,
+            Argument(
+                "--interpolate-antialias",
+                "true|false",
+                "resample the position embedding with antialiasing (default: as the "
+                "hub models do, true with registers, false without; the SINDER "
+                "authors: true)",
+                {"type": _boolean},
+            ),
+            Argument(
+                "--interpolate-offset",
+                "X",
+                "added to the sides of the resampled grid (default: as in the hub "
+                "models, 0 with registers, 0.1 without; transformers: 0)",
+                NUMBER,
+            ),
+            VERIFY,
+        ],
+    ),
+    "to-torch": Command(
+        "checkpoint directory -> PyTorch file or directory",
+        "convert.commands",
+        "to_torch",
+        [
+            Argument(
+                "src",
+                "SRC",
+                "checkpoint directory, or a PyTorch model to write in another layout",
+                PATH,
+            ),
+            Argument(
+                "destination",
+                "DST",
+                "new .pth, .pt or .safetensors file; for hf a new directory",
+                PATH,
+            ),
+            Argument(
+                "--layout",
+                "dinov2|hf|timm",
+                "for torch.hub (default), transformers or timm",
+            ),
+            NUM_HEADS,
+            VERIFY,
+        ],
+    ),
+    "inspect": Command(
+        "describe a model or a patch and check its integrity",
+        "convert.inspection",
+        "inspect",
+        [
+            Argument(
+                "path", "SRC", f"checkpoint directory, {SOURCE}, or a patch", PATH
+            ),
+            NUM_HEADS,
+        ],
+    ),
+    "diff": Command(
+        "what a repair changed, as a patch under 1 MB",
+        "convert.patches",
+        "diff",
+        [
+            Argument(
+                "paths",
+                "BASE REPAIRED | RUN",
+                "two models in any layout, or the workdir of experiments.repair",
+                PATH | {"nargs": "+"},
+            ),
+            Argument("destination", "PATCH", "new .safetensors file", PATH),
+            Argument(
+                "--residual",
+                "X",
+                "how much of a kernel, relative to its norm, may change other than in "
+                "its singular values (default: 1e-5, rounding; a repair with float32 "
+                "SVDs, such as the authors', may need 1e-3)",
+                NUMBER,
+            ),
+            NUM_HEADS,
+        ],
+        usage="%(prog)s [-h] [options] (BASE REPAIRED | RUN) PATCH",
+    ),
+    "apply": Command(
+        "repair a model by a patch, in the model's own layout",
+        "convert.patches",
+        "apply",
+        [
+            Argument("base", "BASE", "the model to repair", PATH),
+            Argument("patch_path", "PATCH", "file written by diff", PATH),
+            Argument(
+                "destination",
+                "DST",
+                "new file, or new directory where BASE is a directory",
+                PATH,
+            ),
+            Argument(
+                "--scale",
+                "X",
+                "share of the change to apply, above 0 to 1 (default: 1)",
+                NUMBER,
+            ),
+            NUM_HEADS,
+        ],
+    ),
+}
 
 
-def _to_jax(**arguments: Any) -> None:
-    from convert import commands
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
 
-    commands.to_jax(**arguments)
+    Args:
+      argv: arguments without the program's name; None: the process's own.
 
+    Returns:
+      0; 2 after an error, printed as one line on stderr; 130 after Ctrl-C.
+    """
+    arguments = vars(_parser().parse_args(argv))
+    command = COMMANDS[arguments.pop("command")]
 
-def _to_torch(**arguments: Any) -> None:
-    from convert import commands
+    def call() -> None:
+        function = getattr(importlib.import_module(command.module), command.function)
+        function(**{name: x for name, x in arguments.items() if x is not None})
 
-    commands.to_torch(**arguments)
-
-
-def _inspect(**arguments: Any) -> None:
-    from convert import inspection
-
-    inspection.inspect(**arguments)
-
-
-def _diff(**arguments: Any) -> None:
-    from convert import patches
-
-    patches.diff(**arguments)
+    return cli.run(call)
 
 
-def _apply(**arguments: Any) -> None:
-    from convert import patches
-
-    patches.apply(**arguments)
+def _parser() -> cli.Parser:
+    parser = cli.Parser(
+        prog="python -m convert",
+        description="Convert DINOv2 checkpoints between PyTorch and JAX, exactly.",
+        epilog=EXAMPLES,
+    )
+    parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        sub = parsers.add_parser(name, help=command.help, usage=command.usage)
+        for argument in command.arguments:
+            options = dict(argument.options)
+            if argument.metavar:
+                options["metavar"] = argument.metavar
+            sub.add_argument(argument.name, help=argument.help, **options)
+    return parser
 
 
 if __name__ == "__main__":
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            # A name that no encoding covers is shown escaped, not made an error.
-            output.reconfigure(errors="backslashreplace", line_buffering=True)
-    sys.exit(main())
+    cli.exit_on_error(main)

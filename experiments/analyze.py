@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiments import cli
+from sinder_jax import cli
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from experiments.study.subjects import Options, Photo, Subject

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments import cli
 from experiments import config as config_files
 from experiments.run import cluster, inputs, results, sharing, sinks, tracing
 from experiments.run.cluster import Cluster, Vote
@@ -31,7 +30,7 @@ from experiments.run.progress import Progress, duration
 from experiments.run.runner import Runner, choose_devices
 from experiments.run.stopping import Stopped, Stopping
 from experiments.run.workdir import Workdir
-from sinder_jax import param_tree, pictures, repair
+from sinder_jax import cli, param_tree, pictures, repair
 from sinder_jax.data import batches
 from sinder_jax.data.listing import Photograph
 

@@ -17,9 +17,9 @@ from typing import Any
 
 from etils import epath
 
-from experiments import cli
 from experiments.run import heartbeat
 from experiments.run.progress import duration
+from sinder_jax import cli
 
 WINDOW = 100  # images with a defect that a median loss is of, at most
 NAMED = 5  # files that are named of those that are bad

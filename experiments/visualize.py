@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from experiments import cli
+from sinder_jax import cli
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from sinder_jax import pictures, vit

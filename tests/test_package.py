@@ -29,7 +29,7 @@ def modules_of(package):
 
 def test_importing_the_library_loads_no_optional_package():
     """A TPU host repairs a model without them."""
-    modules = [*modules_of(sinder_jax), *modules_of(convert), "experiments.cli"]
+    modules = [*modules_of(sinder_jax), *modules_of(convert), "experiments.config"]
     assert {"sinder_jax.vit", "sinder_jax.repair", "convert.read"} <= set(modules)
     ended = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, *modules],

@@ -24,10 +24,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
-from experiments import cli
 from experiments.run import peers
 from experiments.run.peers import PATIENCE, Meeting, Peers
-from sinder_jax import repair
+from sinder_jax import cli, repair
 
 CONNECT_SECONDS = 300  # that a process waits for process 0
 # Where JAX finds another process dead it ends this one by a signal; `peers` is first.

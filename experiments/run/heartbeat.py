@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import cli
 from experiments.run import stopping
+from sinder_jax import cli
 
 FILE = "alive.json"
 EVERY = 5.0  # seconds between two signs of life

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from experiments import cli
+from sinder_jax import cli
 
 INTERVAL = 2.0  # seconds between two signs of life
 PATIENCE = 30.0  # seconds without one until a process counts as dead

@@ -20,12 +20,12 @@ from PIL import Image
 import convert
 import reference
 from convert import write
-from experiments import analyze, cli
+from experiments import analyze
 from experiments.study import figures, verdict
 from experiments.study.cache import Cache, Step
 from experiments.study.study import Study
 from experiments.study.subjects import Options, Photo, Subject, read_photos
-from sinder_jax import checkpoint, param_tree, planted, vit
+from sinder_jax import checkpoint, cli, param_tree, planted, vit
 from sinder_jax.analysis import spectra
 from sinder_jax.analysis.tokens import detect
 from sinder_jax.data import decode, listing

@@ -22,9 +22,9 @@ from PIL import Image
 import convert
 from convert import read, write
 from convert.__main__ import main as convert_main
-from experiments import cli, repair
+from experiments import repair
 from experiments.run import inputs, results
-from sinder_jax import checkpoint, factor, param_tree, planted, vit
+from sinder_jax import checkpoint, cli, factor, param_tree, planted, vit
 from sinder_jax.data import listing
 
 # One image per step: the authors' step. By default it would be one per device, so two.

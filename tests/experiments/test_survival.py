@@ -22,8 +22,8 @@ import pytest
 
 import bucket
 import places
-from experiments import cli, repair, status
-from sinder_jax import checkpoint, param_tree
+from experiments import repair, status
+from sinder_jax import checkpoint, cli, param_tree
 
 STEPS = 12
 # A run of twelve steps, saved after every third image.
@@ -38,7 +38,8 @@ SHORT = (
 # Runs the main job, and sends this process a signal at given images.
 PROGRAM = """
 import os, signal, sys
-from experiments import cli, repair, status
+from experiments import repair, status
+from sinder_jax import cli
 step = repair.Runner.step
 sent = []
 def interrupted(self, batch):

@@ -1,4 +1,4 @@
-"""experiments/visualize.py and the error handling of experiments/cli.py."""
+"""experiments/visualize.py and the error handling of sinder_jax/cli.py."""
 
 import dataclasses
 import os
@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import cli, visualize
-from sinder_jax import checkpoint, defects, loss, param_tree, vit
+from experiments import visualize
+from sinder_jax import checkpoint, cli, defects, loss, param_tree, vit
 from sinder_jax.data import decode
 
 CONFIG = vit.ViTConfig(embed_dim=32, depth=3, num_heads=2, ffn_layer="mlp", img_size=56)
@@ -318,7 +318,7 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(capsys):
 
 def test_a_file_name_no_encoding_covers_is_printed_escaped(tmp_path):
     code = (
-        "from experiments import cli; import os\n"
+        "from sinder_jax import cli; import os\n"
         "cli.exit_on_error(lambda: print(os.fsdecode(b'\\xff.jpg')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)

@@ -1,4 +1,9 @@
-"""What the command lines share: errors in one line, exit codes, a strict parser."""
+"""What every command line shares: errors in one line, exit codes, a strict parser.
+
+    main() --run--> exit code; an error meant for the user is one line on stderr
+
+Nothing here imports JAX: `--help` answers at once.
+"""
 
 import argparse
 import io
@@ -8,45 +13,51 @@ from collections.abc import Callable
 from typing import NoReturn
 
 # What our code raises for users; anything else is a bug and shows its traceback.
-# ImportError: an optional package, such as torch for a .pth.
+# ImportError: an optional package is missing, such as torch for a .pth file.
 USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
 
 TRACEBACK = "SINDER_TRACEBACK"
 
-# Exit codes. 75 is EX_TEMPFAIL of sysexits.h: not done, start me again.
+# Exit codes. 75 is EX_TEMPFAIL of sysexits.h: not finished, start me again.
 USER_ERROR, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 
 
-def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` and ends the process with its exit code.
+def run(main: Callable[[], int | None]) -> int:
+    """Runs `main` and returns the exit code of the process.
 
     An error meant for the user becomes one line, `error: ...`, on stderr and exit code
-    2; Ctrl-C becomes 130. With the environment variable SINDER_TRACEBACK=1 the
-    traceback is shown instead.
+    2; Ctrl-C becomes 130. The environment variable SINDER_TRACEBACK=1 shows the
+    traceback instead.
     """
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            # A file name no encoding covers is shown escaped, not turned into an error.
-            output.reconfigure(errors="backslashreplace")
     try:
-        code = main() or 0
+        return main() or 0
     except USER_ERRORS as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
-        code = USER_ERROR
+        return USER_ERROR
     except KeyboardInterrupt:
         if os.environ.get(TRACEBACK) == "1":
             raise
         print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    _leave(code)
+        return INTERRUPTED
+
+
+def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
+    """Runs `main` as `run` does and ends the process with its exit code."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            # Escapes a file name that the terminal's encoding lacks. By lines: what a
+            # pipe or log shows keeps the order of stdout and stderr.
+            output.reconfigure(errors="backslashreplace", line_buffering=True)
+    _leave(run(main))
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process; at once where JAX is connected to processes that go on.
+    """Ends the process, without JAX's farewell where other processes go on.
 
-    JAX would take leave of them at exit, and end by a signal if they are gone.
+    JAX's exit handler would wait for the processes it is connected to, and abort if
+    they are gone.
     """
     jax = sys.modules.get("jax")
     if code and jax is not None and jax.distributed.is_initialized():
@@ -57,7 +68,7 @@ def _leave(code: int) -> NoReturn:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message for a person: no error number, no quotes around, no breaks."""
+    """An error's message in one line, without error numbers and quotes around it."""
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror
         if error.filename is not None:
@@ -70,7 +81,7 @@ def one_line(error: BaseException) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake in one line and guesses nothing."""
+    """An argument parser that reports a mistake in one line and guesses nothing."""
 
     def __init__(self, **options):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)

@@ -1,8 +1,8 @@
-"""experiments/cli.py: its parser; test_visualize.py tests its errors and exit codes."""
+"""sinder_jax/cli.py: its parser; test_visualize.py tests its errors and exit codes."""
 
 import pytest
 
-from experiments import cli
+from sinder_jax import cli
 
 
 def parser() -> cli.Parser:
