@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sinder_jax import factor, param_tree, placement, repair, vit
+from sinder_jax import factor, kernels, param_tree, placement, repair, vit
 
 GIB = 2**30
 AXIS = "images"
@@ -31,8 +31,8 @@ def shapes(
 ) -> tuple[repair.RepairState, repair.Frozen]:
     """State and frozen model as shapes, as `repair.init` would give them."""
     params = param_tree.shapes(config)
-    frozen, kernels = jax.eval_shape(
-        lambda params: factor.split_params(config, params), params
+    frozen, stacks = jax.eval_shape(
+        lambda params: kernels.split(config, params), params
     )
 
     def stacked(widths: Any) -> dict[str, jax.ShapeDtypeStruct]:
@@ -40,7 +40,7 @@ def shapes(
             name: jax.ShapeDtypeStruct(
                 (config.depth, *widths(*kernel.shape[1:])), jnp.float32
             )
-            for name, kernel in kernels.items()
+            for name, kernel in stacks.items()
         }
 
     sigma = stacked(lambda i, o: (min(i, o),))
@@ -54,7 +54,7 @@ def shapes(
     state = repair.RepairState(
         eps=sigma,
         momentum=sigma,
-        merged=kernels,
+        merged=stacks,
         num_images=count,
         had_defect=jax.ShapeDtypeStruct((options.history,), jnp.bool_),
         num_counted=count,

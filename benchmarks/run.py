@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import decode, giant_step, memory, operations, synthetic
-from sinder_jax import defects, factor, repair, vit
+from sinder_jax import defects, factor, kernels, repair, vit
 
 Numbers = dict[str, Any]
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "torch")
@@ -198,10 +198,10 @@ def bench_factorize(rounds: int, quick: bool) -> Numbers:
     name = "dinov2_vits14" if quick else "dinov2_vitg14"
     config = dataclasses.replace(vit.CONFIGS[name], depth=2)
     params = giant_step.random_params(config)
-    _, kernels = factor.split_params(config, params)
+    _, stacks = kernels.split(config, params)
 
     def svds() -> None:
-        for kernel in (kernel for stack in kernels.values() for kernel in stack):
+        for kernel in (kernel for stack in stacks.values() for kernel in stack):
             np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
 
     seconds = in_turn(rounds, SVDs=svds, ours=lambda: factor.factorize(config, params))

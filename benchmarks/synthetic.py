@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.giant_step import outlier_direction, random_params
-from sinder_jax import factor, vit
+from sinder_jax import factor, kernels, vit
 
 # Largest and smallest singular value of a kernel [in, out], relative to those of a
 # random one with entries of standard deviation 0.02.
@@ -42,10 +42,10 @@ def synthetic_model(config: vit.ViTConfig, seed: int = 0) -> Synthetic:
     rng = np.random.default_rng(seed)
     params = random_params(config, seed)
     factors = factor.Factors(u={}, sigma={}, v={})
-    _, kernels = factor.split_params(config, params)
+    _, stacks = kernels.split(config, params)
     blocks = params["blocks"]
     qk = {}
-    for name, stack in kernels.items():
+    for name, stack in stacks.items():
         made = [_factors(rng, kernel.shape) for kernel in stack]
         factors.u[name] = np.stack([each.u for each in made])
         factors.sigma[name] = np.stack([each.sigma for each in made])

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from convert.torch_vit import resample_positions
-from sinder_jax import factor, loss, param_tree, vit
+from sinder_jax import factor, kernels, loss, param_tree, vit
 from sinder_jax.state import RepairOptions
 
 Rebuild = Callable[..., torch.Tensor]
@@ -79,7 +79,7 @@ class Baseline:
         rebuild: Rebuild = rebuild_dense,
     ):
         self.config, self.options, self.rebuild = config, options, rebuild
-        frozen, _ = factor.split_params(config, params)
+        frozen, _ = kernels.split(config, params)
         self._frozen = _as_torch(frozen)
         self._directions = F.normalize(_tensor(directions), dim=-1, eps=1e-12)
         self.kernels = [self._block(factors, qk, i) for i in range(config.depth)]

@@ -9,7 +9,7 @@ import numpy as np
 
 from convert import layouts, read, report, source, write
 from convert.source import Model
-from sinder_jax import factor, param_tree, vit
+from sinder_jax import factor, kernels, param_tree, vit
 from sinder_jax.storage import delta_file
 
 
@@ -47,7 +47,7 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     for note in report.notes(model):
         print(f"{'note:':<15}{note}")
     print("largest singular values of the trainable kernels, block by block:")
-    in_order = {name: tops[name] for name in factor.kernel_names(config)}
+    in_order = {name: tops[name] for name in kernels.names(config)}
     for line in _columns(in_order, config.depth):
         print(line)
 
@@ -56,10 +56,10 @@ def _largest_singular_values(
     config: vit.ViTConfig, path: str, leaf: np.ndarray
 ) -> dict[str, np.ndarray]:
     """By kernel name, [L], where the leaf holds a trainable kernel."""
-    for name in factor.kernel_names(config):
-        home = "attn/qkv" if name == "attn/v" else name
-        if path == f"blocks/{home}/kernel":
-            stack = leaf[..., -config.embed_dim :] if name == "attn/v" else leaf
+    for name in kernels.names(config):
+        place = kernels.place(config, name)
+        if path == place.path:
+            stack = place.of(leaf)
             return {name: np.array([*map(factor.largest_singular_value, stack)])}
     return {}
 

@@ -17,7 +17,7 @@ import numpy as np
 from einops import rearrange
 
 from convert.ahead import ahead
-from sinder_jax import param_tree, vit
+from sinder_jax import kernels, param_tree, vit
 
 Index = tuple[Any, ...]
 Leaf = Callable[[str], np.ndarray]  # the leaf of a flat name
@@ -26,9 +26,9 @@ Leaf = Callable[[str], np.ndarray]  # the leaf of a flat name
 _ALL: Index = ()
 PARTS: dict[str, Callable[[int], Index]] = {
     "all": lambda size: _ALL,
-    "q": lambda size: (..., slice(0, size // 3)),
-    "k": lambda size: (..., slice(size // 3, 2 * size // 3)),
-    "v": lambda size: (..., slice(2 * size // 3, size)),
+    "q": lambda size: (..., kernels.PLACES["attn/q"].columns(size)),
+    "k": lambda size: (..., kernels.PLACES["attn/k"].columns(size)),
+    "v": lambda size: (..., kernels.PLACES["attn/v"].columns(size)),
     "gate": lambda size: (..., slice(0, size // 2)),
     "up": lambda size: (..., slice(size // 2, size)),
     "class": lambda size: (slice(None), slice(0, 1)),

@@ -19,7 +19,8 @@ import scipy.linalg
 import scipy.special
 from jaxtyping import Array, Float
 
-from sinder_jax.factor import Params
+from sinder_jax import kernels, param_tree
+from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
 METHODS = ("analytic", "monte_carlo")
@@ -151,12 +152,11 @@ def attention_map(
     Returns:
       float64, without the constant part.
     """
-    width = config.embed_dim
-    leaf = functools.partial(_leaf, params, block)
-    w_v = leaf("attn/qkv/kernel")[:, 2 * width :].T
-    w_proj = leaf("attn/proj/kernel").T
-    residual = w_proj @ (w_v * leaf("norm1/scale")[None, :])
-    return np.eye(width) + leaf("ls1/gamma")[:, None] * _centered(residual)
+    v, proj, _, _ = kernels.names(config)
+    w_v, w_proj = (kernels.matrix(config, params, block, name) for name in (v, proj))
+    residual = w_proj @ (w_v * vector(params, block, "norm1/scale")[None, :])
+    gamma = vector(params, block, "ls1/gamma")
+    return np.eye(config.embed_dim) + gamma[:, None] * _centered(residual)
 
 
 def ffn_map(
@@ -175,26 +175,24 @@ def ffn_map(
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
-    leaf = functools.partial(_leaf, params, block)
-    first, last = ("w12", "w3") if config.ffn_layer == "swiglu" else ("fc1", "fc2")
-    weight, bias = leaf(f"mlp/{first}/kernel").T, leaf(f"mlp/{first}/bias")
+    _, _, first, last = kernels.names(config)
+    weight = kernels.matrix(config, params, block, first)
+    bias = vector(params, block, f"{first}/bias")
     if method == "analytic":
         fit = _SLOPES[config.ffn_layer](weight, bias)
     else:
         key = jax.random.key(0) if key is None else key
         key = jax.random.fold_in(key, block)
         fit = _fit_hidden(config.ffn_layer, weight, bias, key, num_probes)
-    residual = leaf(f"mlp/{last}/kernel").T @ fit
-    residual = _centered(residual * leaf("norm2/scale")[None, :])
-    return np.eye(config.embed_dim) + leaf("ls2/gamma")[:, None] * residual
+    residual = kernels.matrix(config, params, block, last) @ fit
+    residual = _centered(residual * vector(params, block, "norm2/scale")[None, :])
+    gamma = vector(params, block, "ls2/gamma")
+    return np.eye(config.embed_dim) + gamma[:, None] * residual
 
 
-def _leaf(params: Params, block: int, path: str) -> np.ndarray:
-    """One block's array at `path` below `blocks`, in float64."""
-    node = params["blocks"]
-    for name in path.split("/"):
-        node = node[name]
-    return np.asarray(node[block], np.float64)
+def vector(params: Params, block: int, path: str) -> Float[np.ndarray, " _"]:
+    """One block's vector at `path` below `blocks`, in float64."""
+    return np.asarray(param_tree.leaf(params, f"blocks/{path}")[block], np.float64)
 
 
 def _centered(rows: Float[np.ndarray, "out D"]) -> Float[np.ndarray, "out D"]:

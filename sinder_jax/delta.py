@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sinder_jax import factor, param_tree
-from sinder_jax.factor import Params
+from sinder_jax import factor, kernels, param_tree
+from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
 # Rounding of a layer rebuilt from factors, relative to its norm: 2e-6 in the authors'
@@ -30,7 +30,6 @@ NUM_PROBES = 4
 # by 1e-5 to 5e-4, and one that turned equal singular values by 1.
 PROBE_TOLERANCE = 1e-5
 MASK_TOKEN, POSITIONS, CLASS_TOKEN = "mask_token", "pos_embed", "cls_token"
-QKV = "blocks/attn/qkv/kernel"
 Progress = Callable[[str, int], None]
 
 
@@ -39,7 +38,7 @@ class Patch(NamedTuple):
 
     Attributes:
       config: the architecture of base and repaired model.
-      eps: ε by `factor.kernel_names`, float32 [L, S], in units of singular values.
+      eps: ε by `kernels.names`, float32 [L, S], in units of singular values.
       base: `param_tree.digest` of the base, the same in every layout.
       probe: by the same names, float32 [L, NUM_PROBES]: aᵀ·ΔW·b/‖ε‖ for fixed random
         vectors a and b, of order 1, with ΔW = V·diag(ε)·Uᵀ; 0 where ε is.
@@ -114,7 +113,7 @@ def from_eps(
         that are not finite, or ε is all zero.
     """
     param_tree.check(config, base_params)
-    factor.check_factors(factor.split_params(config, base_params)[1], factors)
+    factor.check_factors(kernels.split(config, base_params)[1], factors)
     factor.check_eps(factors, eps)
     patch = _empty(config, base_params)
     for name, values in eps.items():
@@ -201,7 +200,7 @@ def _empty(config: ViTConfig, base_params: Params) -> Patch:
 def _eps_shapes(config: ViTConfig) -> dict[str, tuple[int, int]]:
     """[L, S] of every trainable kernel; none has a side shorter than D."""
     shape = (config.depth, config.embed_dim)
-    return dict.fromkeys(factor.kernel_names(config), shape)
+    return dict.fromkeys(kernels.names(config), shape)
 
 
 Parts = Iterator[tuple[str, np.ndarray]]
@@ -219,10 +218,9 @@ def _differences(parts: Parts, new_parts: Parts) -> dict[str, Difference]:
 
 def _rebuilt_parts(config: ViTConfig, flat: Mapping[str, np.ndarray]) -> Parts:
     """Without ε, in layers with one: q, k and the biases, which rounding may change."""
-    for block, kernel in enumerate(flat[QKV]):
-        q, k, _ = np.split(kernel, 3, axis=-1)
-        yield _in_block("attn/q", block), q
-        yield _in_block("attn/k", block), k
+    for block in range(config.depth):
+        for name in ("attn/q", "attn/k"):
+            yield _in_block(name, block), kernels.view(config, flat, block, name)
     for path in _leaves(config, "bias"):
         yield from _by_block(path, flat[path])
 
@@ -253,8 +251,10 @@ def _changed_kernels(
 ) -> Iterator[tuple[str, int, np.ndarray, np.ndarray]]:
     """(name, block, base, repaired) of each trainable kernel that differs in a bit."""
     for block in range(config.depth):
-        for name in factor.kernel_names(config):
-            old, new = (_kernel(name, f[_path(name)][block]) for f in (flat, new_flat))
+        for name in kernels.names(config):
+            old, new = (
+                kernels.view(config, tree, block, name) for tree in (flat, new_flat)
+            )
             if not _same_bits(old, new):
                 yield name, block, old, new
 
@@ -373,7 +373,7 @@ def patched_leaf(
     check_scale(scale)
     leaf = np.asarray(leaf)
     _check_leaf(patch.config, path, leaf)
-    names = [n for n in factor.kernel_names(patch.config) if _path(n) == path]
+    names = [n for n in kernels.names(patch.config) if kernels.PLACES[n].path == path]
     blocks = touched(patch)
     if not (names and blocks):
         return leaf
@@ -381,7 +381,7 @@ def patched_leaf(
     for block in blocks:
         if progress is not None:
             progress(names[0], block)
-        kernel = _kernel(names[0], patched[block])  # a view
+        kernel = kernels.view(patch.config, {path: patched}, block, names[0])
         kernel[:] = _patched_kernel(patch, names[0], block, kernel, scale)
     return patched
 
@@ -503,20 +503,9 @@ def check(patch: Patch) -> None:
 # --- Leaves and kernels -------------------------------------------------------------
 
 
-def _path(name: str) -> str:
-    """The flat name of the leaf that holds a trainable kernel."""
-    return QKV if name == "attn/v" else f"blocks/{name}/kernel"
-
-
 def _leaves(config: ViTConfig, kind: str) -> list[str]:
     """The "kernel" or "bias" leaves of the layers that hold trainable kernels."""
-    paths = (_path(name) for name in factor.kernel_names(config))
-    return [f"{path.removesuffix('kernel')}{kind}" for path in paths]
-
-
-def _kernel(name: str, leaf: np.ndarray) -> np.ndarray:
-    """The trainable kernel within one block of its leaf: a view of the value third."""
-    return leaf[:, 2 * len(leaf) :] if name == "attn/v" else leaf
+    return [f"blocks/{layer}/{kind}" for layer in kernels.layers(config)]
 
 
 def _in_block(name: str, block: int) -> str:

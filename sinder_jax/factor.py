@@ -9,77 +9,25 @@ FFN kernels. A kernel is Flax's [in, out]; the paper's W multiplies a column and
 [out, in]: `u` is the output side, `v` the input side and kernel = V·diag(s)·Uᵀ.
 """
 
-import functools
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
-from flax import struct, traverse_util
+from flax import struct
 from jax import lax
 from jaxtyping import Array, Float
 
+from sinder_jax import kernels, param_tree
 from sinder_jax.cores import in_parallel
+from sinder_jax.layers import SpectralDense as SpectralDense  # DESIGN's contract
+from sinder_jax.param_tree import Params
+from sinder_jax.vit import ViTConfig
 
-Params = Mapping[str, Any]
 HIGHEST = jax.lax.Precision.HIGHEST
-# Of the largest singular value: dividing by a smaller one would make float32's rounding
-# of 1e-7 more than the 1e-4 by which ε-gradients may be off.
-SMALL = 1e-3
 ORTHONORMAL = 1e-9
-
-
-@runtime_checkable
-class HasFFNLayer(Protocol):
-    """What is needed of a `vit.ViTConfig` here: which FFN the blocks have."""
-
-    @property
-    def ffn_layer(self) -> str: ...
-
-
-def kernel_names(config: HasFFNLayer) -> tuple[str, str, str, str]:
-    """Names of the trainable kernels of a block, as paths below `blocks`."""
-    if config.ffn_layer == "swiglu":
-        return ("attn/v", "attn/proj", "mlp/w12", "mlp/w3")
-    return ("attn/v", "attn/proj", "mlp/fc1", "mlp/fc2")
-
-
-# --- Between a params tree and its trainable kernels --------------------------------
-
-
-def split_params(
-    config: HasFFNLayer, params: Params
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parts `params` into what stays frozen and the trainable kernels.
-
-    Returns:
-      (frozen, kernels). `frozen` is a tree like `params` without the trainable kernels;
-      its blocks/attn holds `qk` {kernel [L, D, 2D], bias [L, 2D]} and `v` {bias [L, D]}
-      in place of `qkv`. `kernels` maps each of `kernel_names` to [L, in, out].
-    """
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    kernel, bias = (flat.pop(f"blocks/attn/qkv/{leaf}") for leaf in ("kernel", "bias"))
-    width = kernel.shape[1]
-    flat["blocks/attn/qk/kernel"] = kernel[:, :, : 2 * width]
-    flat["blocks/attn/qk/bias"] = bias[:, : 2 * width]
-    flat["blocks/attn/v/kernel"] = kernel[:, :, 2 * width :]
-    flat["blocks/attn/v/bias"] = bias[:, 2 * width :]
-    kernels = {name: flat.pop(f"blocks/{name}/kernel") for name in kernel_names(config)}
-    return traverse_util.unflatten_dict(flat, sep="/"), kernels
-
-
-def join_params(frozen: Params, kernels: Mapping[str, Any]) -> dict[str, Any]:
-    """The params tree back from `split_params`, bit for bit, as host arrays."""
-    flat = traverse_util.flatten_dict(dict(frozen), sep="/")
-    flat |= {f"blocks/{name}/kernel": kernel for name, kernel in kernels.items()}
-    flat = {path: np.asarray(leaf) for path, leaf in flat.items()}
-    for leaf in ("kernel", "bias"):
-        parts = (flat.pop(f"blocks/attn/{part}/{leaf}") for part in ("qk", "v"))
-        flat[f"blocks/attn/qkv/{leaf}"] = np.concatenate(tuple(parts), axis=-1)
-    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 # --- Factorizing and merging --------------------------------------------------------
@@ -89,7 +37,7 @@ def join_params(frozen: Params, kernels: Mapping[str, Any]) -> dict[str, Any]:
 class Factors:
     """U, σ and V of every trainable kernel, stacked over blocks; float32.
 
-    Each is a dict over `kernel_names`: u [L, out, S], sigma [L, S] descending,
+    Each is a dict over `kernels.names`: u [L, out, S], sigma [L, S] descending,
     v [L, in, S]. ε belongs to this very basis: singular vectors of close singular
     values turn from one SVD to the next, so factors are computed once and stored.
     """
@@ -153,21 +101,19 @@ def _by_gram_matrix(
     return long.T, sigma, short.T
 
 
-def factorize(config: HasFFNLayer, params: Params) -> Factors:
+def factorize(config: ViTConfig, params: Params) -> Factors:
     """Factors of every trainable kernel, by `factorize_kernel`.
 
-    One kernel a core at a time (`cores.in_parallel`).
-
     Args:
-      config: the model's configuration.
+      config: the architecture.
       params: the params tree; float32 kernels [L, in, out].
 
     Returns:
       `Factors` of NumPy float32 arrays with S = min(in, out).
     """
-    _, kernels = split_params(config, params)
+    _, stacks = kernels.split(config, params)
     factors = Factors(u={}, sigma={}, v={})
-    for name, stack in kernels.items():
+    for name, stack in stacks.items():
         depth, width_in, width_out = stack.shape
         size = min(width_in, width_out)
         factors.u[name] = np.empty((depth, width_out, size), np.float32)
@@ -176,12 +122,14 @@ def factorize(config: HasFFNLayer, params: Params) -> Factors:
 
     def factorize_one(key: tuple[str, int]) -> None:
         name, block = key
-        found = factorize_kernel(np.asarray(kernels[name][block]))
+        found = factorize_kernel(np.asarray(stacks[name][block]))
         factors.u[name][block] = found.u
         factors.sigma[name][block] = found.sigma
         factors.v[name][block] = found.v
 
-    keys = [(name, block) for name in kernels for block in range(len(kernels[name]))]
+    keys = [
+        (name, block) for name, stack in stacks.items() for block in range(len(stack))
+    ]
     for _ in in_parallel(factorize_one, keys):
         pass
     return factors
@@ -217,29 +165,26 @@ def merge_kernel(
     return lax.optimization_barrier(kernel)
 
 
-def merge_kernels(
-    kernels: Mapping[str, Any], factors: Factors, eps: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Kernels [L, in, out] with ε folded in; a block whose ε is all zero is untouched.
+def merge_in_place(
+    stacks: Mapping[str, np.ndarray], factors: Factors, eps: Mapping[str, Any]
+) -> None:
+    """Folds ε into kernels; a block whose ε is all zero is not touched.
 
     Args:
-      kernels: the original trainable kernels, from `split_params`.
+      stacks: the original trainable kernels [L, in, out] by name; changed.
       factors: their factors.
       eps: changes of the singular values, a dict like `factors.sigma`.
     """
     host = {name: np.asarray(e) for name, e in eps.items()}
     changed = np.any([np.any(e != 0, axis=-1) for e in host.values()], axis=0)
-    merged = {}
-    for name, stack in kernels.items():
-        merged[name] = np.array(stack)
+    for name, stack in stacks.items():
         for block in np.flatnonzero(changed):
             # From the host to the default device, wherever the factors are kept.
             u, sigma, v = (
                 np.asarray(part[name][block])
                 for part in (factors.u, factors.sigma, factors.v)
             )
-            merged[name][block] = merge_kernel(u, sigma + host[name][block], v)
-    return merged
+            stack[block] = merge_kernel(u, sigma + host[name][block], v)
 
 
 def merge(params: Params, factors: Factors, eps: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,19 +203,17 @@ def merge(params: Params, factors: Factors, eps: Mapping[str, Any]) -> dict[str,
       ValueError: `eps` has other names or shapes than `factors.sigma`.
     """
     check_eps(factors, eps)
-    ffn_layer = "swiglu" if "mlp/w12" in factors.sigma else "mlp"
-    frozen, kernels = split_params(_FFNLayer(ffn_layer), params)
-    return join_params(frozen, merge_kernels(kernels, factors, eps))
+    flat = {path: np.asarray(x) for path, x in param_tree.flatten(params).items()}
+    places = {name: kernels.PLACES[name] for name in factors.sigma}
+    flat |= {place.path: np.array(flat[place.path]) for place in places.values()}
+    stacks = {name: place.of(flat[place.path]) for name, place in places.items()}
+    merge_in_place(stacks, factors, eps)
+    return param_tree.unflatten(flat)
 
 
-@struct.dataclass
-class _FFNLayer:
-    ffn_layer: str
-
-
-def check_factors(kernels: Mapping[str, Any], factors: Factors) -> None:
-    """Raises ValueError unless `factors` have the shapes to be those of `kernels`."""
-    for name, kernel in kernels.items():
+def check_factors(stacks: Mapping[str, Any], factors: Factors) -> None:
+    """Raises ValueError unless `factors` fit the kernels [L, in, out] of `stacks`."""
+    for name, kernel in stacks.items():
         depth, width_in, width_out = kernel.shape
         size = min(width_in, width_out)
         want = [(depth, width_out, size), (depth, size), (depth, width_in, size)]
@@ -290,131 +233,8 @@ def check_eps(factors: Factors, eps: Mapping[str, Any]) -> None:
         raise ValueError(f"eps must hold {want} like the singular values; got {got}.")
 
 
-# --- Layers that hold a factored kernel ---------------------------------------------
-
-
-class SpectralDense(nn.Module):
-    """y = ((x·V)·s)·Uᵀ + b, of which only s is a parameter.
-
-    Collections: `params` {s [S]}, `factors` {u [out, S], v [in, S]}, `frozen` {bias}.
-    """
-
-    features: int
-    precision: Any = HIGHEST
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        size = min(x.shape[-1], self.features)
-        s = jnp.asarray(self.param("s", nn.initializers.ones, (size,)))
-        u, v = _factor_variables(self, x.shape[-1], self.features)
-        bias = _frozen_bias(self, self.features)
-        xv = jnp.matmul(x, v, precision=self.precision)
-        return jnp.matmul(_scale(xv, s), u.T, precision=self.precision) + _row(bias, x)
-
-
-class MergedDense(nn.Module):
-    """y = x·kernel + b with kernel = V·diag(σ + ε)·Uᵀ merged beforehand.
-
-    The gradient reaches ε directly, not through the kernel's (`merged_product`).
-    Collections: `params` {eps [S]}, `merged` {kernel}, `factors` {u, sigma, v},
-    `frozen` {bias}, the same U and V as in `SpectralDense`; where `known` {y} is given,
-    y is what this very layer computed before, and only its gradient is of interest.
-    """
-
-    features: int
-    precision: Any = HIGHEST
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        size = min(x.shape[-1], self.features)
-        eps = self.param("eps", nn.initializers.zeros, (size,))
-        u, v = _factor_variables(self, x.shape[-1], self.features)
-        sigma = self.variable("factors", "sigma", jnp.ones, (size,)).value
-        kernel = self.variable("merged", "kernel", lambda: merge_kernel(u, eps + 1, v))
-        bias = _frozen_bias(self, self.features)
-        y = None
-        if self.has_variable("known", "y"):
-            y = jnp.asarray(self.get_variable("known", "y"))
-            y = y - _row(bias, y)
-        y = merged_product(self.precision, x, kernel.value, u, sigma, v, eps, y)
-        return y + _row(bias, x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def merged_product(
-    precision: Any,
-    x: Float[Array, "*batch in"],
-    kernel: Float[Array, "in out"],
-    u: Float[Array, "out S"],
-    sigma: Float[Array, " S"],
-    v: Float[Array, "in S"],
-    eps: Float[Array, " S"],
-    y: Float[Array, "*batch out"] | None = None,
-) -> Float[Array, "*batch out"]:
-    """x·kernel whose derivative by ε is taken through the factors of the kernel.
-
-    With y = x·V·diag(s)·Uᵀ and s = σ + ε, ∂loss/∂ε_i = Σ_tokens (dy·u_i)(x·v_i): two
-    products with the factors instead of the kernel's gradient and its projection. The
-    one with the longer side need not be computed: y·u_i = s_i (x·v_i), and y is known
-    where it is given; dx·v_i = s_i (dy·u_i), and dx is computed anyhow.
-
-    Args:
-      precision: of the products.
-      x: input.
-      kernel: V·diag(σ + ε)·Uᵀ.
-      u: output side of the factors.
-      sigma: singular values of the original kernel.
-      v: input side.
-      eps: their changes.
-      y: x·kernel, where it has been computed before.
-    """
-    del u, sigma, v, eps
-    return jnp.matmul(x, kernel, precision=precision) if y is None else y
-
-
-def _merged_product_forward(precision, x, kernel, u, sigma, v, eps, y):
-    out = merged_product(precision, x, kernel, u, sigma, v, eps, y)
-    return out, (x, kernel, u, sigma + eps, v, y)
-
-
-def _merged_product_backward(precision, residuals, dy):
-    x, kernel, u, s, v, y = residuals
-
-    def times(a, b):
-        return jnp.matmul(a, b, precision=precision)
-
-    dx = times(dy, kernel.T)
-    width_in, width_out = kernel.shape
-    if width_out > width_in:
-        xv = times(x, v)
-        dyu = _unless_small(s, lambda: times(dx, v), lambda: times(dy, u))
-    elif width_in > width_out and y is not None:
-        dyu = times(dy, u)
-        xv = _unless_small(s, lambda: times(y, u), lambda: times(x, v))
-    else:
-        dyu, xv = times(dy, u), times(x, v)
-    tokens = tuple(range(dy.ndim - 1))
-    return dx, None, None, None, None, jnp.sum(dyu * xv, axis=tokens), None
-
-
-def _unless_small(
-    s: Float[Array, " S"], scaled: Callable[[], Array], direct: Callable[[], Array]
-) -> Array:
-    """scaled() / s, which is direct(), unless a small s would amplify its rounding."""
-
-    def divided() -> Array:
-        product = scaled()
-        return product / _row(s, product)
-
-    size = jnp.abs(s)
-    return lax.cond(jnp.min(size) > SMALL * jnp.max(size), divided, direct)
-
-
-merged_product.defvjp(_merged_product_forward, _merged_product_backward)
-
-
 def spectral_variables(
-    config: HasFFNLayer, params: Params, factors: Factors, eps: Mapping[str, Any]
+    config: ViTConfig, params: Params, factors: Factors, eps: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The variables of `vit.ViT(config, spectral=True)` from params and ε.
 
@@ -423,41 +243,12 @@ def spectral_variables(
       given to `model.apply`; `jax.grad` by "params" is the gradient by ε.
     """
     check_eps(factors, eps)
-    frozen, _ = split_params(config, params)
+    frozen, _ = kernels.split(config, params)
     s = {f"blocks/{name}/s": factors.sigma[name] + eps[name] for name in eps}
     uv = {f"blocks/{name}/u": u for name, u in factors.u.items()}
     uv |= {f"blocks/{name}/v": v for name, v in factors.v.items()}
     return {
-        "params": traverse_util.unflatten_dict(s, sep="/"),
-        "factors": traverse_util.unflatten_dict(uv, sep="/"),
+        "params": param_tree.unflatten(s),
+        "factors": param_tree.unflatten(uv),
         "frozen": frozen,
     }
-
-
-def _factor_variables(
-    module: nn.Module, width_in: int, width_out: int
-) -> tuple[Float[Array, "out S"], Float[Array, "in S"]]:
-    """U [out, S] and V [in, S] of a layer; orthonormal columns when initialized."""
-    size = min(width_in, width_out)
-    orthonormal = nn.initializers.orthogonal()
-
-    def variable(name: str, width: int) -> Array:
-        def init() -> Array:
-            return orthonormal(module.make_rng("params"), (width, size))
-
-        return jnp.asarray(module.variable("factors", name, init).value)
-
-    return variable("u", width_out), variable("v", width_in)
-
-
-def _frozen_bias(module: nn.Module, width: int) -> Float[Array, " out"]:
-    return jnp.asarray(module.variable("frozen", "bias", jnp.zeros, (width,)).value)
-
-
-def _row(vector: Float[Array, " D"], x: Float[Array, "*batch _"]) -> Array:
-    """`vector` with leading axes of size one, to meet the rank of `x`."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-def _scale(x: Float[Array, "*batch S"], s: Float[Array, " S"]) -> Array:
-    return x * _row(s, x)

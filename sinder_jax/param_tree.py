@@ -22,6 +22,9 @@ from flax import traverse_util
 
 from sinder_jax.vit import ViT, ViTConfig
 
+Params = Mapping[str, Any]
+"""A tree of arrays, nested or flat, under the names of DINOv2."""
+
 CLASS_TOKEN, POSITIONS, MASK_TOKEN = "cls_token", "pos_embed", "mask_token"
 
 
@@ -33,6 +36,16 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     """`{"a/b": x}` as `{"a": {"b": x}}`: the inverse of `flatten`."""
     return traverse_util.unflatten_dict(dict(flat), sep="/")
+
+
+def leaf(params: Params, path: str) -> Any:
+    """The leaf of a flat name, from a nested tree or a flat one."""
+    if path in params:
+        return params[path]
+    node: Any = params
+    for name in path.split("/"):
+        node = node[name]
+    return node
 
 
 # --- Shapes and checks ----------------------------------------------------------------

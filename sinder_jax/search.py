@@ -18,8 +18,7 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from sinder_jax import loss, vit
-from sinder_jax.factor import kernel_names
+from sinder_jax import kernels, loss, vit
 from sinder_jax.placement import WHOLE, Placement
 from sinder_jax.state import Frozen, Kernels, RepairOptions, RepairState
 from sinder_jax.vit import ViTConfig
@@ -328,7 +327,7 @@ class _Walk:
             **weights,
         }
         if known is not None:
-            last = kernel_names(self.config)[-1]
+            last = kernels.names(self.config)[-1]
             variables["known"] = _nested({f"{last}/y": known})
         return module.apply(variables, *inputs, method=method)
 

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct, traverse_util
 
-from sinder_jax import defects, factor, loss, param_tree
-from sinder_jax.factor import Factors, Params
+from sinder_jax import defects, factor, kernels, loss, param_tree
+from sinder_jax.factor import Factors
+from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
 REDUCTIONS = ("sum", "mean")
 PRECISIONS = ("highest", "high", "default")
-Kernels = dict[str, Any]  # by `factor.kernel_names`, blocks on the leading axis
+Kernels = dict[str, Any]  # by `kernels.names`, blocks on the leading axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +98,7 @@ class Frozen:
     """What a repair reads and never changes.
 
     Attributes:
-      params: the params tree without its trainable kernels (`factor.split_params`).
+      params: the params tree without its trainable kernels (`kernels.split`).
       factors: U, σ and V of the trainable kernels.
       directions: singular defect directions of the original model [L, D], unit or zero
         rows.
@@ -172,8 +173,8 @@ def init(
     if not bool(jnp.all(jnp.isfinite(directions))):
         raise ValueError("directions hold values that are not finite.")
     factors = factor.factorize(config, params) if factors is None else factors
-    rest, kernels = factor.split_params(config, params)
-    factor.check_factors(kernels, factors)
+    rest, stacks = kernels.split(config, params)
+    factor.check_factors(stacks, factors)
     if not all(param_tree.is_finite(np.asarray(x)) for x in jax.tree.leaves(factors)):
         raise ValueError("factors hold values that are not finite.")
     frozen = Frozen(
@@ -186,7 +187,7 @@ def init(
         eps=zero,
         momentum=jax.tree.map(jnp.zeros_like, zero),
         # The step is given this memory (donation), so it must be a copy.
-        merged={name: jnp.array(kernel) for name, kernel in kernels.items()},
+        merged={name: jnp.array(stack) for name, stack in stacks.items()},
         num_images=jnp.zeros((), jnp.int32),
         had_defect=jnp.ones(options.history, bool),
         num_counted=jnp.zeros((), jnp.int32),
@@ -230,8 +231,9 @@ def from_saved(
     for name in ("eps", "momentum"):
         fields[name] = traverse_util.flatten_dict(saved[name], sep="/")
         factor.check_eps(frozen.factors, fields[name])
-    _, kernels = factor.split_params(config, params)
-    fields["merged"] = factor.merge_kernels(kernels, frozen.factors, fields["eps"])
+    _, stacks = kernels.split(config, params)
+    fields["merged"] = {name: np.array(stack) for name, stack in stacks.items()}
+    factor.merge_in_place(fields["merged"], frozen.factors, fields["eps"])
     (beside,) = frozen.directions.devices()
     with jax.default_device(beside):
         return RepairState(**jax.tree.map(jnp.array, fields))
@@ -243,6 +245,4 @@ def merged_params(frozen: Frozen, state: RepairState) -> dict[str, Any]:
     Kernels of a block whose ε is all zero, and all that is not trained, have the bits
     of the original.
     """
-    return factor.join_params(
-        jax.device_get(frozen.params), jax.device_get(state.merged)
-    )
+    return kernels.join(jax.device_get(frozen.params), jax.device_get(state.merged))

@@ -20,7 +20,7 @@ from einops import rearrange
 from jaxtyping import Array, Float
 
 from sinder_jax import attention, pos_embed
-from sinder_jax.factor import MergedDense, SpectralDense
+from sinder_jax.layers import MergedDense, SpectralDense
 
 LAYER_NORM_EPSILON = 1e-6
 FFN_LAYERS = ("mlp", "swiglu")

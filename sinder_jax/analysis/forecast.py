@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sinder_jax import defects
+from sinder_jax import defects, kernels
 from sinder_jax.analysis import spectra
 from sinder_jax.cores import Progress, in_parallel
-from sinder_jax.factor import Params, factorize_kernel, kernel_names
+from sinder_jax.factor import factorize_kernel
+from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
 MIN_GAP = 3.0
@@ -45,7 +46,7 @@ class Blame(NamedTuple):
 
     Attributes:
       block: the block of the kernel.
-      kernel: its name, see `factor.kernel_names`.
+      kernel: its name, see `kernels.names`.
       index: of the singular value, 0 the largest.
       singular_value: σ.
       share: of the block's gain along ν that passes through the triplet: what would be
@@ -243,7 +244,7 @@ def blame(
 
     def largest_shares(name: str) -> list[Blame]:
         outer, inner = sides[name]
-        kernel = spectra.kernel_matrix(config, params, block, name).T
+        kernel = kernels.view(config, params, block, name)
         u, sigma, v = (np.asarray(x, np.float64) for x in factorize_kernel(kernel))
         shares = (outer @ u) * sigma * (inner @ v) / max(gain, tiny)
         return [
@@ -260,10 +261,9 @@ def _kernel_sides(
     config: ViTConfig, params: Params, block: int, nu: Float[np.ndarray, " D"]
 ) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray]]]:
     """The gain, and for each kernel a (output side) and x (input side) of `blame`."""
-    leaf = functools.partial(_leaf, params, block)
+    leaf = functools.partial(defects.vector, params, block)
     w_v, w_proj, w_first, w_last = (
-        spectra.kernel_matrix(config, params, block, name)
-        for name in kernel_names(config)
+        kernels.matrix(config, params, block, name) for name in kernels.names(config)
     )
     attention = defects.attention_map(config, params, block)
     ffn = defects.ffn_map(config, params, block)
@@ -274,7 +274,7 @@ def _kernel_sides(
 
     x = leaf("norm1/scale") * (trigger - trigger.mean())
     a = leaf("ls1/gamma") * pulled
-    v, proj, first, last = kernel_names(config)
+    v, proj, first, last = kernels.names(config)
     sides = {v: (w_proj.T @ a, x), proj: (a, w_v @ x)}
 
     after = attention @ trigger
@@ -308,14 +308,6 @@ def hidden_slopes(
     gram = np.einsum("pfd,qfd->fpq", rows, rows)
     inner = np.einsum("pfd,fd->fp", rows, fit)
     return np.einsum("fpq,fq->pf", np.linalg.pinv(gram, hermitian=True), inner)
-
-
-def _leaf(params: Params, block: int, path: str) -> np.ndarray:
-    """One block's array at `path` below `blocks`, in float64."""
-    node = params["blocks"]
-    for name in path.split("/"):
-        node = node[name]
-    return np.asarray(node[block], np.float64)
 
 
 # --- In words -------------------------------------------------------------------------

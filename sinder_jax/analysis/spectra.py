@@ -15,56 +15,20 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import scipy.linalg
-from flax import traverse_util
 from jaxtyping import Array, Complex, Float
 
-from sinder_jax import defects
+from sinder_jax import defects, kernels, param_tree
 from sinder_jax.cores import Progress, in_parallel
-from sinder_jax.factor import Params, kernel_names
+from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
 # Of σ_0²: a Gram matrix gives σ_i to 1e-16·(σ_0/σ_i)², here to 1e-8.
 _GRAM_IS_ENOUGH = 1e-8
-_FUSED = "attn/qkv"
-_THIRDS = ("attn/q", "attn/k", "attn/v")
 
 _Result = TypeVar("_Result")
 
 
 # --- Kernels --------------------------------------------------------------------------
-
-
-def linear_layers(config: ViTConfig) -> tuple[str, str, str, str]:
-    """Names of all linear layers of a block, q, k and v fused as in the model.
-
-    Example:
-      >>> from sinder_jax import vit
-      >>> linear_layers(vit.CONFIGS["dinov2_vitg14"])
-      ('attn/qkv', 'attn/proj', 'mlp/w12', 'mlp/w3')
-    """
-    _, proj, first, last = kernel_names(config)
-    return _FUSED, proj, first, last
-
-
-def kernel_matrix(
-    config: ViTConfig, params: Params, block: int, name: str
-) -> Float[np.ndarray, "out in"]:
-    """W of one linear layer, as it multiplies a column; float64.
-
-    Args:
-      config: the architecture.
-      params: the params tree.
-      block: from 0.
-      name: of `linear_layers`, or "attn/q", "attn/k", "attn/v", thirds of the qkv.
-
-    Raises:
-      ValueError: a kernel that the model does not have.
-    """
-    node: Any = params["blocks"]
-    path, columns = _place(config, name)
-    for part in path.split("/"):
-        node = node[part]
-    return np.asarray(node["kernel"][block], np.float64)[:, columns].T
 
 
 def kernel_spectra(
@@ -91,12 +55,12 @@ def kernel_spectra(
       >>> spectra["mlp/w3"].shape, int(spectra["mlp/w3"][:, 0].argmax()) == made.block
       ((12, 128), True)
     """
-    names = (*_THIRDS, *kernel_names(config)[1:])
+    names = (*kernels.THIRDS, *kernels.names(config)[1:])
     values = _of_every_kernel(
         config,
         names,
         lambda name, block: _singular_values(
-            kernel_matrix(config, params, block, name)
+            kernels.matrix(config, params, block, name)
         ),
         progress,
     )
@@ -161,19 +125,6 @@ def _singular_values(
     if squares[0] > _GRAM_IS_ENOUGH * squares[-1]:
         return np.sqrt(squares[::-1])
     return scipy.linalg.svdvals(wide)
-
-
-def _place(config: ViTConfig, name: str) -> tuple[str, slice]:
-    """Path below `blocks` of the layer that holds a kernel, and its output columns."""
-    if name in _THIRDS:
-        first = _THIRDS.index(name) * config.embed_dim
-        return _FUSED, slice(first, first + config.embed_dim)
-    allowed = (*linear_layers(config), *_THIRDS)
-    if name not in allowed:
-        raise ValueError(
-            f"there is no kernel {name!r}: the blocks have {', '.join(allowed)}."
-        )
-    return name, slice(None)
 
 
 def _of_every_kernel(
@@ -321,7 +272,7 @@ def clamp_singular_values(
       config: the architecture.
       params: the params tree; it is not changed.
       gamma: γ, the largest singular value that is left; above 0.
-      kernels: names of `linear_layers`, or "attn/q", "attn/k", "attn/v"; None: all
+      kernels: names of `kernels.layers`, or "attn/q", "attn/k", "attn/v"; None: all
         linear layers of the blocks, the fused qkv as the one matrix it is in the model.
       progress: called after each kernel.
 
@@ -391,7 +342,7 @@ def _clamp_all(
         return
 
     def above(name: str, block: int) -> tuple[np.ndarray, np.ndarray]:
-        wide = _wide(kernel_matrix(config, params, block, name))
+        wide = _wide(kernels.matrix(config, params, block, name))
         vectors, s = _short_side(wide, subset_by_value=(min(gammas) ** 2, np.inf))
         return np.ascontiguousarray(vectors), s
 
@@ -410,33 +361,32 @@ def _clamped(
 
     With vectors u of the shorter side alone: W − Σ u·(1 − γ/σ)·uᵀW.
     """
-    flat = traverse_util.flatten_dict(dict(params), sep="/")
-    for path in {_place(config, name)[0] for name, _ in found}:
-        flat[f"blocks/{path}/kernel"] = np.array(flat[f"blocks/{path}/kernel"])
+    flat = param_tree.flatten(params)
+    for path in {kernels.place(config, name).path for name, _ in found}:
+        flat[path] = np.array(flat[path])
 
     def clamp(key: tuple[str, int]) -> None:
         (name, block), (vectors, s) = key, found[key]
         too_large = s > gamma
         if not too_large.any():
             return
-        path, columns = _place(config, name)
-        wide = _wide(flat[f"blocks/{path}/kernel"][block][:, columns].T)  # a view
+        wide = _wide(kernels.view(config, flat, block, name).T)
         u = vectors[:, too_large]
         shrink = 1 - gamma / s[too_large]
         wide[...] = wide - (u * shrink[None, :]) @ (u.T @ wide.astype(np.float64))
 
     for _ in in_parallel(clamp, list(found)):
         pass
-    return traverse_util.unflatten_dict(flat, sep="/")
+    return param_tree.unflatten(flat)
 
 
-def _clamped_names(config: ViTConfig, kernels: Sequence[str] | None) -> tuple[str, ...]:
-    names = linear_layers(config) if kernels is None else tuple(kernels)
+def _clamped_names(config: ViTConfig, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    names = kernels.layers(config) if wanted is None else tuple(wanted)
     for name in names:
-        _place(config, name)
-    fused_and_third = _FUSED in names and set(names) & set(_THIRDS)
+        kernels.place(config, name)
+    fused_and_third = kernels.FUSED in names and set(names) & set(kernels.THIRDS)
     if len(set(names)) < len(names) or fused_and_third:
-        raise ValueError(f"a kernel is named twice in {', '.join(names)}.")
+        raise ValueError(f"a kernel is named twice in {', '.join(names)}")
     return names
 
 
@@ -465,7 +415,7 @@ def singular_value_changes(
       progress: called after each kernel.
 
     Returns:
-      float64 by name, see `factor.kernel_names`; negative where the repair shrank.
+      float64 by name, see `kernels.names`; negative where the repair shrank.
 
     Raises:
       ValueError: kernels of different shapes, or fewer than `leading` singular values.
@@ -478,10 +428,10 @@ def singular_value_changes(
       >>> round(float(changes["mlp/w3"][made.block, 0]), 1)  # from 9 to 5
       -4.0
     """
-    names = kernel_names(config)
+    names = kernels.names(config)
     for name in names:
         shapes = [
-            kernel_matrix(config, tree, 0, name).shape for tree in (original, repaired)
+            kernels.matrix(config, tree, 0, name).shape for tree in (original, repaired)
         ]
         if shapes[0] != shapes[1]:
             raise ValueError(
@@ -491,7 +441,7 @@ def singular_value_changes(
 
     def change(name: str, block: int) -> np.ndarray:
         before, after = (
-            kernel_matrix(config, tree, block, name) for tree in (original, repaired)
+            kernels.matrix(config, tree, block, name) for tree in (original, repaired)
         )
         u, _, v = leading_triplets(before, leading)
         return np.einsum("oi,oi->i", u, (after - before) @ v)

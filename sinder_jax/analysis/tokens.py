@@ -21,8 +21,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sinder_jax import loss, vit
-from sinder_jax.factor import Params
 from sinder_jax.loss import normalize
+from sinder_jax.param_tree import Params
 
 AnyArray = Array | np.ndarray
 

@@ -46,7 +46,7 @@ def test_the_baseline_follows_the_recorded_run(name):
             # as our own step: rounding, amplified by the trajectory (`moving` most)
             np.testing.assert_allclose(result.loss, entry["loss"], rtol=1e-4)
     for block, kernels in enumerate(baseline.kernels):
-        for kernel in factor.kernel_names(baseline.config):
+        for kernel in kernels.names(baseline.config):
             want = arrays[f"final_epsilon/{golden.epsilon_name(block, kernel)}"]
             got = kernels[kernel].eps.detach().numpy()
             error = np.linalg.norm(got - want)

@@ -16,7 +16,7 @@ from convert import commands, layouts, read, source, write
 from convert.__main__ import main
 from convert.state_dict import Spec
 from samples import SMALL, assert_same_bytes, random_params
-from sinder_jax import checkpoint, delta, factor, param_tree, vit
+from sinder_jax import checkpoint, delta, factor, kernels, param_tree, vit
 from sinder_jax.storage import delta_file
 
 KINDS = {"swiglu": SMALL["swiglu"], "registers": SMALL["registers"]}
@@ -346,11 +346,11 @@ def test_inspect_prints_the_largest_singular_values(container, tmp_path, capsys)
     assert "dinov2 layout" in out or "not known" in out or container in out
     lines = out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("block "))
-    assert lines[start].split()[1:] == list(factor.kernel_names(config))
-    _, kernels = factor.split_params(config, params)
+    assert lines[start].split()[1:] == list(kernels.names(config))
+    _, stacks = kernels.split(config, params)
     for block in range(config.depth):
         cells = lines[start + 1 + block].split()
-        want = [np.linalg.norm(stack[block], 2) for stack in kernels.values()]
+        want = [np.linalg.norm(stack[block], 2) for stack in stacks.values()]
         assert int(cells[0]) == block
         # printed with four decimals
         np.testing.assert_allclose([float(x) for x in cells[1:]], want, atol=6e-5)

@@ -24,7 +24,7 @@ from convert import read, write
 from convert.__main__ import main as convert_main
 from experiments import repair
 from experiments.run import inputs, results
-from sinder_jax import checkpoint, cli, factor, param_tree, planted, vit
+from sinder_jax import checkpoint, cli, kernels, param_tree, planted, vit
 from sinder_jax.data import listing
 
 # One image per step: the authors' step. By default it would be one per device, so two.
@@ -281,12 +281,12 @@ def test_the_summary_says_how_far_the_singular_values_moved(finished):
     """Against an SVD of the exported kernels: ε is a change of singular values."""
     told = summary(finished)["largest_change_of_a_singular_value"]
     config, params = checkpoint.load(finished.path / "repaired")
-    assert set(told) == set(factor.kernel_names(config))
+    assert set(told) == set(kernels.names(config))
     original = planted.planted_model(1).params
-    kernels = [
+    both = [
         p["blocks"]["mlp"]["w3"]["kernel"][planted.BLOCK] for p in (original, params)
     ]
-    largest = [np.linalg.svd(kernel, compute_uv=False)[0] for kernel in kernels]
+    largest = [np.linalg.svd(kernel, compute_uv=False)[0] for kernel in both]
     # The planted column is the largest singular vector of its kernel, and shrinks.
     assert 0.1 < largest[0] - largest[1] <= told["mlp/w3"] * (1 + 1e-4)
 

@@ -26,7 +26,7 @@ from deltas import (
     random_patch,
     relative,
 )
-from sinder_jax import delta, factor, param_tree
+from sinder_jax import delta, factor, kernels, param_tree
 
 # --- Extracting and applying --------------------------------------------------------
 
@@ -48,17 +48,17 @@ def test_what_no_eps_touches_keeps_its_bits(config):
     params, _, found, _ = extracted(config)
     patched = delta.apply(config, params, found)
     before = param_tree.flatten(params)
-    kernels = {"blocks/attn/qkv/kernel"} | {
-        f"blocks/{name}/kernel" for name in factor.kernel_names(config)
+    trained = {"blocks/attn/qkv/kernel"} | {
+        f"blocks/{name}/kernel" for name in kernels.names(config)
     }
     for path, leaf in param_tree.flatten(patched).items():
-        blocks = [0, 3] if path in kernels else slice(None)
+        blocks = [0, 3] if path in trained else slice(None)
         assert leaf[blocks].tobytes() == before[path][blocks].tobytes(), path
     q_and_k = slice(0, 2 * config.embed_dim)
     qkv = patched["blocks"]["attn"]["qkv"]["kernel"][..., q_and_k]
     np.testing.assert_array_equal(qkv, before["blocks/attn/qkv/kernel"][..., q_and_k])
     # the control: the rest of it did change
-    for name in kernels & before.keys():
+    for name in trained & before.keys():
         assert (
             param_tree.flatten(patched)[name][4].tobytes() != before[name][4].tobytes()
         )
@@ -186,7 +186,7 @@ def test_a_model_is_patched_leaf_by_leaf():
         )
         assert got.tobytes() == whole[path].tobytes(), path
         assert leaf.tobytes() == before.tobytes(), path
-    wanted = {(n, b) for n in factor.kernel_names(SWIGLU) for b in TOUCHED}
+    wanted = {(n, b) for n in kernels.names(SWIGLU) for b in TOUCHED}
     assert set(calls) == wanted and len(calls) == len(wanted)
 
 

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 import convert
 import golden
-from sinder_jax import factor, param_tree, vit
+from sinder_jax import factor, kernels, layers, param_tree, vit
 
 SWIGLU = vit.ViTConfig(16, 3, 2, "swiglu", img_size=28)
 MLP = vit.ViTConfig(12, 2, 2, "mlp", img_size=28)
@@ -166,42 +166,13 @@ def test_singular_values_match_the_recorded_ones(name):
     arrays, meta = golden.load(name)
     config, _, factors = recorded_model(name)
     sigma = factors.sigma
-    assert tuple(sigma) == golden.kernels(meta) == factor.kernel_names(config)
+    assert tuple(sigma) == golden.kernels(meta) == kernels.names(config)
     for kernel, values in sigma.items():
         for block in range(config.depth):
             recorded = arrays[golden.sigma_name(block, kernel)]
             # a float32 SVD is exact to a few 1e-7 of the largest singular value
             atol = 3e-6 * recorded[0]
             np.testing.assert_allclose(values[block], recorded, rtol=0, atol=atol)
-
-
-# --- Splitting and joining ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("config", [SWIGLU, MLP], ids=["swiglu", "mlp"])
-def test_split_and_join_give_back_the_very_bits(config):
-    params = random_params(config)
-    frozen, kernels = factor.split_params(config, params)
-    assert tuple(kernels) == factor.kernel_names(config)
-    assert_same_bytes(factor.join_params(frozen, kernels), params)
-
-
-@pytest.mark.parametrize("config", [SWIGLU, MLP], ids=["swiglu", "mlp"])
-def test_split_trains_the_value_third_and_freezes_query_and_key(config):
-    params, width = random_params(config), config.embed_dim
-    frozen, kernels = factor.split_params(config, params)
-    qkv = params["blocks"]["attn"]["qkv"]
-    v = frozen["blocks"]["attn"]["v"]
-    np.testing.assert_array_equal(kernels["attn/v"], qkv["kernel"][:, :, 2 * width :])
-    np.testing.assert_array_equal(v["bias"], qkv["bias"][:, 2 * width :])
-    qk = frozen["blocks"]["attn"]["qk"]
-    np.testing.assert_array_equal(qk["kernel"], qkv["kernel"][:, :, : 2 * width])
-    np.testing.assert_array_equal(qk["bias"], qkv["bias"][:, : 2 * width])
-    trained = {f"blocks/{name}/kernel" for name in kernels}
-    assert not trained & set(flat(frozen))
-    # nothing is lost, nothing is there twice
-    sizes = [x.size for x in (*flat(frozen).values(), *kernels.values())]
-    assert sum(sizes) == param_tree.num_params(config)
 
 
 # --- Merging --------------------------------------------------------------------------
@@ -231,9 +202,9 @@ def test_merged_kernels_match_float64(config):
     }
     merged = factor.merge(params, factors, eps)
     assert {leaf.dtype for leaf in flat(merged).values()} == {np.dtype(np.float32)}
-    _, kernels = factor.split_params(config, merged)
-    _, before = factor.split_params(config, params)
-    for name, stack in kernels.items():
+    _, stacks = kernels.split(config, merged)
+    _, before = kernels.split(config, params)
+    for name, stack in stacks.items():
         for block, kernel in enumerate(stack):
             expected = rebuilt(factors, name, block, eps[name][block])
             # sums of 16 float32 products
@@ -313,11 +284,11 @@ def test_merge_kernel_has_the_same_bits_within_a_larger_program():
 
         return jax.lax.map(use, (*parts, eps))
 
-    kernels, _ = larger(parts, eps)
+    inside, _ = larger(parts, eps)
     for block in range(SWIGLU.depth):
         u, sigma, v = (part[block] for part in parts)
         alone = factor.merge_kernel(u, sigma + eps[block], v)
-        np.testing.assert_array_equal(kernels[block], alone)
+        np.testing.assert_array_equal(inside[block], alone)
 
 
 # --- What does not fit ----------------------------------------------------------------
@@ -346,14 +317,14 @@ def test_eps_that_does_not_fit_the_factors_raises():
 def test_factors_that_do_not_fit_the_kernels_raise(part):
     params = random_params(MLP)
     factors = factor.factorize(MLP, params)
-    _, kernels = factor.split_params(MLP, params)
-    factor.check_factors(kernels, factors)
+    _, stacks = kernels.split(MLP, params)
+    factor.check_factors(stacks, factors)
     arrays = getattr(factors, part)
     without = {name: x for name, x in arrays.items() if name != "attn/v"}
     turned = {**arrays, "attn/v": np.swapaxes(arrays["attn/v"], 0, 1)}
     for wrong in (without, turned):
         with pytest.raises(ValueError, match="factors u, sigma, v of attn/v must be"):
-            factor.check_factors(kernels, factors.replace(**{part: wrong}))
+            factor.check_factors(stacks, factors.replace(**{part: wrong}))
 
 
 # --- Layers ---------------------------------------------------------------------------
@@ -387,7 +358,7 @@ def test_factored_layers_agree_with_the_dense_product(shape, batch):
     spectral = factor.SpectralDense(width_out).apply(
         {"params": {"s": single(sigma + eps)}, **rest}, single(x)
     )
-    merged = factor.MergedDense(width_out).apply(
+    merged = layers.MergedDense(width_out).apply(
         {
             "params": {"eps": single(eps)},
             "merged": {"kernel": single(kernel)},
@@ -406,7 +377,7 @@ def test_layers_initialize_to_orthonormal_factors_and_agree():
     """s = 1 and ε = 0 are the same layer when drawn from the same key."""
     x = jnp.asarray(np.random.default_rng(5).standard_normal((4, 10)), jnp.float32)
     outputs = []
-    for layer, trained in ((factor.SpectralDense, "s"), (factor.MergedDense, "eps")):
+    for layer, trained in ((factor.SpectralDense, "s"), (layers.MergedDense, "eps")):
         y, variables = layer(7).init_with_output(jax.random.key(1), x)
         assert set(variables["params"]) == {trained}
         for side in "uv":
@@ -434,7 +405,7 @@ def test_merged_product_has_the_gradient_of_the_explicit_product(
         def merged(x, eps, u, v):
             kernel = jax.lax.stop_gradient(factor.merge_kernel(u, sigma + eps, v))
             y = jax.lax.stop_gradient(x @ kernel) if known else None
-            y = factor.merged_product(
+            y = layers.merged_product(
                 "highest", x, kernel, u, jnp.asarray(sigma), v, eps, y
             )
             return jnp.sum(jnp.tanh(y) * weights)

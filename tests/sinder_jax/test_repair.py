@@ -30,7 +30,7 @@ from recorded import (
     start,
     stored,
 )
-from sinder_jax import factor, param_tree, repair, search, vit
+from sinder_jax import factor, kernels, param_tree, repair, search, vit
 
 Tree = dict[str, Any]
 
@@ -156,19 +156,19 @@ def test_run_ends_at_the_recorded_kernels(run):
     case = setting(run.name)
     state = golden.state(case.arrays, "merged")
     _, recorded = convert.from_torch(state, num_heads=case.config.num_heads)
-    rest, kernels = factor.split_params(case.config, run.merged)
-    rest_before, kernels_before = factor.split_params(case.config, case.params)
+    rest, stacks = kernels.split(case.config, run.merged)
+    rest_before, stacks_before = kernels.split(case.config, case.params)
     assert_same_bits(rest, rest_before)
     moved = np.any([e.any(axis=1) for e in run.states[-1]["eps"].values()], axis=0)
     assert 0 < moved.sum() < case.config.depth
-    _, recorded = factor.split_params(case.config, recorded)
-    for name, kernel in kernels.items():
+    _, recorded = kernels.split(case.config, recorded)
+    for name, kernel in stacks.items():
         for block in range(case.config.depth):
             if moved[block]:  # rebuilt in float32 by both; 2.5e-6, or 5e-5
                 limit = allowed(run, 1e-5, 1e-4)
                 assert relative(kernel[block], recorded[name][block]) < limit
             else:
-                before = kernels_before[name][block]
+                before = stacks_before[name][block]
                 assert kernel[block].tobytes() == before.tobytes()
 
 
@@ -689,11 +689,11 @@ def test_only_blocks_that_moved_are_merged_again(script):
     run.play(defect(1))
     params, _, factors = tiny_model()
     merged = factor.merge(params, factors, run.now["eps"])
-    _, kernels = factor.split_params(TINY, merged)
+    _, stacks = kernels.split(TINY, merged)
     for name, kernel in run.now["merged"].items():
         assert (kernel[2] == 7).all()
         for block in (0, 1, 3):
-            assert kernel[block].tobytes() == kernels[name][block].tobytes()
+            assert kernel[block].tobytes() == stacks[name][block].tobytes()
 
 
 def test_block_whose_epsilon_stays_zero_keeps_its_bits(script):

@@ -23,7 +23,7 @@ from recorded import (
     start,
     stored,
 )
-from sinder_jax import defects, factor, param_tree, repair
+from sinder_jax import defects, factor, kernels, param_tree, repair
 
 # --- Options --------------------------------------------------------------------------
 
@@ -103,14 +103,14 @@ def test_option_at_the_end_of_its_range_is_accepted(name, value):
 
 def test_first_state_is_zero_with_a_history_full_of_defects():
     case, (_, state) = setting("gelu"), start("gelu")
-    _, kernels = factor.split_params(case.config, case.params)
-    for name in factor.kernel_names(case.config):
-        size = min(kernels[name].shape[1:])
+    _, stacks = kernels.split(case.config, case.params)
+    for name in kernels.names(case.config):
+        size = min(stacks[name].shape[1:])
         for zero in (state.eps[name], state.momentum[name]):
             assert zero.shape == (case.config.depth, size)
             assert zero.dtype == np.float32
             assert not np.any(zero)
-    assert_same_bits(state.merged, kernels)
+    assert_same_bits(state.merged, stacks)
     assert state.had_defect.shape == (case.options.history,)
     assert np.all(state.had_defect)
     for name in ("num_images", "num_counted", "num_bad", "bad_in_row"):
@@ -304,8 +304,8 @@ def test_saved_state_comes_back_with_its_bits_and_merges_its_kernels():
     assert_same_bits(repair.to_saved(back), stored(values))
     merged = factor.merge(case.params, frozen.factors, values["eps"])
     assert_same_bits(repair.merged_params(frozen, back), merged)
-    _, kernels = factor.split_params(case.config, case.params)
-    for name, kernel in kernels.items():
+    _, stacks = kernels.split(case.config, case.params)
+    for name, kernel in stacks.items():
         same = [
             np.array_equal(back.merged[name][block], kernel[block])
             for block in range(case.config.depth)

@@ -15,7 +15,7 @@ from jax.extend import core
 import convert
 import golden
 import reference
-from sinder_jax import factor, loss, param_tree, repair, vit
+from sinder_jax import factor, kernels, loss, param_tree, repair, vit
 
 TINY = {
     "mlp": vit.ViTConfig(16, 3, 2, "mlp", img_size=42),
@@ -234,7 +234,7 @@ def test_gradients_through_the_spectral_model_match_the_reference(name):
     value, gradients = loss_of(variables.pop("params"), variables, images[:1])
     # float32 against float64, amplified in `moving`: 2.6e-6 measured, else 1.2e-7
     assert value == pytest.approx(expected.loss, rel=1e-5)
-    for kernel in factor.kernel_names(config):
+    for kernel in kernels.names(config):
         ours = np.asarray(flat(gradients)[f"blocks/{kernel}/s"])
         for block in range(expected.layer + 1):
             theirs = expected.grads[kernel][block]

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from sinder_jax import delta, factor, param_tree, vit
+from sinder_jax import delta, factor, kernels, param_tree, vit
 
 SWIGLU = vit.ViTConfig(16, 5, 2, "swiglu", img_size=28)
 
@@ -79,10 +79,8 @@ def changed_copy(params, path, change):
 
 def kernels_of(config, params):
     """{(name, block): kernel}"""
-    _, kernels = factor.split_params(config, params)
-    return {
-        (name, b): k for name, stack in kernels.items() for b, k in enumerate(stack)
-    }
+    _, stacks = kernels.split(config, params)
+    return {(name, b): k for name, stack in stacks.items() for b, k in enumerate(stack)}
 
 
 def assert_same_bytes(got, want):

@@ -13,15 +13,7 @@ import reference
 from experiments import config as config_files
 from experiments.run import inputs
 from samples import SMALL, error_of
-from sinder_jax import (
-    cores,
-    defects,
-    factor,
-    param_tree,
-    planted,
-    repair,
-    vit,
-)
+from sinder_jax import cores, defects, kernels, param_tree, planted, repair, vit
 from sinder_jax.analysis import forecast, spectra
 from sinder_jax.data import decode, listing
 
@@ -221,7 +213,7 @@ def test_stretches_end_with_the_gap_or_a_turn():
 def test_hidden_slopes_rebuild_the_linear_fit(name):
     config, params, model = recorded(name)
     first = "mlp/fc1" if config.ffn_layer == "mlp" else "mlp/w12"
-    weight = spectra.kernel_matrix(config, params, 1, first)
+    weight = kernels.matrix(config, params, 1, first)
     layer = params["blocks"]["mlp"][first.removeprefix("mlp/")]
     slopes = forecast.hidden_slopes(config, weight, np.float64(layer["bias"][1]))
     parts = np.split(weight, len(slopes))
@@ -276,7 +268,7 @@ def test_a_share_is_what_is_missing_without_the_triplet(name):
     trigger = matrix.T @ nu / gain
     last = "mlp/fc2" if name == "gelu" else "mlp/w3"
     for kernel, index in ((last, 0), (last, 3), ("attn/v", 0), ("attn/proj", 1)):
-        u, s, vt = np.linalg.svd(spectra.kernel_matrix(config, params, block, kernel))
+        u, s, vt = np.linalg.svd(kernels.matrix(config, params, block, kernel))
         missing = s[index] * np.outer(vt[index], u[:, index])
         path = "attn/qkv" if kernel == "attn/v" else kernel
         flat = param_tree.flatten(params)
@@ -300,7 +292,7 @@ def test_kernels_in_a_row_carry_the_same_and_paths_add_up_to_the_gain(name):
     sums = {}
     for (kernel, _), share in shares.items():
         sums[kernel] = sums.get(kernel, 0.0) + share
-    v, proj, first, last = (sums[kernel] for kernel in factor.kernel_names(config))
+    v, proj, first, last = (sums[kernel] for kernel in kernels.names(config))
     np.testing.assert_allclose(v, proj, atol=1e-5)
     np.testing.assert_allclose(first, last, atol=1e-5)
     # What neither passes through attention nor through the FFN is the residual.

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from deltas import SWIGLU, assert_same_patch, random_patch
-from sinder_jax import delta, factor, param_tree, planted, vit
+from sinder_jax import delta, kernels, param_tree, planted, vit
 from sinder_jax.storage import delta_file
 
 METADATA = {"note": "ε of the demo", "options": '{"lr": 0.005}'}
@@ -195,7 +195,7 @@ def test_metadata_must_be_text_under_free_names(tmp_path):
 def patch_bytes(config, path):
     """Size of a patch with every ε of a model."""
     shape = (config.depth, config.embed_dim)
-    names = factor.kernel_names(config)
+    names = kernels.names(config)
     probe = (config.depth, delta.NUM_PROBES)
     full = delta.Patch(
         config,
@@ -216,8 +216,8 @@ def test_patches_are_small(tmp_path):
     assert 4 * giant.depth * giant.embed_dim == 245_760
     assert patch_bytes(giant, tmp_path / "giant.safetensors") < 1_000_000
     for name, config in vit.CONFIGS.items():  # every S is D
-        kernels = param_tree.flatten(param_tree.shapes(config))
-        for kernel in factor.kernel_names(config):
+        shapes = param_tree.flatten(param_tree.shapes(config))
+        for kernel in kernels.names(config):
             path = "attn/qkv" if kernel == "attn/v" else kernel
-            shape = kernels[f"blocks/{path}/kernel"].shape
+            shape = shapes[f"blocks/{path}/kernel"].shape
             assert min(shape[1:]) == config.embed_dim, (name, kernel)
