@@ -14,7 +14,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -37,6 +39,8 @@ T = TypeVar("T")
 
 # How a photograph becomes an image: the middle square, or nearly the whole.
 RESIZES = {"crop": training_crop, "keep": training_keep}
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # workers leave them to their parent
 
 
 class Batch(NamedTuple):
@@ -186,6 +190,7 @@ def stream(
     dataset = grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options)
     if num_workers:
         _allow_absl_flags()
+        resource_tracker.ensure_running()  # started later, it would undo `_first`
         workers = grain.MultiprocessingOptions(
             num_workers=num_workers,
             per_worker_buffer_size=max(2, -(-ahead // num_workers)),
@@ -208,6 +213,7 @@ def check_resize(resize: str, batch_size: int) -> None:
 def _until_closed(dataset: "grain.IterDataset") -> Generator[Batch, None, None]:
     iterator = iter(dataset)
     try:
+        yield _first(iterator)
         yield from iterator
     except RuntimeError as error:
         if "Worker process was terminated" not in str(error):
@@ -218,6 +224,19 @@ def _until_closed(dataset: "grain.IterDataset") -> Generator[Batch, None, None]:
         ) from error
     finally:
         iterator.close()  # ends the reading threads with the caller's loop
+
+
+def _first(iterator: Iterator[Batch]) -> Batch:
+    """The first batch, requested by a thread that blocks `SIGNALS`.
+
+    Grain starts the workers at the first request, and a process inherits the blocked
+    signals of the thread that starts it. So a signal cannot end a worker that is still
+    importing, before `_serve_parent` makes it ignore the signal.
+    """
+    with ThreadPoolExecutor(
+        1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)
+    ) as starter:
+        return starter.submit(next, iterator).result()
 
 
 class _Example(NamedTuple):
@@ -273,7 +292,7 @@ def _allow_absl_flags() -> None:
 
 def _serve_parent(index: int, count: int) -> None:
     """Runs first in worker `index` of `count`: it lives as long as its parent."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -292,6 +292,22 @@ def test_a_worker_that_is_killed_is_told(photos):
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_that_is_still_starting_survives_sigterm(photos):
+    def strike():
+        while len(workers := multiprocessing.active_children()) < 2:
+            time.sleep(0.001)
+        for worker in workers:
+            os.kill(worker.pid, signal.SIGTERM)
+
+    striker = threading.Thread(target=strike)
+    striker.start()
+    stream = batches.stream(photos, SIZE, num_workers=2)
+    for position in range(8):
+        assert next(stream).positions == position
+    striker.join()
+    stream.close()
+
+
 READER = """
 import json, multiprocessing, signal, sys, time
 from sinder_jax.data import batches, listing
