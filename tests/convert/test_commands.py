@@ -104,15 +104,18 @@ def test_hub_to_jax_to_every_layout_and_back(kind, tmp_path):
         assert source.open_model(back).config == config
 
 
-def test_origin_travels_through_every_file(tmp_path, capsys):
+@pytest.mark.parametrize("last", ["last.safetensors", "last.pth"])
+def test_origin_travels_through_every_file(last, tmp_path, capsys):
+    if last.endswith(".pth"):
+        pytest.importorskip("torch")
     path = stored(tmp_path, "dinov2", SMALL["swiglu"], random_params(SMALL["swiglu"]))
     sha256 = read.sha256_of_file(path)
     run("to-jax", path, tmp_path / "jax")
     run("to-torch", tmp_path / "jax", tmp_path / "hf", "--layout=hf")
     run("to-jax", tmp_path / "hf", tmp_path / "again")
-    run("to-torch", tmp_path / "again", tmp_path / "last.pth")
+    run("to-torch", tmp_path / "again", tmp_path / last)
     capsys.readouterr()
-    run("inspect", tmp_path / "last.pth")
+    run("inspect", tmp_path / last)
     out = capsys.readouterr().out
     assert f"dinov2.safetensors, dinov2 layout, SHA-256 {sha256}" in out
     steps = re.findall(r"then (\S+)", out)
