@@ -9,7 +9,7 @@ import numpy as np
 
 from convert import layouts, read, report, source, write
 from convert.source import Model
-from sinder_jax import factor, kernels, param_tree, vit
+from sinder_jax import kernels, linalg, param_tree, vit
 from sinder_jax.storage import delta_file
 
 
@@ -59,8 +59,8 @@ def _largest_singular_values(
     for name in kernels.names(config):
         place = kernels.place(config, name)
         if path == place.path:
-            stack = place.of(leaf)
-            return {name: np.array([*map(factor.largest_singular_value, stack)])}
+            tops = [linalg.leading_triplets(x, 1).s[0] for x in place.of(leaf)]
+            return {name: np.array(tops)}
     return {}
 
 

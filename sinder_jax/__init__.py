@@ -17,7 +17,8 @@ The modules are named after the concepts of the paper (arXiv:2407.16826):
     pictures, plots     what the experiments show
     checkpoint  models on disk, on top of store (arrays with digests); states of a run
     paths       places on a disk and in a bucket
-    cores       linear algebra of many matrices, one a core
+    kernels     names, places and axes of the trainable kernels
+    linalg      singular values of many matrices, one matrix per core
     patch       a repair as ε and the digest of the model it belongs to
     planted     a small model with planted defects, for the demo and the tests
 

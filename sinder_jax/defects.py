@@ -9,7 +9,6 @@ during a repair.
 """
 
 import functools
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ import scipy.linalg
 import scipy.special
 from jaxtyping import Array, Float
 
-from sinder_jax import kernels, param_tree
+from sinder_jax import kernels, linalg, param_tree
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
@@ -30,22 +29,22 @@ PROBES_PER_CHUNK = 8_192
 
 
 class SingularDefects(NamedTuple):
-    """Singular defects of the running products G_0 … G_{L-1}.
+    """Singular defects of the running products G_0 … G_{L-1}; float64.
 
     Attributes:
       directions: leading left singular vector of each G_i; unit rows, any sign.
       log_values: natural logarithms of the two leading singular values of each G_i,
-        float64; logarithms because a product of 40 blocks can overflow. The second is
-        exact to 1e-16 (σ0/σ1)², since it is read off G·Gᵀ.
+        because a product of 40 blocks can overflow. The second is exact to
+        1e-16 (σ0/σ1)², since it is read off G·Gᵀ.
     """
 
-    directions: Float[Array, "L D"]
-    log_values: Float[np.ndarray, "L 2"]
+    directions: Float[np.ndarray, "L D"]
+    log_values: Float[np.ndarray, "L _"]
 
     @property
     def gaps(self) -> Float[np.ndarray, " L"]:
         """σ0/σ1 of each G_i: near 1 the direction is not determined."""
-        return np.exp(self.log_values[:, 0] - self.log_values[:, 1])
+        return np.exp(self.log_values[:, 0] - self.log_values[:, -1])
 
 
 def singular_defect_directions(
@@ -58,10 +57,11 @@ def singular_defect_directions(
 ) -> Float[Array, "L D"]:
     """The singular defect direction of every block: unit rows, of arbitrary sign.
 
-    See `singular_defects`, which also gives the leading singular values.
+    Arguments and errors as for `singular_defects`, which also returns the leading
+    singular values.
     """
-    defects = singular_defects(config, params, method, key=key, num_probes=num_probes)
-    return defects.directions
+    found = singular_defects(config, params, method, key=key, num_probes=num_probes)
+    return jnp.asarray(found.directions, jnp.float32)
 
 
 def singular_defects(
@@ -71,6 +71,7 @@ def singular_defects(
     *,
     key: Array | None = None,
     num_probes: int = 100_000,
+    progress: linalg.Progress | None = None,
 ) -> SingularDefects:
     """Directions and leading singular values of the running products of block maps.
 
@@ -82,46 +83,22 @@ def singular_defects(
         agrees as 1/√num_probes.
       key: random key of the probes; None means `jax.random.key(0)`.
       num_probes: probes per block, at least D.
+      progress: called after each block.
 
     Raises:
       ValueError: an unknown method, or fewer probes than D.
     """
+
+    def map_of(block: int) -> np.ndarray:
+        return block_map(config, params, block, method, key=key, num_probes=num_probes)
+
     directions, log_values = [], []
-    for product, log_scale in _running_products(
-        config, params, method, key, num_probes
+    for triplets, log_scale in linalg.running_triplets(
+        map_of, config.depth, min(2, config.embed_dim), progress
     ):
-        vectors, values = _leading_left(product)
-        directions.append(vectors[:, 0])
-        log_values.append(log_scale + np.log(np.maximum(values, np.finfo(float).tiny)))
-    return SingularDefects(
-        jnp.asarray(np.stack(directions), jnp.float32), np.stack(log_values)
-    )
-
-
-def _running_products(
-    config: ViTConfig, params: Params, method: str, key: Array | None, num_probes: int
-) -> Iterator[tuple[Float[np.ndarray, "D D"], float]]:
-    """G_i scaled to Frobenius norm 1, and the logarithm of the scale taken out."""
-    product, log_scale = np.eye(config.embed_dim), 0.0
-    for block in range(config.depth):
-        product = (
-            block_map(config, params, block, method, key=key, num_probes=num_probes)
-            @ product
-        )
-        norm = np.linalg.norm(product)
-        product, log_scale = product / norm, log_scale + np.log(norm)
-        yield product, log_scale
-
-
-def _leading_left(
-    matrix: Float[np.ndarray, "D D"],
-) -> tuple[Float[np.ndarray, "D 2"], Float[np.ndarray, " 2"]]:
-    """The two leading left singular vectors (columns) and values."""
-    size = len(matrix)
-    squares, vectors = scipy.linalg.eigh(
-        matrix @ matrix.T, subset_by_index=(size - 2, size - 1)
-    )
-    return vectors[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0.0))
+        directions.append(triplets.u[:, 0])
+        log_values.append(log_scale + np.log(np.maximum(triplets.s, linalg.TINY)))
+    return SingularDefects(np.stack(directions), np.stack(log_values))
 
 
 # --- Maps of a block ------------------------------------------------------------------

@@ -69,7 +69,7 @@ def freeze(
         "factors": {
             part: param_tree.unflatten(getattr(factors, part)) for part in FACTORS
         },
-        "directions": np.asarray(found.directions),
+        "directions": found.directions.astype(np.float32),
     }
     header = {
         "config": dataclasses.asdict(model),

@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Float
 
 from sinder_jax import defects, kernels
-from sinder_jax.analysis import spectra
-from sinder_jax.cores import Progress, in_parallel
 from sinder_jax.factor import factorize_kernel
+from sinder_jax.linalg import TINY, Progress, in_parallel
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
@@ -37,8 +36,6 @@ MAX_TURN = 45.0
 Measured: 27 at most within the planted and recorded defects; 84 and more where the next
 defect of the same model takes over.
 """
-
-AT_ONCE = 8  # blocks; two matrices [D, D] each, 300 MB for the giant
 
 
 class Blame(NamedTuple):
@@ -123,7 +120,8 @@ def forecast(
       >>> found.blamed[0].kernel, found.blamed[0].index
       ('mlp/w3', 0)
     """
-    nu, gap = _directions_and_gaps(config, params, progress)
+    found = defects.singular_defects(config, params, progress=progress)
+    nu, gap = found.directions, found.gaps
     turns = _turns(nu)
     growth = gap / np.concatenate([[1.0], gap[:-1]])
     runs = stretches(gap, turns)
@@ -138,38 +136,6 @@ def forecast(
     return Forecast(
         True, run.first, runs, nu, gap, growth, turns, gain, blamed, verdict
     )
-
-
-def _directions_and_gaps(
-    config: ViTConfig, params: Params, progress: Progress | None
-) -> tuple[Float[np.ndarray, "L D"], Float[np.ndarray, " L"]]:
-    """ν_i and σ_0/σ_1 of each G_i, as `defects.singular_defects`, one core a matrix.
-
-    Threads inside of LAPACK gain little, and on a busy machine they lose much.
-    """
-    directions, gaps = [], []
-    product = np.eye(config.embed_dim)
-    count = min(2, config.embed_dim)
-    for start in range(0, config.depth, AT_ONCE):
-        blocks = range(start, min(start + AT_ONCE, config.depth))
-        products = []
-        for block_map in in_parallel(
-            lambda block: defects.block_map(config, params, block), blocks
-        ):
-            product = block_map @ product
-            product = product / np.linalg.norm(product)  # turns no singular vector
-            products.append(product)
-        for done, (u, s, _) in enumerate(
-            in_parallel(
-                lambda matrix: spectra.leading_triplets(matrix, count), products
-            ),
-            start + 1,
-        ):
-            directions.append(u[:, 0])
-            gaps.append(s[0] / max(s[-1], np.finfo(float).tiny))
-            if progress is not None:
-                progress(done, config.depth)
-    return np.stack(directions), np.array(gaps)
 
 
 def _turns(directions: Float[np.ndarray, "L D"]) -> Float[np.ndarray, " L"]:
@@ -240,13 +206,12 @@ def blame(
             f"there is no block {block}: blocks are 0 to {config.depth - 1}."
         )
     gain, sides = _kernel_sides(config, params, block, np.asarray(direction, float))
-    tiny = np.finfo(float).tiny
 
     def largest_shares(name: str) -> list[Blame]:
         outer, inner = sides[name]
-        kernel = kernels.view(config, params, block, name)
+        kernel = kernels.matrix(config, params, block, name).T
         u, sigma, v = (np.asarray(x, np.float64) for x in factorize_kernel(kernel))
-        shares = (outer @ u) * sigma * (inner @ v) / max(gain, tiny)
+        shares = (outer @ u) * sigma * (inner @ v) / max(gain, TINY)
         return [
             Blame(block, name, int(k), float(sigma[k]), float(shares[k]))
             for k in np.argsort(-np.abs(shares), kind="stable")[:count]
@@ -270,7 +235,7 @@ def _kernel_sides(
     pulled = ffn.T @ nu  # ν seen from between attention and FFN
     answer = attention.T @ pulled
     gain = float(np.linalg.norm(answer))  # of this t: νᵀ·E·t
-    trigger = answer / max(gain, np.finfo(float).tiny)
+    trigger = answer / max(gain, TINY)
 
     x = leaf("norm1/scale") * (trigger - trigger.mean())
     a = leaf("ls1/gamma") * pulled

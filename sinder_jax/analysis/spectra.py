@@ -14,16 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Array, Complex, Float
 
-from sinder_jax import defects, kernels, param_tree
-from sinder_jax.cores import Progress, in_parallel
+from sinder_jax import defects, kernels, linalg, param_tree
+from sinder_jax.linalg import Progress, in_parallel
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
-
-# Of σ_0²: a Gram matrix gives σ_i to 1e-16·(σ_0/σ_i)², here to 1e-8.
-_GRAM_IS_ENOUGH = 1e-8
 
 _Result = TypeVar("_Result")
 
@@ -59,72 +55,12 @@ def kernel_spectra(
     values = _of_every_kernel(
         config,
         names,
-        lambda name, block: _singular_values(
+        lambda name, block: linalg.singular_values(
             kernels.matrix(config, params, block, name)
         ),
         progress,
     )
     return _stacked(config, values, names)
-
-
-class Triplets(NamedTuple):
-    """Leading singular triplets of a matrix that multiplies a column.
-
-    Attributes:
-      u: output side, unit columns of arbitrary sign.
-      s: singular values, descending.
-      v: input side, unit columns, each with the sign that belongs to its `u`.
-    """
-
-    u: Float[np.ndarray, "out n"]
-    s: Float[np.ndarray, " n"]
-    v: Float[np.ndarray, "in n"]
-
-
-def leading_triplets(matrix: Float[np.ndarray, "out in"], count: int) -> Triplets:
-    """The `count` leading singular triplets, in float64.
-
-    From the leading eigenvectors of the Gram matrix of the shorter side, several times
-    faster than an SVD. A triplet is exact to about 1e-16·(σ_0/σ_i)², a singular value
-    of zero gets a vector of zeros on the longer side.
-
-    Raises:
-      ValueError: `count` is not between 1 and the shorter side.
-    """
-    matrix = np.asarray(matrix, np.float64)
-    wide = _wide(matrix)
-    size = len(wide)
-    if not 1 <= count <= size:
-        raise ValueError(
-            f"a matrix of {matrix.shape[0]} x {matrix.shape[1]} has 1 to {size} "
-            f"singular values, not {count}."
-        )
-    short, s = _short_side(wide, subset_by_index=(size - count, size - 1))
-    long = wide.T @ short / np.maximum(s, np.finfo(float).tiny)[None, :]
-    return Triplets(short, s, long) if wide is matrix else Triplets(long, s, short)
-
-
-def _wide(matrix: np.ndarray) -> np.ndarray:
-    """The matrix or its transpose, whichever has no more rows than columns."""
-    return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-
-
-def _short_side(
-    wide: Float[np.ndarray, "short long"], **subset: Any
-) -> tuple[Float[np.ndarray, "short n"], Float[np.ndarray, " n"]]:
-    """Singular vectors (columns) of the shorter side and σ, descending."""
-    squares, vectors = scipy.linalg.eigh(wide @ wide.T, **subset)
-    return vectors[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0.0))
-
-
-def _singular_values(
-    matrix: Float[np.ndarray, "out in"],
-) -> Float[np.ndarray, " S"]:
-    wide = _wide(matrix)
-    squares = scipy.linalg.eigvalsh(wide @ wide.T)
-    if squares[0] > _GRAM_IS_ENOUGH * squares[-1]:
-        return np.sqrt(squares[::-1])
-    return scipy.linalg.svdvals(wide)
 
 
 def _of_every_kernel(
@@ -342,8 +278,8 @@ def _clamp_all(
         return
 
     def above(name: str, block: int) -> tuple[np.ndarray, np.ndarray]:
-        wide = _wide(kernels.matrix(config, params, block, name))
-        vectors, s = _short_side(wide, subset_by_value=(min(gammas) ** 2, np.inf))
+        wide = linalg.wide(kernels.matrix(config, params, block, name))
+        vectors, s = linalg.short_side(wide, subset_by_value=(min(gammas) ** 2, np.inf))
         return np.ascontiguousarray(vectors), s
 
     found = _of_every_kernel(config, names, above, progress)
@@ -370,7 +306,7 @@ def _clamped(
         too_large = s > gamma
         if not too_large.any():
             return
-        wide = _wide(kernels.view(config, flat, block, name).T)
+        wide = linalg.wide(kernels.view(config, flat, block, name).T)
         u = vectors[:, too_large]
         shrink = 1 - gamma / s[too_large]
         wide[...] = wide - (u * shrink[None, :]) @ (u.T @ wide.astype(np.float64))
@@ -443,7 +379,7 @@ def singular_value_changes(
         before, after = (
             kernels.matrix(config, tree, block, name) for tree in (original, repaired)
         )
-        u, _, v = leading_triplets(before, leading)
+        u, _, v = linalg.leading_triplets(before, leading)
         return np.einsum("oi,oi->i", u, (after - before) @ v)
 
     found = _of_every_kernel(config, names, change, progress)

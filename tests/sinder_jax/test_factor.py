@@ -10,6 +10,7 @@ from flax import traverse_util
 
 import convert
 import golden
+from samples import AWKWARD
 from sinder_jax import factor, kernels, layers, param_tree, vit
 
 SWIGLU = vit.ViTConfig(16, 3, 2, "swiglu", img_size=28)
@@ -69,31 +70,6 @@ def rebuilt(factors, name, block, eps=0.0):
 # --- Factorizing ----------------------------------------------------------------------
 
 
-def awkward_kernels():
-    """Kernels [in, out] that an SVD may stumble over, by what is awkward."""
-    rng = np.random.default_rng(1)
-    q = np.linalg.qr(rng.standard_normal((9, 9)))[0]
-    row_space = np.linalg.qr(rng.standard_normal((20, 9)))[0].T
-    return {
-        "tall": rng.standard_normal((40, 6)),
-        "wide": rng.standard_normal((6, 40)),
-        "square": rng.standard_normal((9, 9)),
-        "one-column": rng.standard_normal((9, 1)),
-        "one-row": rng.standard_normal((1, 9)),
-        "rank-deficient": rng.standard_normal((9, 2)) @ rng.standard_normal((2, 7)),
-        "zero": np.zeros((5, 4)),
-        "equal-singular-values": 3 * q,
-        "close-singular-values": q @ np.diag(1 + 1e-7 * np.arange(9)) @ q.T,
-        "spread-singular-values": q @ np.diag(10.0 ** -np.arange(9)),
-        # the Gram matrix's square loses what is below 1e-8 of the largest
-        "wide-spread": q @ np.diag(10.0 ** -np.arange(9)) @ row_space,
-        "tall-spread": row_space.T @ np.diag(10.0 ** -np.arange(9)) @ q,
-    }
-
-
-AWKWARD = awkward_kernels()
-
-
 def factors_of(kernel):
     """`factorize` of a params tree whose fc1 is `kernel`."""
     params = random_params(MLP)
@@ -149,16 +125,6 @@ def test_only_an_inaccurate_kernel_of_two_sides_gets_an_svd(monkeypatch):
     for shape in ("square", "tall-spread", "wide-spread", "rank-deficient", "zero"):
         factor.factorize_kernel(AWKWARD[shape])
         assert decomposed.pop() == AWKWARD[shape].shape and not decomposed
-
-
-@pytest.mark.parametrize("shape", AWKWARD)
-def test_largest_singular_value_matches_an_svd(shape):
-    stack, _ = factors_of(AWKWARD[shape])
-    for kernel in (*stack, 0 * stack[0]):
-        largest = factor.largest_singular_value(kernel)
-        exact = np.linalg.svd(kernel.astype(np.float64), compute_uv=False)[0]
-        # the Gram matrix's largest eigenvalue: S·2e-16, halved by the root
-        np.testing.assert_allclose(largest, exact, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("name", golden.REPAIRED)

@@ -14,6 +14,31 @@ SMALL = {
 }
 
 
+def awkward_kernels():
+    """Kernels [in, out] that an SVD may stumble over, by what is awkward."""
+    rng = np.random.default_rng(1)
+    q = np.linalg.qr(rng.standard_normal((9, 9)))[0]
+    row_space = np.linalg.qr(rng.standard_normal((20, 9)))[0].T
+    return {
+        "tall": rng.standard_normal((40, 6)),
+        "wide": rng.standard_normal((6, 40)),
+        "square": rng.standard_normal((9, 9)),
+        "one-column": rng.standard_normal((9, 1)),
+        "one-row": rng.standard_normal((1, 9)),
+        "rank-deficient": rng.standard_normal((9, 2)) @ rng.standard_normal((2, 7)),
+        "zero": np.zeros((5, 4)),
+        "equal-singular-values": 3 * q,
+        "close-singular-values": q @ np.diag(1 + 1e-7 * np.arange(9)) @ q.T,
+        "spread-singular-values": q @ np.diag(10.0 ** -np.arange(9)),
+        # the Gram matrix's square loses what is below 1e-8 of the largest
+        "wide-spread": q @ np.diag(10.0 ** -np.arange(9)) @ row_space,
+        "tall-spread": row_space.T @ np.diag(10.0 ** -np.arange(9)) @ q,
+    }
+
+
+AWKWARD = awkward_kernels()
+
+
 def random_params(config, seed=0):
     rng = np.random.default_rng(seed)
     shapes = param_tree.flatten(param_tree.shapes(config))

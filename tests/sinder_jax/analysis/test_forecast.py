@@ -13,7 +13,7 @@ import reference
 from experiments import config as config_files
 from experiments.run import inputs
 from samples import SMALL, error_of
-from sinder_jax import cores, defects, kernels, param_tree, planted, repair, vit
+from sinder_jax import defects, kernels, linalg, param_tree, planted, repair, vit
 from sinder_jax.analysis import forecast, spectra
 from sinder_jax.data import decode, listing
 
@@ -178,7 +178,7 @@ def test_after_the_repair_the_verdict_changes_and_the_blamed_values_are_smaller(
 def test_jax_arrays_and_another_count_of_cores_give_the_same(monkeypatch):
     config, params, _ = recorded("registers")
     one = forecast.forecast(config, params)
-    monkeypatch.setattr(cores.os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(linalg.os, "cpu_count", lambda: 5)
     other = forecast.forecast(config, jax.device_put(params))
     np.testing.assert_array_equal(one.directions, other.directions)
     assert one.blamed == other.blamed and one.verdict == other.verdict

@@ -61,7 +61,7 @@ def test_kernel_spectra_match_an_svd(name):
     for kernel, stack in kernels.items():
         expected = np.linalg.svd(np.float64(stack), compute_uv=False)
         assert found[kernel].dtype == np.float64
-        # What a Gram matrix may lose, see `_GRAM_IS_ENOUGH`.
+        # What a Gram matrix may lose, see `linalg.GRAM_IS_ENOUGH`.
         np.testing.assert_allclose(found[kernel], expected, rtol=2e-8)
 
 
@@ -74,26 +74,6 @@ def test_kernel_spectra_of_missing_ranks_are_exact():
     expected = np.linalg.svd(np.float64(kernel), compute_uv=False)
     np.testing.assert_allclose(found, expected, atol=1e-13 * expected.max())
     assert (found[0, 3:] < 1e-13).all() and not found[1].any()
-
-
-@pytest.mark.parametrize("shape", [(9, 9), (9, 40), (40, 9), (1, 7), (7, 1)], ids=str)
-def test_leading_triplets_are_those_of_an_svd(shape):
-    matrix = np.random.default_rng(0).normal(size=shape)
-    count = min(3, *shape)
-    u, s, v = spectra.leading_triplets(matrix, count)
-    assert u.shape == (shape[0], count) and v.shape == (shape[1], count)
-    np.testing.assert_allclose(s, scipy.linalg.svdvals(matrix)[:count], rtol=1e-12)
-    np.testing.assert_allclose(matrix @ v, u * s, atol=1e-12)  # signs belong together
-    for vectors in (u, v):
-        np.testing.assert_allclose(vectors.T @ vectors, np.eye(count), atol=1e-12)
-
-
-def test_leading_triplets_of_zero_are_zero_and_too_many_raise():
-    _, s, v = spectra.leading_triplets(np.zeros((3, 5)), 2)
-    assert not s.any() and not v.any()
-    for count in (0, 4):
-        message = error_of(spectra.leading_triplets, np.ones((5, 3)), count)
-        assert f"5 x 3 has 1 to 3 singular values, not {count}" in message
 
 
 # --- Block maps -----------------------------------------------------------------------
@@ -246,7 +226,7 @@ def test_several_gammas_factorize_once_and_give_what_each_gives_alone(monkeypatc
         return eigh(matrix, **subset)
 
     eigh = scipy.linalg.eigh
-    monkeypatch.setattr(spectra.scipy.linalg, "eigh", counted)
+    monkeypatch.setattr(scipy.linalg, "eigh", counted)
     several = spectra.clamp_all(config, params, (1.3, 2.0, 1.5))
     assert not calls  # nothing is computed before the first is asked for
     found = {}
