@@ -1,17 +1,22 @@
 """DINOv2 checkpoints between PyTorch and JAX, exactly, in both directions.
 
-    .pth / .safetensors --io--> state dict --names--> (ViTConfig, params)  and back
+    state dict of NumPy arrays --from_torch--> (ViTConfig, params) --to_torch--> back
+    any path --open_model--> sinder_jax.model.Model
 
-`from_torch` and `to_torch` work on arrays, `python -m convert` on files.
+`python -m convert` does the same for files.
 """
 
 from typing import Any
 
-__all__ = ["from_torch", "to_torch"]
+__all__ = ["from_torch", "open_model", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads JAX only when something is converted: `--help` answers at once."""
+    """Imports JAX only when something is converted, so that `--help` is fast."""
+    if name == "open_model":
+        from convert import source
+
+        return source.open_model
     if name in __all__:
         from convert import names
 

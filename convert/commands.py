@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from convert import fetch, infer, layouts, report, source, stream, write
-from convert.source import Model
-from sinder_jax import checkpoint, param_tree
+from sinder_jax import checkpoint
+from sinder_jax import model as models
+from sinder_jax.model import Model, differences
 from sinder_jax.storage import array_store
 
 
@@ -36,10 +37,10 @@ def to_jax(
     if model.torch is None:
         raise ValueError(f"{model.path} is a checkpoint already.")
     report.print_notes(model)
-    provenance = source.with_step(model.provenance, f"to-jax, {array_store.tool()}")
-    found = stream.to_checkpoint(model, destination, provenance)
+    converted = model.with_step(f"to-jax, {array_store.tool()}")
+    found = models.save(destination, converted)
     if verify:
-        _verify(destination, model.path, made=destination)
+        _verify(destination, Path(model.path or src), made=destination)
     report.print_proof(destination, model.config, model.num_tensors, found)
 
 
@@ -70,15 +71,11 @@ def to_torch(
     check(destination)
     model = source.open_model(src, num_heads)
     report.print_notes(model)
-    provenance = source.with_step(
-        model.provenance, f"to-torch {layout}, {array_store.tool()}"
-    )
     for note in report.losses(model, layout):
         print(f"note: {note}")
     table = layouts.table(layout, model.config)
-    found = stream.to_files(
-        model, destination, table, provenance, as_directory=as_directory
-    )
+    converted = model.with_step(f"to-torch {layout}, {array_store.tool()}")
+    found = stream.to_files(converted, destination, table, as_directory=as_directory)
     if verify:
         _verify(src, destination, made=destination)
     report.print_proof(
@@ -94,7 +91,7 @@ def open_source(src: str, num_heads: int | None = None, **overrides: Any) -> Mod
     path = fetch.fetch(src)
     model = source.open_model(path, num_heads, name=src, **overrides)
     want = fetch.hub_config(src)
-    if want and infer.hub_name(model.config) != infer.hub_name(want):
+    if want and differences(model.config, want):
         raise ValueError(
             f"{path}, fetched as {src}, is a {infer.describe(model.config)}: remove "
             "the file and try again."
@@ -120,9 +117,8 @@ def _verify(jax_side: Path, torch_side: Path, *, made: Path) -> None:
     if reason:
         print(f"verify: {reason}.")
         return
-    params = param_tree.unflatten(dict(ours.leaves()))
     torch_source = torch_side if layout == "hf" else theirs.torch.tensors()
-    comparison = verify.compare(ours.config, params, torch_source, layout)
+    comparison = verify.compare(ours.config, ours.params, torch_source, layout)
     assert comparison is not None
     try:
         verify.check(comparison)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from convert import layouts, read, report, source, write
-from convert.source import Model
-from sinder_jax import kernels, linalg, param_tree, vit
+from convert import layouts, read, report, source
+from sinder_jax import kernels, linalg, vit
+from sinder_jax.model import Model
 from sinder_jax.storage import delta_file
 
 
@@ -19,9 +19,9 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
         _inspect_patch(path)
         return
     model = source.open_model(path, num_heads)
-    found, tops = param_tree.ModelDigest(), dict[str, np.ndarray]()
+    tops: dict[str, np.ndarray] = {}
+    stated = model.known_digest is not None
     for name, leaf in model.leaves():
-        found.add(name, leaf, model.sha256.get(name, ""))
         tops |= _largest_singular_values(model.config, name, leaf)
     config = model.config
     heads, antialias = config.num_heads, config.interpolate_antialias
@@ -33,11 +33,11 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
         "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
         "resampling": f"antialias {antialias}, offset {config.interpolate_offset}",
         "layout": _layout_line(model),
-        "number format": ", ".join(model.formats),
+        "number format": ", ".join(model.torch.formats if model.torch else ["float32"]),
         "size": f"{model.num_tensors} tensors, {model.num_params:,} parameters; names, "
         "shapes and finite values checked",
-        "digest": found.hexdigest(),
-        "verified": _verified(model),
+        "digest": model.digest,
+        "verified": _verified(model, stated),
         "provenance": report.origin(model.provenance),
     }
     for name, value in lines.items():
@@ -76,15 +76,16 @@ def _layout_line(model: Model) -> str:
     return f"{model.layout}, {layouts.DESCRIPTIONS[model.layout]}"
 
 
-def _verified(model: Model) -> str:
+def _verified(model: Model, digest_stated: bool) -> str:
     if model.torch is None:
         return "every array against the SHA-256 stored with it"
     checked = []
-    if write.side_file(model.path).is_file():
-        checked.append(f"the bytes against {write.side_file(model.path).name}")
-    if model.digest:
+    side = read.side_file(Path(model.path or ""))
+    if side.is_file():
+        checked.append(f"the bytes against {side.name}")
+    if digest_stated:
         checked.append("the tensors against the digest in the file")
-    sha256 = read.sha256_of_files(model.files)
+    sha256 = read.sha256_of_files(model.torch.files)
     whole = " and ".join(checked) or "against nothing: no .sha256 is beside it"
     return f"{whole}; SHA-256 {sha256}"
 

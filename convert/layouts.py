@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
-from convert.ahead import ahead
 from sinder_jax import kernels, param_tree, vit
+from sinder_jax.storage.ahead import ahead
 
 Index = tuple[Any, ...]
 Leaf = Callable[[str], np.ndarray]  # the leaf of a flat name

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from convert import read, report, source, stream, write
-from convert.source import Model
 from sinder_jax import checkpoint, delta, factor, param_tree, vit
+from sinder_jax import model as models
+from sinder_jax.model import Model
 from sinder_jax.storage import array_store, delta_file
 
 
@@ -44,7 +45,7 @@ def diff(
     else:
         base, repaired = (source.open_model(path, num_heads) for path in paths)
         made, found = _extract(base, repaired, residual)
-        provenance = base.provenance
+        provenance = dict(base.provenance)
         for line in _reported(found):
             print(f"note: {line}")
     delta_file.save(destination, made, {"provenance": json.dumps(provenance)})
@@ -68,7 +69,8 @@ def _extract(
     ]
     return delta.extract(
         base.config,
-        *(param_tree.unflatten(dict(model.leaves())) for model in (base, repaired)),
+        base.params,
+        repaired.params,
         repaired_config=repaired.config,
         compare_mask_token=all(has_mask_token),
         residual=residual,
@@ -126,11 +128,10 @@ def apply(
     repair, _ = delta_file.load(patch_path)
     model = source.open_model(base, num_heads)
     report.print_notes(model)
-    delta.check_base(repair, model.config, model.digest or _digest(model))
-    provenance = source.with_step(
-        model.provenance,
+    delta.check_base(repair, model.config, model.digest)
+    step = (
         f"apply {patch_path.name}, SHA-256 {read.sha256_of_file(patch_path)}, scale "
-        f"{scale:g}, {array_store.tool()}",
+        f"{scale:g}, {array_store.tool()}"
     )
 
     progress = _Progress()
@@ -138,30 +139,24 @@ def apply(
     def leaf(path: str) -> np.ndarray:
         return delta.patched_leaf(repair, path, model.leaf(path), scale, progress)
 
-    repaired = dataclasses.replace(model, leaf=leaf, digest=None, sha256={})
+    repaired = dataclasses.replace(
+        model.with_step(step), leaf=leaf, known_digest=None, sha256={}
+    )
     if model.torch is None:
-        found = stream.to_checkpoint(repaired, destination, provenance)
+        found = models.save(destination, repaired)
     else:
         found = stream.to_files(
             repaired,
             destination,
             model.torch.table,
-            provenance,
             as_directory=as_directory,
-            files=model.extra,
+            files=model.torch.extra,
         )
     for line in report.about_patch(repair):
         print(line)
     report.print_proof(
         destination, model.config, model.num_tensors, found, f", {model.layout} layout"
     )
-
-
-def _digest(model: Model) -> str:
-    found = param_tree.ModelDigest()
-    for path, leaf in model.leaves():
-        found.add(path, leaf)
-    return found.hexdigest()
 
 
 class _Progress:

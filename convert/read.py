@@ -116,6 +116,47 @@ def sha256_of_files(
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+# --- The side file, FILE.sha256 ----------------------------------------------------
+
+
+def side_file(path: Path) -> Path:
+    """FILE.sha256 of a file, that of the weights for a Hugging Face directory."""
+    if path.is_dir():
+        path = path / WEIGHTS[0]
+    return path.with_name(f"{path.name}.sha256")
+
+
+def check_side_file(path: Path) -> dict[Path, str]:
+    """Holds a file or directory against its `.sha256`.
+
+    Returns:
+      The files that were found as they should be, with their SHA-256; none where there
+      is no such side file.
+
+    Raises:
+      ValueError: a file is missing or has other bytes than when it was written, or the
+        side file is no list of digests.
+    """
+    side = side_file(path)
+    if not side.is_file():
+        return {}
+    verified = {}
+    for line in side.read_text(errors="replace").splitlines():
+        sha256, _, name = line.partition("  ")
+        file = side.parent / name
+        if len(sha256) != 64 or not name or file.name != name:
+            raise ValueError(f"{side}: damaged, it is no list of SHA-256 digests.")
+        if not file.is_file():
+            raise ValueError(f"{file}: missing, {side} lists it.")
+        if sha256_of_file(file) != sha256:
+            raise ValueError(
+                f"{file}: damaged, its bytes are not those that {side} tells of: fetch "
+                "or convert it again."
+            )
+        verified[file] = sha256
+    return verified
+
+
 # --- Hugging Face directories ------------------------------------------------------
 
 

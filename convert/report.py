@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from convert import infer
-from convert.source import Model
 from sinder_jax import delta, param_tree, vit
+from sinder_jax.model import Model
 
 
 def title(config: vit.ViTConfig) -> str:
@@ -49,15 +49,15 @@ def notes(model: Model) -> Iterator[str]:
     """What is not in a PyTorch model, or is read otherwise than it stands there."""
     if model.torch is None:
         return
-    converted = [name for name in model.formats if name != "float32"]
+    converted = [name for name in model.torch.formats if name != "float32"]
     if converted:
         yield f"{' and '.join(converted)} became float32."
     if model.torch.fills_mask_token:
         yield "no mask token (only pre-training reads it): filled with zeros."
-    if model.left_out:
+    if left_out := model.torch.left_out:
         yield (
-            f"left out, no part of the backbone: {len(model.left_out)} entries, "
-            f"{infer.listing(model.left_out, limit=3)}."
+            f"left out, no part of the backbone: {len(left_out)} entries, "
+            f"{infer.listing(left_out, limit=3)}."
         )
     plain = model.config.num_register_tokens == 0
     if model.layout.startswith("hf") and plain and model.config.interpolate_offset:

@@ -1,7 +1,8 @@
-"""A model streamed leaf by leaf into files, so that it need not fit in memory.
+"""Streams a model leaf by leaf into PyTorch files, so that it need not fit in memory.
 
-Model --to_checkpoint--> a checkpoint directory of ours
 Model, table --to_files--> .safetensors, .pth, a Hugging Face directory
+
+`sinder_jax.model.save` does the same for a checkpoint directory.
 """
 
 from collections.abc import Mapping
@@ -11,41 +12,27 @@ from typing import Any
 import numpy as np
 
 from convert import layouts, source, write
-from convert.ahead import ahead
-from convert.source import Model
 from convert.state_dict import Spec
-from sinder_jax import checkpoint, param_tree
-
-
-def to_checkpoint(model: Model, destination: Path, provenance: Mapping) -> str:
-    """Streams a model into a checkpoint directory; gives its digest."""
-    with checkpoint.ModelWriter(destination, model.config, provenance) as writer:
-        for path, leaf in zip(
-            model.shapes, ahead(model.leaf, model.shapes), strict=True
-        ):
-            writer.write(path, leaf)
-        model.check_digest(writer.digest)
-    return writer.digest
+from sinder_jax import param_tree
+from sinder_jax.model import Model
 
 
 def to_files(
     model: Model,
     destination: Path,
     table: layouts.Table,
-    provenance: Mapping[str, Any],
     *,
     as_directory: bool,
     files: Mapping[str, Any] | None = None,
 ) -> str:
-    """Streams a model into PyTorch files; gives its digest.
+    """Streams a model into PyTorch files; returns its digest.
 
     Args:
-      model: the model.
+      model: the model; its provenance is stored with the weights.
       destination: a file, or a directory for Hugging Face.
       table: the tensors to write.
-      provenance: to be stored.
-      as_directory: whether a Hugging Face directory is made.
-      files: what stands in it besides, see `write.write_hugging_face`.
+      as_directory: True makes a Hugging Face directory.
+      files: its other files, see `write.write_hugging_face`.
     """
     found = param_tree.ModelDigest()
 
@@ -59,7 +46,7 @@ def to_files(
         model.check_digest(found.hexdigest())  # before the file appears
 
     def metadata() -> dict[str, str]:
-        return source.metadata_of(model.config, provenance, found.hexdigest())
+        return source.metadata_of(model.config, model.provenance, found.hexdigest())
 
     specs = {key: Spec(slot.shape, "float32") for key, slot in table.items()}
     if as_directory:

@@ -26,8 +26,6 @@ from sinder_jax import checkpoint, vit
 
 StrPath = str | os.PathLike[str]
 FORMATS = (".pth", ".pt", ".safetensors")
-SIDE = ".sha256"
-MODEL = "model.safetensors"
 NAMES = {dtype.name: name for name, dtype in read.DTYPES.items()}
 
 Tensors = Iterable[tuple[str, np.ndarray]]
@@ -96,7 +94,7 @@ def write_tensors(
     path = Path(path)
     check_destination(path, overwrite)
     write: Writes = _safetensors if path.suffix == ".safetensors" else _torch
-    side = side_file(path)
+    side = read.side_file(path)
     with _replacing(path) as partial:
         try:
             write(partial, specs, tensors, metadata)
@@ -140,8 +138,8 @@ def write_hugging_face(
     }
     with _replacing(path) as partial:
         partial.mkdir()
-        write_tensors(partial / MODEL, specs, tensors, metadata)
-        side = side_file(partial / MODEL)
+        write_tensors(partial / read.WEIGHTS[0], specs, tensors, metadata)
+        side = read.side_file(partial / read.WEIGHTS[0])
         lines = side.read_text()
         for name, value in files.items():
             _write_text(partial / name, json.dumps(value, indent=2) + "\n")
@@ -162,7 +160,7 @@ def check_destination(path: StrPath, overwrite: bool = False) -> None:
         )
     if path.suffix != ".safetensors":
         torch_file.import_torch(path)
-    for file in (path, side_file(path)):
+    for file in (path, read.side_file(path)):
         if not (overwrite and file.is_file()):
             checkpoint.check_destination(file)
 
@@ -190,49 +188,8 @@ def remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
         return
-    side_file(path).unlink(missing_ok=True)
+    read.side_file(path).unlink(missing_ok=True)
     path.unlink()
-
-
-# --- The side file ----------------------------------------------------------------
-
-
-def side_file(path: Path) -> Path:
-    """FILE.sha256 of a file, that of the weights for a Hugging Face directory."""
-    if path.is_dir():
-        path = path / MODEL
-    return path.with_name(path.name + SIDE)
-
-
-def check_side_file(path: Path) -> dict[Path, str]:
-    """Holds a file or directory against its `.sha256`.
-
-    Returns:
-      The files that were found as they should be, with their SHA-256; none where there
-      is no such side file.
-
-    Raises:
-      ValueError: a file is missing or has other bytes than when it was written, or the
-        side file is no list of digests.
-    """
-    side = side_file(path)
-    if not side.is_file():
-        return {}
-    verified = {}
-    for line in side.read_text(errors="replace").splitlines():
-        sha256, _, name = line.partition("  ")
-        file = side.parent / name
-        if len(sha256) != 64 or not name or file.name != name:
-            raise ValueError(f"{side}: damaged, it is no list of SHA-256 digests.")
-        if not file.is_file():
-            raise ValueError(f"{file}: missing, {side} lists it.")
-        if read.sha256_of_file(file) != sha256:
-            raise ValueError(
-                f"{file}: damaged, its bytes are not those that {side} tells of: fetch "
-                "or convert it again."
-            )
-        verified[file] = sha256
-    return verified
 
 
 # --- safetensors ------------------------------------------------------------------

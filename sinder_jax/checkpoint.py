@@ -9,14 +9,14 @@ It appears whole or not at all, and every array is verified against its digest w
 is read.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from flax import traverse_util
 
-from sinder_jax import param_tree, vit
+from sinder_jax import model, param_tree, vit
+from sinder_jax.model import Model
 from sinder_jax.storage import array_store, paths
 from sinder_jax.storage.array_store import check_destination
 from sinder_jax.storage.paths import AnyPath, StrPath
@@ -49,90 +49,7 @@ def save(
     """
     check_destination(path)
     param_tree.check(config, params)
-    with ModelWriter(path, config, provenance) as writer:
-        for name, array in param_tree.flatten(params).items():
-            writer.write(name, np.asarray(array))
-
-
-class ModelWriter(array_store.Writer):
-    """Writes a model leaf by leaf, as `save` does; the caller has checked the leaves.
-
-    Args:
-      path, config, provenance: as for `save`.
-    """
-
-    def __init__(
-        self,
-        path: StrPath,
-        config: vit.ViTConfig,
-        provenance: Mapping[str, Any] | None = None,
-    ):
-        super().__init__(
-            path,
-            {
-                "config": dataclasses.asdict(config),
-                "provenance": dict(provenance or {}),
-            },
-        )
-        self._digest = param_tree.ModelDigest()
-
-    def write(self, name: str, array: Any) -> str:
-        """Adds a leaf by its flat name; gives its SHA-256."""
-        sha256 = super().write(name, array)
-        self._digest.add(name, np.asarray(array), sha256)
-        return sha256
-
-    @property
-    def digest(self) -> str:
-        """Of the model, as far as it is written (`sinder_jax.digest`)."""
-        return self._digest.hexdigest()
-
-    def _complete(self) -> None:
-        self.metadata["digest"] = self.digest
-        super()._complete()
-
-
-class ModelReader(array_store.Reader):
-    """Reads a model leaf by leaf.
-
-    Attributes:
-      config: the architecture.
-      digest: of the model, see `sinder_jax.digest`.
-      provenance: where the weights come from.
-
-    Raises:
-      FileNotFoundError: nothing is at `path`.
-      ValueError: it is not a checkpoint of a model, is damaged, or does not fit its own
-        config; the message is one line.
-    """
-
-    def __init__(self, path: StrPath):
-        super().__init__(path)
-        try:
-            self.config = vit.ViTConfig(**self.metadata["config"])
-            self.digest = str(self.metadata["digest"])
-            self.provenance = dict(self.metadata["provenance"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: no checkpoint of a model ({array_store.reason_of(error)})."
-            ) from None
-        # Before anything is read: views of one number, with the stored shapes.
-        stored = {
-            name: np.broadcast_to(np.float32(0), entry["shape"])
-            for name, entry in self.arrays.items()
-        }
-        try:
-            param_tree.check_shapes(self.config, param_tree.unflatten(stored))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def read(self, name: str) -> np.ndarray:
-        """One leaf by its flat name: finite float32, its digest verified."""
-        array = super().read(name)
-        wrong = param_tree.misfit(name, array)
-        if wrong:
-            raise ValueError(f"{self._path}: {wrong}.")
-        return array
+    model.save(path, Model.of(config, params, provenance))
 
 
 def load(path: StrPath) -> tuple[vit.ViTConfig, Tree]:
@@ -146,10 +63,8 @@ def load(path: StrPath) -> tuple[vit.ViTConfig, Tree]:
       ValueError: it is not a checkpoint of a model, is damaged (an array whose digest
         differs is named), or does not fit its own config; the message is one line.
     """
-    reader = ModelReader(path)
-    return reader.config, param_tree.unflatten(
-        {name: reader.read(name) for name in reader.arrays}
-    )
+    opened = model.open_checkpoint(path)
+    return opened.config, opened.params
 
 
 # --- Any tree ---------------------------------------------------------------------

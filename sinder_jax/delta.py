@@ -10,7 +10,6 @@ them again from the same bytes, and a probe of the change tells whether they cam
 the same.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from sinder_jax import factor, kernels, param_tree
+from sinder_jax import model as models
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
@@ -164,7 +164,8 @@ def extract(
         singular values; names each with its relative change. Or params that do not fit
         the config or are not finite float32 numbers.
     """
-    check_architecture(config, repaired_config or config)
+    if different := models.differences(config, repaired_config or config):
+        raise ValueError(f"the architectures differ in {different}")
     param_tree.check(config, base_params)
     param_tree.check(config, repaired_params)
     flat, new_flat = (
@@ -311,22 +312,6 @@ def _refuse(wrong: Mapping[str, Difference], residual: float) -> None:
 # --- From a patch to the repaired model ---------------------------------------------
 
 
-def check_architecture(config: ViTConfig, other: ViTConfig) -> None:
-    """Raises ValueError naming the fields in which two models differ.
-
-    How the position embedding is resampled is left out: it changes no weight, and a
-    file of weights does not tell it.
-    """
-    ours, theirs = dataclasses.asdict(config), dataclasses.asdict(other)
-    differing = [
-        f"{name} ({value} and {theirs[name]})"
-        for name, value in ours.items()
-        if value != theirs[name] and not name.startswith("interpolate_")
-    ]
-    if differing:
-        raise ValueError(f"the architectures differ in {', '.join(differing)}.")
-
-
 def check_base(patch: Patch, config: ViTConfig, model: str) -> None:
     """Refuses any model but the one the patch was made for.
 
@@ -338,7 +323,8 @@ def check_base(patch: Patch, config: ViTConfig, model: str) -> None:
     Raises:
       ValueError: another architecture or other weights.
     """
-    check_architecture(patch.config, config)
+    if different := models.differences(patch.config, config):
+        raise ValueError(f"the architectures differ in {different}")
     if patch.base != model:
         raise ValueError(
             f"the patch belongs to the model with digest {patch.base[:12]}…, this one "

@@ -201,5 +201,5 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
             model.config, interpolate_antialias=config.interpolate_antialias
         ),
         param_tree.unflatten(dict(model.leaves())),
-        model.provenance,
+        dict(model.provenance),
     )

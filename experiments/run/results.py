@@ -22,6 +22,7 @@ from experiments.run.workdir import Workdir
 from sinder_jax import checkpoint, delta, factor, param_tree, pictures, vit
 from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
+from sinder_jax.model import Model
 from sinder_jax.storage import array_store, delta_file
 
 
@@ -37,7 +38,8 @@ def export(
     `repaired.pth`, written where torch is installed. All say where the weights that
     were repaired come from.
     """
-    provenance = source.with_step(provenance, f"repaired by {array_store.tool()}")
+    repaired = Model.of(config, params, provenance)
+    provenance = repaired.with_step(f"repaired by {array_store.tool()}").provenance
     target = workdir.path / "repaired"
     if not target.exists():  # else from a finish that was cut short: the same model
         checkpoint.save(target, config, params, provenance)

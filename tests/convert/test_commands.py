@@ -51,7 +51,7 @@ def stored(folder, container, config, params):
 
 
 def loaded(path):
-    model = source.open_model(path)
+    model = convert.open_model(path)
     return dict(model.leaves())
 
 
@@ -101,7 +101,7 @@ def test_hub_to_jax_to_every_layout_and_back(kind, tmp_path):
         got = read.read_state_dict(back)
         assert_same_bytes({key: got[key] for key in state}, state)
         assert got.keys() == state.keys()
-        assert source.open_model(back).config == config
+        assert convert.open_model(back).config == config
 
 
 @pytest.mark.parametrize("last", ["last.safetensors", "last.pth"])
@@ -131,20 +131,20 @@ def test_a_strange_provenance_is_one_line(steps, tmp_path, capsys):
     state = convert.to_torch(config, params)
     write.write_state_dict(tmp_path / "a.safetensors", state, metadata=told)
     for path in (tmp_path / "jax", tmp_path / "a.safetensors"):
-        assert "no list of texts" in refusal(capsys, "inspect", path)
+        assert "not a list of texts" in refusal(capsys, "inspect", path)
 
 
 def test_options_of_the_conversion_travel_too(tmp_path):
     path = stored(tmp_path, "dinov2", SMALL["mlp"], random_params(SMALL["mlp"]))
     run("to-jax", path, tmp_path / "jax", "--interpolate-antialias=true")
     run("to-torch", tmp_path / "jax", tmp_path / "hf", "--layout=hf")
-    assert source.open_model(tmp_path / "hf").config.interpolate_antialias
+    assert convert.open_model(tmp_path / "hf").config.interpolate_antialias
 
 
 def test_heads_of_a_hugging_face_directory_are_read(tmp_path):
     config = vit.ViTConfig(48, 2, 4, "mlp", img_size=28)
     path = stored(tmp_path, "hf", config, random_params(config))
-    assert source.open_model(path).config.num_heads == 4
+    assert convert.open_model(path).config.num_heads == 4
 
 
 def test_what_a_layout_cannot_say_is_said(tmp_path, capsys):
@@ -252,7 +252,7 @@ def test_apply_of_diff_is_the_repaired_model(container, kind, repair, tmp_path, 
         want = read.open_state_dict(base)
         assert read.open_state_dict(target).keys() == want.keys()
         assert read.open_state_dict(target).config == want.config
-    steps = source.open_model(target).provenance["steps"]
+    steps = convert.open_model(target).provenance["steps"]
     assert "apply made.safetensors, SHA-256" in steps[-1]
     assert made.stat().st_size < 100_000
 
@@ -365,7 +365,7 @@ def test_inspect_says_what_it_verified(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "the bytes against dinov2.safetensors.sha256" in out
     assert read.sha256_of_file(path) in out
-    write.side_file(path).unlink()
+    read.side_file(path).unlink()
     run("inspect", path)
     assert "no .sha256 is beside it" in capsys.readouterr().out
 
@@ -373,7 +373,7 @@ def test_inspect_says_what_it_verified(tmp_path, capsys):
 def test_a_changed_export_is_noticed_without_its_side_file(tmp_path, capsys):
     checkpoint.save(tmp_path / "jax", SMALL["mlp"], random_params(SMALL["mlp"]))
     run("to-torch", tmp_path / "jax", tmp_path / "a.safetensors")
-    write.side_file(tmp_path / "a.safetensors").unlink()
+    read.side_file(tmp_path / "a.safetensors").unlink()
     with (tmp_path / "a.safetensors").open("r+b") as file:
         file.seek(-3, 2)
         file.write(b"\x3f")

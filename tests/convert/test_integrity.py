@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert import source, write
+from convert import read, write
 from convert.__main__ import main
 from samples import SMALL, random_params
 from sinder_jax import checkpoint, delta, param_tree
@@ -42,21 +42,21 @@ def exports(tmp_path_factory):
 def files_of(path):
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    return [path, write.side_file(path)]
+    return [path, read.side_file(path)]
 
 
 def copied(path, folder):
     """A copy of a checkpoint or export, with its side file, to damage."""
     if path.is_dir():
         return shutil.copytree(path, folder / path.name)
-    shutil.copy(write.side_file(path), folder)
+    shutil.copy(read.side_file(path), folder)
     return shutil.copy(path, folder / path.name)
 
 
 def outcome(path, params):
     """ "detected", "harmless", or "WRONG": other weights without a word."""
     try:
-        model = source.open_model(path)
+        model = convert.open_model(path)
         got = dict(model.leaves())
     except (ValueError, OSError) as error:
         assert "\n" not in str(error)

@@ -122,7 +122,7 @@ def test_sha256sum_accepts_the_side_file(suffix, tmp_path):
     command = ["sha256sum", "--strict", "-c", f"{path.name}.sha256"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0 and f"{path.name}: OK" in ended.stdout
-    assert write.check_side_file(path)
+    assert read.check_side_file(path)
 
 
 def test_changed_bytes_contradict_the_side_file(tmp_path):
@@ -131,25 +131,25 @@ def test_changed_bytes_contradict_the_side_file(tmp_path):
     with path.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
-    assert "model.safetensors: damaged" in error_of(write.check_side_file, path)
+    assert "model.safetensors: damaged" in error_of(read.check_side_file, path)
 
 
 def test_a_side_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     write.write_state_dict(path, random_state(SMALL["mlp"]))
     for text in ("nothing", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64} model\n"):
-        write.side_file(path).write_text(text)
-        assert "damaged" in error_of(write.check_side_file, path)
+        read.side_file(path).write_text(text)
+        assert "damaged" in error_of(read.check_side_file, path)
 
 
 def test_stale_side_file_is_not_left_beside_a_new_file(tmp_path):
     path = tmp_path / "model.safetensors"
-    write.side_file(path).write_text("of another file")
+    read.side_file(path).write_text("of another file")
     state = random_state(SMALL["mlp"])
     error_of(write.write_state_dict, path, state, kind=FileExistsError)
     assert not path.exists()
     write.write_state_dict(path, state, overwrite=True)
-    assert write.check_side_file(path)
+    assert read.check_side_file(path)
 
 
 # --- Hugging Face directories -----------------------------------------------------

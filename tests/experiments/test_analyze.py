@@ -221,7 +221,7 @@ def test_forecast_and_photograph_name_the_planted_block(summary):
     assert overall["defective_share"] == 7 / 256
     assert not after["forecast"]["has_defect"]
     assert after["overall"]["with_defect"] == 0 and after["overall"]["norm_ratio"] < 2
-    assert before["digest"] == checkpoint.ModelReader(before["path"]).digest
+    assert before["digest"] == convert.open_model(before["path"]).digest
 
 
 def test_verdict_changes_with_the_repair(summary):

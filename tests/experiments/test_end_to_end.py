@@ -24,8 +24,9 @@ from convert import read, write
 from convert.__main__ import main as convert_main
 from experiments import repair
 from experiments.run import inputs, results
-from sinder_jax import checkpoint, cli, kernels, param_tree, planted, vit
+from sinder_jax import checkpoint, cli, kernels, model, planted, vit
 from sinder_jax.data import listing
+from sinder_jax.model import Model
 
 # One image per step: the authors' step. By default it would be one per device, so two.
 AUTHORS = "--config.images_per_step=1"
@@ -679,9 +680,7 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
     elif kind == "nan_checkpoint":
         config, params = convert.from_torch(state_dict)
         params["norm"]["bias"][5] = np.nan
-        with checkpoint.ModelWriter(target, config) as writer:  # unchecked
-            for name, array in param_tree.flatten(params).items():
-                writer.write(name, array)
+        model.save(target, Model.of(config, params))  # unchecked
     elif kind == "cut.safetensors":
         del state_dict["blocks.7.ls2.gamma"]
         write.write_state_dict(target, state_dict)

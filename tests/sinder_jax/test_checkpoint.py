@@ -14,6 +14,7 @@ from etils import epath
 
 import bucket as buckets
 from sinder_jax import checkpoint, param_tree, vit
+from sinder_jax import model as models
 from sinder_jax.storage import array_store
 
 CONFIG = vit.ViTConfig(64, 3, 1, "swiglu", img_size=28, num_register_tokens=2)
@@ -224,7 +225,7 @@ def test_directory_of_something_else_is_refused(tmp_path):
 
 def test_tree_without_a_config_is_no_model(tmp_path):
     checkpoint.save_tree(tmp_path / "tree", TREE, {"step": 1})
-    assert "no checkpoint of a model" in error_of(checkpoint.load, tmp_path / "tree")
+    assert "not a model checkpoint" in error_of(checkpoint.load, tmp_path / "tree")
 
 
 def edit_header(model, edit):
@@ -279,9 +280,7 @@ def test_listed_array_that_is_not_stored_is_refused(model):
 def test_not_finite_values_in_a_stored_model_are_named(tmp_path):
     params = random_params()
     params["norm"]["scale"][3] = np.nan
-    with checkpoint.ModelWriter(tmp_path / "model", CONFIG) as writer:  # unchecked
-        for name, array in param_tree.flatten(params).items():
-            writer.write(name, array)
+    models.save(tmp_path / "model", models.Model.of(CONFIG, params))  # unchecked
     assert "norm/scale holds NaN" in error_of(checkpoint.load, tmp_path / "model")
 
 
@@ -357,7 +356,7 @@ def test_what_is_in_a_bucket_is_refused_as_on_a_disk(bucket):
     assert bucket.objects() == before
     message = error_of(checkpoint.load, "gs://b/none", kind=FileNotFoundError)
     assert "gs://b/none" in message
-    assert "no checkpoint of a model" in error_of(checkpoint.load, "gs://b/tree")
+    assert "not a model checkpoint" in error_of(checkpoint.load, "gs://b/tree")
 
 
 def test_nobody_s_own_objects_are_taken_for_an_unfinished_checkpoint(bucket):

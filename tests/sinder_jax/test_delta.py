@@ -486,7 +486,7 @@ def test_another_architecture_is_refused_by_its_fields():
     delta.extract(SWIGLU, params, repaired, repaired_config=resampled)
     delta.check_base(found, resampled, found.base)
     other = dataclasses.replace(SWIGLU, num_heads=4, depth=6)
-    message = r"differ in depth \(5 and 6\), num_heads \(2 and 4\)\."
+    message = r"differ in depth \(5 and 6\), num_heads \(2 and 4\)"
     with pytest.raises(ValueError, match=message):
         delta.extract(SWIGLU, params, repaired, repaired_config=other)
     with pytest.raises(ValueError, match=message):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import convert
-from convert import read, source
+from convert import read
 from experiments import observe
 from experiments.run import results
 from experiments.run.workdir import Workdir
@@ -277,7 +277,7 @@ def test_exports_say_where_the_weights_come_from(two_models, tmp_path):
     for path in tmp_path.iterdir():
         if path.suffix == ".sha256":
             continue
-        model = source.open_model(path)
+        model = convert.open_model(path)
         assert model.provenance["source"] == "hub.pth"
         assert model.provenance["steps"][0] == "to-jax"
         assert "repaired by sinder_jax" in model.provenance["steps"][1]

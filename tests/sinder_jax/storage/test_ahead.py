@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from convert.ahead import ahead
+from sinder_jax.storage.ahead import ahead
 
 
 def test_results_come_in_order():
