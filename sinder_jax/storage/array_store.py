@@ -21,8 +21,9 @@ import logging
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ NAME = re.compile(r"[\w-]+(/[\w-]+)*")  # a dot would be a slash on disk
 SYSTEM_ERROR = re.compile(r"\b(?:os_error_code='|OS error )(\d+)")
 COMMITTED = "commit_success.txt"  # what Orbax writes last, to each item
 PART = re.compile(r"metadata|arrays_\d+")
+JOIN_TIMEOUT = 60  # seconds: a disk that hangs must not keep an error from being told
 
 
 class DamagedError(ValueError):
@@ -141,6 +143,7 @@ class Writer:
             with quiet(), _checkpointer(handler) as checkpointer:
                 checkpointer.save(self._target / item, args)
         except Exception as error:  # TensorStore has no OSError: its are ValueErrors
+            wait_for_writes()
             raise OSError(
                 f"{self._path}: cannot be written ({reason_of(error)})."
             ) from None
@@ -345,6 +348,19 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(is_kept)
+
+
+def wait_for_writes() -> None:
+    """Waits until Orbax's background threads have ended.
+
+    Orbax reports the first array that fails while other threads still write theirs, so
+    files that are removed at once appear again. And a new CheckpointManager removes
+    unfinished checkpoints in the background. Orbax gives access to neither.
+    """
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("orbax."):
+            with suppress(Exception):  # reported already
+                thread.join(JOIN_TIMEOUT)
 
 
 def _checkpointer(handler: Any) -> ocp.Checkpointer:

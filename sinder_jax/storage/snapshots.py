@@ -151,9 +151,11 @@ class States:
                 self._manager.close()
 
     def _open(self) -> "_Manager":
-        return _Manager(
+        manager = _Manager(
             self.folder, options=_options(*self._options), handler_registry=_handlers()
         )
+        array_store.wait_for_writes()  # removes what was left unfinished
+        return manager
 
     def _check_folder(self) -> None:
         """Before Orbax makes a directory anew that somebody removed with all states."""
@@ -167,7 +169,7 @@ class States:
             yield
         except Exception as error:
             with suppress(Exception):  # the error that counts is the first one
-                # Parts of it may fail later, and what it left is to be removed.
+                array_store.wait_for_writes()
                 failed, self._manager = self._manager, self._open()
                 failed.close()
             raise OSError(

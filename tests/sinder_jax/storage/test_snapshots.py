@@ -1,5 +1,6 @@
 """sinder_jax/states.py: a run's states survive kills, full disks and flipped bits."""
 
+import asyncio
 import json
 import os
 import random
@@ -355,6 +356,23 @@ def test_a_full_disk_leaves_the_last_good_state(where, tmp_path, monkeypatch):
         kept.wait()  # it was told
         kept.save(3, tree(3))
     assert listing(tmp_path) == ["00000003"]
+
+
+def test_arrays_that_are_written_after_the_error_are_removed_too(tmp_path, monkeypatch):
+    write = array_store._OneByOne._background_serialize
+
+    async def slow(*args):
+        await asyncio.sleep(0.5)
+        await write(*args)
+
+    with snapshots.States(tmp_path) as kept:
+        monkeypatch.setattr(array_store._OneByOne, "_background_serialize", slow)
+        monkeypatch.setattr("etils.epath.gpath.PosixGPath.write_text", no_space)
+        with pytest.raises(OSError, match="No space left on device"):
+            kept.save(1, tree(1))
+            kept.wait()
+        monkeypatch.undo()
+    assert listing(tmp_path) == []
 
 
 def test_the_next_save_tells_of_the_one_before(tmp_path, monkeypatch):
