@@ -2,7 +2,8 @@
 
 The modules are named after the concepts of the paper (arXiv:2407.16826):
 
-    vit         DINOv2 as a pure-functional Flax ViT; pos_embed resamples its grid
+    vit         DINOv2 as a pure-functional Flax ViT; layers holds its layers,
+                pos_embed resamples its grid
     defects     the linear map of each block and the singular defect directions
     loss        outlier mask along a direction, learning target, neighbor loss
     factor      kernel -> U, σ, V and the trainable ε; folding ε back into kernels

@@ -1,6 +1,12 @@
-"""The layers of the ViT whose kernel is trained through its factors.
+"""The layers of the ViT: plain ones, and those that train singular values only.
 
-x --SpectralDense--> ((x·V)·s)·Uᵀ + b      x --MergedDense--> x·kernel + b
+    x --Dense--> x·kernel + b
+    x --SpectralDense--> ((x·V)·s)·Uᵀ + b      trains s = σ + ε
+    x --MergedDense--> x·kernel + b            trains ε of kernel = V·diag(σ + ε)·Uᵀ
+
+The last two stand in for the first in a model that is repaired. There the collection
+`params` holds what is trained, `factors` U, σ and V, `merged` the kernels with ε folded
+in, and `frozen` every weight that a repair reads and never changes.
 """
 
 import functools
@@ -10,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -17,6 +24,99 @@ HIGHEST = jax.lax.Precision.HIGHEST
 # Of the largest singular value: dividing by a smaller one would make float32's rounding
 # of 1e-7 more than the 1e-4 by which ε-gradients may be off.
 SMALL = 1e-3
+NORMAL, ZEROS = nn.initializers.truncated_normal(0.02), nn.initializers.zeros
+
+
+def weight(
+    module: nn.Module, name: str, init: Any, shape: tuple[int, ...], *, frozen: bool
+) -> Array:
+    """A weight of a module: a parameter or, if frozen, a variable of `frozen`."""
+    if not frozen:
+        return jnp.asarray(module.param(name, init, shape))
+    variable = module.variable(
+        "frozen", name, lambda: init(module.make_rng("params"), shape)
+    )
+    return jnp.asarray(variable.value)  # converters and checkpoints hold NumPy arrays
+
+
+def along(vector: Float[Array, " D"], x: Float[Array, "*batch _"]) -> Array:
+    """`vector` with leading axes of size one, to meet the rank of `x`."""
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+
+
+# --- Layers that are not factored -----------------------------------------------------
+
+
+class Dense(nn.Module):
+    """y = x·kernel + b."""
+
+    features: int
+    precision: Any = HIGHEST
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
+        own = functools.partial(weight, self, frozen=self.frozen)
+        kernel = own("kernel", NORMAL, (x.shape[-1], self.features))
+        bias = own("bias", ZEROS, (self.features,))
+        y = jnp.matmul(x, kernel, precision=self.precision)
+        return y + along(bias, y)
+
+
+class LayerNorm(nn.Module):
+    """Normalization over the last axis, in two passes: defective tokens are huge."""
+
+    epsilon: float
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        own = functools.partial(weight, self, shape=x.shape[-1:], frozen=self.frozen)
+        scale, bias = own("scale", nn.initializers.ones), own("bias", ZEROS)
+        mean = jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+        inverse = jax.lax.rsqrt(variance + self.epsilon)
+        # Rounded in the order of PyTorch's kernel: a token about to become defective
+        # amplifies a rounding by 100 (measured on tests/golden/moving).
+        normalized = x * inverse - mean * inverse
+        return normalized * along(scale, x) + along(bias, x)
+
+
+class LayerScale(nn.Module):
+    """x·γ, one factor per channel."""
+
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        ones, shape = nn.initializers.ones, x.shape[-1:]
+        return x * along(weight(self, "gamma", ones, shape, frozen=self.frozen), x)
+
+
+class PatchEmbed(nn.Module):
+    """Linear map of each patch of pixels: a convolution whose stride is the patch."""
+
+    features: int
+    patch_size: int
+    precision: Any = HIGHEST
+    frozen: bool = False
+
+    @nn.compact
+    def __call__(
+        self, images: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B N D"]:
+        patch, own = self.patch_size, functools.partial(weight, frozen=self.frozen)
+        kernel = own(self, "kernel", NORMAL, (patch, patch, 3, self.features))
+        bias = own(self, "bias", ZEROS, (self.features,))
+        pixels = rearrange(
+            images, "B (H p) (W q) c -> B (H W) (p q c)", p=patch, q=patch
+        )
+        kernel = kernel.reshape(-1, self.features)
+        x = jnp.matmul(pixels, kernel, precision=self.precision)
+        return x + along(bias, x)
+
+
+# --- Layers that train singular values ------------------------------------------------
 
 
 class SpectralDense(nn.Module):
@@ -32,10 +132,11 @@ class SpectralDense(nn.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         size = min(x.shape[-1], self.features)
         s = jnp.asarray(self.param("s", nn.initializers.ones, (size,)))
-        u, v = _factor_variables(self, x.shape[-1], self.features)
-        bias = _frozen_bias(self, self.features)
+        u, v = _factors(self, x.shape[-1], self.features)
+        bias = weight(self, "bias", ZEROS, (self.features,), frozen=True)
         xv = jnp.matmul(x, v, precision=self.precision)
-        return jnp.matmul(_scale(xv, s), u.T, precision=self.precision) + _row(bias, x)
+        y = jnp.matmul(xv * along(s, xv), u.T, precision=self.precision)
+        return y + along(bias, y)
 
 
 class MergedDense(nn.Module):
@@ -43,8 +144,8 @@ class MergedDense(nn.Module):
 
     The gradient reaches ε directly, not through the kernel's (`merged_product`).
     Collections: `params` {eps [S]}, `merged` {kernel}, `factors` {u, sigma, v},
-    `frozen` {bias}, the same U and V as in `SpectralDense`; where `known` {y} is given,
-    y is what this very layer computed before, and only its gradient is of interest.
+    `frozen` {bias}, the same U and V as in `SpectralDense`. If `known` {y} is given, y
+    is the output that this layer computed before, and only its gradient is wanted.
     """
 
     features: int
@@ -53,21 +154,37 @@ class MergedDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         size = min(x.shape[-1], self.features)
-        eps = self.param("eps", nn.initializers.zeros, (size,))
-        u, v = _factor_variables(self, x.shape[-1], self.features)
+        eps = self.param("eps", ZEROS, (size,))
+        u, v = _factors(self, x.shape[-1], self.features)
         sigma = self.variable("factors", "sigma", jnp.ones, (size,)).value
-        kernel = self.variable(
-            "merged",
-            "kernel",
-            lambda: jnp.matmul(v * (1 + eps)[None, :], u.T, precision=HIGHEST),
-        )
-        bias = _frozen_bias(self, self.features)
+
+        def merged() -> Array:
+            return jnp.matmul(v * (sigma + eps)[None, :], u.T, precision=HIGHEST)
+
+        kernel = self.variable("merged", "kernel", merged).value
+        bias = weight(self, "bias", ZEROS, (self.features,), frozen=True)
         y = None
         if self.has_variable("known", "y"):
             y = jnp.asarray(self.get_variable("known", "y"))
-            y = y - _row(bias, y)
-        y = merged_product(self.precision, x, kernel.value, u, sigma, v, eps, y)
-        return y + _row(bias, x)
+            y = y - along(bias, y)
+        y = merged_product(self.precision, x, kernel, u, sigma, v, eps, y)
+        return y + along(bias, y)
+
+
+def _factors(
+    module: nn.Module, width_in: int, width_out: int
+) -> tuple[Float[Array, "out S"], Float[Array, "in S"]]:
+    """U [out, S] and V [in, S] of a layer; orthonormal columns when initialized."""
+    size = min(width_in, width_out)
+    orthonormal = nn.initializers.orthogonal()
+
+    def variable(name: str, width: int) -> Array:
+        def init() -> Array:
+            return orthonormal(module.make_rng("params"), (width, size))
+
+        return jnp.asarray(module.variable("factors", name, init).value)
+
+    return variable("u", width_out), variable("v", width_in)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -85,8 +202,8 @@ def merged_product(
 
     With y = x·V·diag(s)·Uᵀ and s = σ + ε, ∂loss/∂ε_i = Σ_tokens (dy·u_i)(x·v_i): two
     products with the factors instead of the kernel's gradient and its projection. The
-    one with the longer side need not be computed: y·u_i = s_i (x·v_i), and y is known
-    where it is given; dx·v_i = s_i (dy·u_i), and dx is computed anyhow.
+    product with the longer side follows from what is known: y·u_i = s_i (x·v_i) if y
+    is given, and dx·v_i = s_i (dy·u_i), since dx is needed anyway.
 
     Args:
       precision: of the products.
@@ -96,7 +213,7 @@ def merged_product(
       sigma: singular values of the original kernel.
       v: input side.
       eps: their changes.
-      y: x·kernel, where it has been computed before.
+      y: x·kernel if it has been computed before.
     """
     del u, sigma, v, eps
     return jnp.matmul(x, kernel, precision=precision) if y is None else y
@@ -130,43 +247,14 @@ def _merged_product_backward(precision, residuals, dy):
 def _unless_small(
     s: Float[Array, " S"], scaled: Callable[[], Array], direct: Callable[[], Array]
 ) -> Array:
-    """scaled() / s, which is direct(), unless a small s would amplify its rounding."""
+    """scaled() / s, or the equal direct() if a small s would amplify rounding."""
 
     def divided() -> Array:
         product = scaled()
-        return product / _row(s, product)
+        return product / along(s, product)
 
     size = jnp.abs(s)
     return lax.cond(jnp.min(size) > SMALL * jnp.max(size), divided, direct)
 
 
 merged_product.defvjp(_merged_product_forward, _merged_product_backward)
-
-
-def _factor_variables(
-    module: nn.Module, width_in: int, width_out: int
-) -> tuple[Float[Array, "out S"], Float[Array, "in S"]]:
-    """U [out, S] and V [in, S] of a layer; orthonormal columns when initialized."""
-    size = min(width_in, width_out)
-    orthonormal = nn.initializers.orthogonal()
-
-    def variable(name: str, width: int) -> Array:
-        def init() -> Array:
-            return orthonormal(module.make_rng("params"), (width, size))
-
-        return jnp.asarray(module.variable("factors", name, init).value)
-
-    return variable("u", width_out), variable("v", width_in)
-
-
-def _frozen_bias(module: nn.Module, width: int) -> Float[Array, " out"]:
-    return jnp.asarray(module.variable("frozen", "bias", jnp.zeros, (width,)).value)
-
-
-def _row(vector: Float[Array, " D"], x: Float[Array, "*batch _"]) -> Array:
-    """`vector` with leading axes of size one, to meet the rank of `x`."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-def _scale(x: Float[Array, "*batch S"], s: Float[Array, " S"]) -> Array:
-    return x * _row(s, x)

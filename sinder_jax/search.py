@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from sinder_jax import kernels, loss, vit
+from sinder_jax import kernels, layers, loss, vit
 from sinder_jax.placement import WHOLE, Placement
 from sinder_jax.state import Frozen, Kernels, RepairOptions, RepairState
 from sinder_jax.vit import ViTConfig
@@ -145,9 +145,7 @@ class _Walk:
     def _advance(self, weights: Weights, block: Array, search: Search) -> Search:
         """One block further."""
         options = self.options
-        tokens, trace = self._apply(
-            weights, _at(self.state.eps, block), search.tokens, method="trace"
-        )
+        tokens, trace = self._apply(weights, _at(self.state.eps, block), search.tokens)
         traces = jax.tree.map(
             lambda kept, new: kept.at[block % self.window].set(new),
             search.traces,
@@ -307,21 +305,23 @@ class _Walk:
 
     def _trace(self, block: Array, tokens: Array) -> tuple[Array, vit.BlockTrace]:
         eps = _at(self.state.eps, block)
-        return self._apply(self._weights(block), eps, tokens, method="trace")
+        return self._apply(self._weights(block), eps, tokens)
 
     def _apply(
         self,
         weights: Weights,
         eps: Kernels,
         *inputs: Array,
-        method: str,
+        method: str | None = None,
         known: Array | None = None,
     ) -> Any:
-        """A stage of a block, or its trace.
+        """A stage of a block, or the whole block with its trace.
 
         `known` is the FFN's output, where it has been computed before.
         """
-        module = vit.Block(self.config, "merged", self.options.matmul_precision)
+        module = vit.Block(
+            self.config, layers.MergedDense, self.options.matmul_precision
+        )
         variables = {
             "params": _nested({f"{name}/eps": e for name, e in eps.items()}),
             **weights,

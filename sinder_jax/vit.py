@@ -13,14 +13,12 @@ import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from sinder_jax import attention, pos_embed
-from sinder_jax.layers import MergedDense, SpectralDense
+from sinder_jax import attention, layers, pos_embed
 
 LAYER_NORM_EPSILON = 1e-6
 FFN_LAYERS = ("mlp", "swiglu")
@@ -140,137 +138,34 @@ def _nearest_multiples(side: int, patch: int) -> str:
     return f"{below} or {below + patch}" if below else str(patch)
 
 
-def _weight(module: nn.Module, name: str, init: Any, shape: tuple[int, ...]) -> Array:
-    """The weight `name` of `module`: a parameter, or a variable of its `collection`."""
-    if module.collection == "params":
-        return jnp.asarray(module.param(name, init, shape))
-    variable = module.variable(
-        module.collection, name, lambda: init(module.make_rng("params"), shape)
-    )
-    return jnp.asarray(variable.value)  # converters and checkpoints hold NumPy arrays
-
-
-def _row(module: nn.Module, name: str, init: Any, x: Float[Array, "*batch D"]) -> Array:
-    """The weight vector `name` along the last axis of `x`, with the rank of `x`."""
-    vector = _weight(module, name, init, x.shape[-1:])
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-class Dense(nn.Module):
-    """y = x·kernel + bias, with the weights in `collection`."""
-
-    features: int
-    precision: Any = "highest"
-    collection: str = "params"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
-        shape = (x.shape[-1], self.features)
-        kernel = _weight(self, "kernel", nn.initializers.truncated_normal(0.02), shape)
-        y = jnp.matmul(x, kernel, precision=self.precision)
-        return y + _row(self, "bias", nn.initializers.zeros, y)
-
-
-class LayerNorm(nn.Module):
-    """Normalization over the last axis, in two passes: defective tokens are huge."""
-
-    collection: str = "params"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        mean = jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
-        inverse = jax.lax.rsqrt(variance + LAYER_NORM_EPSILON)
-        # Rounded in the order of PyTorch's kernel: a token about to become defective
-        # amplifies a rounding by 100 (measured on tests/golden/moving).
-        normalized = x * inverse - mean * inverse
-        scale = _row(self, "scale", nn.initializers.ones, x)
-        return normalized * scale + _row(self, "bias", nn.initializers.zeros, x)
-
-
-class LayerScale(nn.Module):
-    """x·γ, one factor a channel."""
-
-    collection: str = "params"
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        return x * _row(self, "gamma", nn.initializers.ones, x)
-
-
-class PatchEmbed(nn.Module):
-    """Linear map of each patch of pixels, the convolution of DINOv2 with stride 14."""
-
-    config: ViTConfig
-    precision: Any = "highest"
-    collection: str = "params"
-
-    @nn.compact
-    def __call__(
-        self, images: Float[Array, "B height width 3"]
-    ) -> Float[Array, "B N D"]:
-        patch, width = self.config.patch_size, self.config.embed_dim
-        shape = (patch, patch, 3, width)
-        kernel = _weight(self, "kernel", nn.initializers.truncated_normal(0.02), shape)
-        pixels = rearrange(
-            images, "B (H p) (W q) c -> B (H W) (p q c)", p=patch, q=patch
-        )
-        x = jnp.matmul(pixels, kernel.reshape(-1, width), precision=self.precision)
-        return x + _row(self, "bias", nn.initializers.zeros, x)
-
-
-class BlockPart(nn.Module):
-    """What attention, FFN and block have in common.
+class Attention(nn.Module):
+    """Multi-head self-attention; channel = head · K + index within the head.
 
     Attributes:
       config: the architecture.
-      kernels: how the trainable kernels are held: "dense" (fused qkv, all weights in
-        `params`), "spectral" (`factor.SpectralDense`) or "merged"
-        (`factor.MergedDense`); in the last two the query-key kernel stands apart and
-        whatever is not trained is in the collection `frozen`.
+      dense: class of the layers whose kernel a repair changes: `layers.Dense`, with
+        q, k and v fused and all weights in `params`, or `layers.SpectralDense` or
+        `layers.MergedDense`, with the value apart and all other weights frozen.
       precision: of every matrix product.
     """
 
     config: ViTConfig
-    kernels: str = "dense"
+    dense: type[nn.Module] = layers.Dense
     precision: Any = "highest"
-
-    @property
-    def collection(self) -> str:
-        """Where the weights that are not trainable kernels live."""
-        return "params" if self.kernels == "dense" else "frozen"
-
-    def frozen(self, features: int) -> nn.Module:
-        """A dense layer that is never trained."""
-        return Dense(features, self.precision, self.collection)
-
-    def trainable(self, features: int) -> nn.Module:
-        """A dense layer whose kernel a repair changes."""
-        if self.kernels == "dense":
-            return self.frozen(features)
-        layer = {"spectral": SpectralDense, "merged": MergedDense}[self.kernels]
-        return layer(features, precision=self.precision)
-
-
-class Attention(BlockPart):
-    """Multi-head self-attention; channel = head · K + index within the head."""
 
     def setup(self):
         """Declares the layers: q, k and v fused, or v apart from q and k."""
         width = self.config.embed_dim
-        if self.kernels == "dense":
-            self.qkv = self.frozen(3 * width)
+        if self.dense is layers.Dense:
+            self.qkv = layers.Dense(3 * width, self.precision)
         else:
-            self.qk = self.frozen(2 * width)
-            self.v = self.trainable(width)
-        self.proj = self.trainable(width)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.proj(self.mix(self.project(x)))
+            self.qk = layers.Dense(2 * width, self.precision, frozen=True)
+            self.v = self.dense(width, self.precision)
+        self.proj = self.dense(width, self.precision)
 
     def project(self, x: Float[Array, "B T D"]) -> Float[Array, "B T qkv"]:
         """Query, key and value of every token, in this order."""
-        if self.kernels == "dense":
+        if self.dense is layers.Dense:
             return self.qkv(x)
         return jnp.concatenate([self.qk(x), self.v(x)], axis=-1)
 
@@ -283,19 +178,25 @@ class Attention(BlockPart):
         return rearrange(mixed, "B M T K -> B T (M K)")
 
 
-class FFN(BlockPart):
-    """fc2·GELU(fc1 x) with the exact erf, or SwiGLU: w3·(silu(a)·b), (a, b) = w12 x."""
+class FFN(nn.Module):
+    """fc2·GELU(fc1 x) with the exact erf, or SwiGLU: w3·(silu(a)·b), (a, b) = w12 x.
+
+    Attributes as in `Attention`.
+    """
+
+    config: ViTConfig
+    dense: type[nn.Module] = layers.Dense
+    precision: Any = "highest"
 
     def setup(self):
         """Declares the layers under DINOv2's names."""
         width, hidden = self.config.embed_dim, self.config.hidden_dim
         if self.config.ffn_layer == "mlp":
-            self.fc1, self.fc2 = self.trainable(hidden), self.trainable(width)
+            self.fc1 = self.dense(hidden, self.precision)
+            self.fc2 = self.dense(width, self.precision)
         else:
-            self.w12, self.w3 = self.trainable(2 * hidden), self.trainable(width)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.contract(self.expand(x))
+            self.w12 = self.dense(2 * hidden, self.precision)
+            self.w3 = self.dense(width, self.precision)
 
     def expand(self, x: Float[Array, "B T D"]) -> Float[Array, "B T up"]:
         """The hidden layer before its non-linearity: F wide, or 2F for SwiGLU."""
@@ -329,24 +230,29 @@ class BlockTrace(NamedTuple):
     ffn: Float[Array, "B T D"]
 
 
-class Block(BlockPart):
+class Block(nn.Module):
     """x += γ1·Attn(LN1 x); x += γ2·FFN(LN2 x), in six stages.
 
-    A stage is a method; `trace` keeps the input of each, so that a gradient can be
-    taken stage by stage without running the block again.
+    A stage is a method, and the trace holds the input of each, so that a gradient can
+    be taken stage by stage without running the block again.
+
+    Attributes as in `Attention`.
     """
+
+    config: ViTConfig
+    dense: type[nn.Module] = layers.Dense
+    precision: Any = "highest"
 
     def setup(self):
         """Declares the parts under DINOv2's names."""
-        part, home = (self.config, self.kernels, self.precision), self.collection
-        self.norm1, self.norm2 = LayerNorm(home), LayerNorm(home)
-        self.ls1, self.ls2 = LayerScale(home), LayerScale(home)
-        self.attn, self.mlp = Attention(*part), FFN(*part)
+        frozen = self.dense is not layers.Dense
+        part = (self.config, self.dense, self.precision)
+        self.norm1 = layers.LayerNorm(LAYER_NORM_EPSILON, frozen)
+        self.attn, self.ls1 = Attention(*part), layers.LayerScale(frozen)
+        self.norm2 = layers.LayerNorm(LAYER_NORM_EPSILON, frozen)
+        self.mlp, self.ls2 = FFN(*part), layers.LayerScale(frozen)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.trace(x)[0]
-
-    def trace(
+    def __call__(
         self, x: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T D"], BlockTrace]:
         """The block's output, and what it computed on the way."""
@@ -388,7 +294,7 @@ class Block(BlockPart):
 
 
 class ViT(nn.Module):
-    """DINOv2: `ViT(config).apply({"params": params}, images)` gives `Features`.
+    """DINOv2: `ViT(config).apply({"params": params}, images)` returns `Features`.
 
     With `spectral=True` it is the same model with every trainable kernel as
     `factor.SpectralDense`: `params` hold only s = σ + ε, the collections `factors` and
@@ -396,36 +302,32 @@ class ViT(nn.Module):
 
     Attributes:
       config: the architecture.
-      spectral: whether trainable kernels are factored.
+      spectral: True to factor the trainable kernels.
       precision: of every matrix product; JAX's own default is bfloat16 on TPU and TF32
-        on GPU, so it is said here.
+        on GPU, hence the explicit one.
     """
 
     config: ViTConfig
     spectral: bool = False
     precision: Any = "highest"
 
-    @property
-    def collection(self) -> str:
-        """Where the weights that are not trainable kernels live."""
-        return "frozen" if self.spectral else "params"
-
     def setup(self):
         """Declares the weights; `mask_token` is used in pre-training only, but kept."""
-        config, width = self.config, self.config.embed_dim
-        normal = nn.initializers.truncated_normal(0.02)
-        zeros = nn.initializers.zeros
-        self.cls_token = _weight(self, "cls_token", normal, (1, 1, width))
-        self.mask_token = _weight(self, "mask_token", zeros, (1, width))
+        config, width, frozen = self.config, self.config.embed_dim, self.spectral
+        own = functools.partial(layers.weight, self, frozen=frozen)
+        self.cls_token = own("cls_token", layers.NORMAL, (1, 1, width))
+        self.mask_token = own("mask_token", layers.ZEROS, (1, width))
         positions = 1 + config.grid_size**2
-        self.pos_embed = _weight(self, "pos_embed", normal, (1, positions, width))
+        self.pos_embed = own("pos_embed", layers.NORMAL, (1, positions, width))
         if config.num_register_tokens:
             shape = (1, config.num_register_tokens, width)
-            self.register_tokens = _weight(self, "register_tokens", normal, shape)
-        self.patch_embed = PatchEmbed(config, self.precision, self.collection)
-        kernels = "spectral" if self.spectral else "dense"
-        self.blocks = Block(config, kernels, self.precision)
-        self.norm = LayerNorm(self.collection)
+            self.register_tokens = own("register_tokens", layers.NORMAL, shape)
+        self.patch_embed = layers.PatchEmbed(
+            width, config.patch_size, self.precision, frozen
+        )
+        dense = layers.SpectralDense if self.spectral else layers.Dense
+        self.blocks = Block(config, dense, self.precision)
+        self.norm = layers.LayerNorm(LAYER_NORM_EPSILON, frozen)
 
     def __call__(self, images: Float[Array, "B height width 3"]) -> Features:
         """Class token, registers and patches after the final norm.
@@ -435,7 +337,7 @@ class ViT(nn.Module):
             multiples of the patch size.
 
         Raises:
-          ValueError: a side is no multiple of the patch size.
+          ValueError: a side is not a multiple of the patch size.
         """
         rows, columns = patch_grid(self.config, *images.shape[1:3])
         tokens, _ = self._run_blocks(self.embed(images), keep=())
@@ -490,7 +392,7 @@ class ViT(nn.Module):
 
         def body(block, carry, slot):
             x, kept = carry
-            x = block(x)
+            x, _ = block(x)
             if keep:
                 kept = kept.at[slot].set(x, mode="drop")
             return (x, kept), None
@@ -509,7 +411,7 @@ class ViT(nn.Module):
 def split_tokens(
     config: ViTConfig, tokens: Float[Array, "B T D"], rows: int, columns: int
 ) -> tuple[Float[Array, "B D"], Float[Array, "B R D"], Float[Array, "B H W D"]]:
-    """Parts tokens into class token, registers and the grid of patches."""
+    """Splits tokens into class token, registers and the grid of patches."""
     first = 1 + config.num_register_tokens
     patches = rearrange(tokens[:, first:], "B (H W) D -> B H W D", H=rows, W=columns)
     return tokens[:, 0], tokens[:, 1:first], patches

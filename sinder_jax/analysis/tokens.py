@@ -384,7 +384,7 @@ def growth(
         return parts[2][:, :, :, 0]
 
     def body(x: Array, weights: Params) -> tuple[Array, tuple[Array, Array]]:
-        found: Any = block.apply({"params": weights}, x, method="trace")
+        found: Any = block.apply({"params": weights}, x)
         y, trace = found
         return y, (along(trace.attended - x), along(y - trace.attended))
 
