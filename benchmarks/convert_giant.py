@@ -32,20 +32,22 @@ def peak_bytes() -> int:
 
 def make_source(path: Path, model: str) -> None:
     """A random model of the size of `model` in hub layout, leaf by leaf."""
-    from convert import layouts, write
-    from convert.state_dict import Spec
+    from convert import layouts
+    from convert.files import writing
+    from convert.files.tensors import Spec
+    from convert.layouts import table as tables
     from sinder_jax import param_tree, vit
 
     config = vit.CONFIGS[model]
     shapes = param_tree.flatten(param_tree.shapes(config))
     rng = np.random.default_rng(0)
-    table = layouts.table("dinov2", config)
+    table = layouts.table_of("dinov2", config)
     specs = {key: Spec(slot.shape, "float32") for key, slot in table.items()}
 
     def leaf(name: str) -> np.ndarray:
         return rng.standard_normal(shapes[name].shape, np.float32)
 
-    write.write_tensors(path, specs, layouts.to_tensors(table, leaf))
+    writing.write_tensors(path, specs, tables.to_tensors(table, leaf))
 
 
 def copy(source: Path, target: Path) -> None:
@@ -58,11 +60,12 @@ def copy(source: Path, target: Path) -> None:
 
 def phases(source: Path, target: Path) -> dict[str, float]:
     """Seconds of reading, transposing, digests and writing, each by itself."""
-    from convert import layouts, read
-    from convert.names import TorchModel
+    from convert.files import reading
+    from convert.layouts import table as tables
+    from convert.state_dict import TorchModel
     from sinder_jax import param_tree
 
-    state = read.open_state_dict(source)
+    state = reading.open_state_dict(source)
     model = TorchModel(state)
     seconds = dict.fromkeys(("read", "transpose", "digest", "write"), 0.0)
 
@@ -78,7 +81,7 @@ def phases(source: Path, target: Path) -> dict[str, float]:
             tensors = {key: timed("read", state.__getitem__, key) for key in keys}
             leaf = timed(
                 "transpose",
-                layouts.from_tensors,
+                tables.from_tensors,
                 path,
                 shape,
                 model.table,

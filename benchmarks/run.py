@@ -260,12 +260,14 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
     """Features of images against PyTorch's fused attention, kernels as they are."""
     import torch
 
-    from convert import names, torch_vit
+    import convert
+    from convert import torch_vit
 
     config = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitl14"]
     size = 112 if quick else 518
     params = giant_step.random_params(config)
-    state = {k: torch.from_numpy(x) for k, x in names.to_torch(config, params).items()}
+    arrays = convert.to_torch(config, params)
+    state = {key: torch.from_numpy(array) for key, array in arrays.items()}
     image = np.random.default_rng(1).standard_normal((1, size, size, 3))
     image = image.astype(np.float32)
     pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 3, 1)))

@@ -1,24 +1,24 @@
 """DINOv2 checkpoints between PyTorch and JAX, exactly, in both directions.
 
-    state dict of NumPy arrays --from_torch--> (ViTConfig, params) --to_torch--> back
-    any path --open_model--> sinder_jax.model.Model
+    .pth / .safetensors --files--> state dict --layouts--> ViTConfig, params  and back
 
-`python -m convert` does the same for files.
+`from_torch` and `to_torch` work on arrays, `open_model` opens any path, and
+`python -m convert` works on files.
 """
 
+import importlib
 from typing import Any
 
+_HOMES = {
+    "from_torch": "convert.state_dict",
+    "to_torch": "convert.state_dict",
+    "open_model": "convert.source",
+}
 __all__ = ["from_torch", "open_model", "to_torch"]
 
 
 def __getattr__(name: str) -> Any:
-    """Imports JAX only when something is converted, so that `--help` is fast."""
-    if name == "open_model":
-        from convert import source
-
-        return source.open_model
-    if name in __all__:
-        from convert import names
-
-        return getattr(names, name)
+    """Imports JAX only when something is converted, so that `--help` is quick."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from convert import fetch, infer, layouts, report, source, stream, write
+from convert import fetch, infer, layouts, report, source, stream
+from convert.files import writing
 from sinder_jax import checkpoint
 from sinder_jax import model as models
 from sinder_jax.model import Model, differences
@@ -62,18 +63,18 @@ def to_torch(
     """
     layouts.check_name(layout)
     as_directory = layout == "hf"
-    if as_directory and destination.suffix in write.FORMATS:
+    if as_directory and destination.suffix in writing.WRITERS:
         raise ValueError(
             f"{destination}: the layout hf makes a directory of several files; name "
             f"one without {destination.suffix}."
         )
-    check = checkpoint.check_destination if as_directory else write.check_destination
+    check = checkpoint.check_destination if as_directory else writing.check_destination
     check(destination)
     model = source.open_model(src, num_heads)
     report.print_notes(model)
     for note in report.losses(model, layout):
         print(f"note: {note}")
-    table = layouts.table(layout, model.config)
+    table = layouts.table_of(layout, model.config)
     converted = model.with_step(f"to-torch {layout}, {array_store.tool()}")
     found = stream.to_files(converted, destination, table, as_directory=as_directory)
     if verify:
@@ -123,6 +124,6 @@ def _verify(jax_side: Path, torch_side: Path, *, made: Path) -> None:
     try:
         verify.check(comparison)
     except ValueError:
-        write.remove(made)
+        writing.remove(made)
         raise
     print(f"verify: {comparison}.")

@@ -193,7 +193,7 @@ def _told_by_tensors(layout: str, seen: Mapping[str, Shape]) -> dict[str, Any]:
 def _by_leaf(layout: str, seen: Mapping[str, Shape]) -> dict[str, Shape]:
     """Shape of a tensor of each leaf that is there, of its first block."""
     found: dict[str, Shape] = {}
-    for row in layouts.LAYOUTS[layout]:
+    for row in layouts.LAYOUTS[layout].rows:
         shape = seen.get(row.key.replace("{i}", "0"))
         if shape is not None:
             found.setdefault(row.path, shape)
@@ -204,7 +204,7 @@ def _width(layout: str, leaves: Mapping[str, Shape], seen: Mapping[str, Shape]) 
     """Most common last axis of the tensors that end in it: one may be misshapen."""
     widths = Counter(leaves[path][-1] for path in WIDE if leaves.get(path))
     if not widths:
-        rows = layouts.LAYOUTS[layout]
+        rows = layouts.LAYOUTS[layout].rows
         names = [row.key for path in WIDE for row in rows if row.path == path]
         raise ValueError(
             f"no DINOv2 model: none of {', '.join(dict.fromkeys(names))} is there, but "

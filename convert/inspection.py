@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import layouts, read, report, source
+from convert import layouts, report, source
+from convert.files import reading, sha256
 from sinder_jax import kernels, linalg, vit
 from sinder_jax.model import Model
 from sinder_jax.storage import delta_file
@@ -73,27 +74,27 @@ def _columns(tops: Mapping[str, np.ndarray], depth: int) -> Iterator[str]:
 def _layout_line(model: Model) -> str:
     if model.torch is None:
         return "sinder_jax checkpoint"
-    return f"{model.layout}, {layouts.DESCRIPTIONS[model.layout]}"
+    return f"{model.layout}, {layouts.LAYOUTS[model.layout].owner}"
 
 
 def _verified(model: Model, digest_stated: bool) -> str:
     if model.torch is None:
         return "every array against the SHA-256 stored with it"
     checked = []
-    side = read.side_file(Path(model.path or ""))
+    side = sha256.side_file(Path(model.path or ""))
     if side.is_file():
         checked.append(f"the bytes against {side.name}")
     if digest_stated:
         checked.append("the tensors against the digest in the file")
-    sha256 = read.sha256_of_files(model.torch.files)
+    digest = sha256.of_files(model.torch.files)
     whole = " and ".join(checked) or "against nothing: no .sha256 is beside it"
-    return f"{whole}; SHA-256 {sha256}"
+    return f"{whole}; SHA-256 {digest}"
 
 
 def _is_patch(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
-    return read.open_state_dict(path).metadata.get("format") == delta_file.FORMAT
+    return reading.open_state_dict(path).metadata.get("format") == delta_file.FORMAT
 
 
 def _inspect_patch(path: Path) -> None:
@@ -103,7 +104,7 @@ def _inspect_patch(path: Path) -> None:
         "base digest": repair.base,
         "size": f"{path.stat().st_size:,} bytes",
         "verified": "all of it against the digest in the file; "
-        f"SHA-256 {read.sha256_of_file(path)}",
+        f"SHA-256 {sha256.of_file(path)}",
         "written by": metadata.get("writer", "not known"),
         "base from": report.origin(_json(metadata.get("provenance", "{}"))),
     }

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import read, report, source, stream, write
+from convert import report, source, stream
+from convert.files import sha256, writing
 from sinder_jax import checkpoint, delta, factor, param_tree, vit
 from sinder_jax import model as models
 from sinder_jax.model import Model
@@ -123,14 +124,14 @@ def apply(
     """
     delta.check_scale(scale)
     as_directory = base.is_dir()
-    check = checkpoint.check_destination if as_directory else write.check_destination
+    check = checkpoint.check_destination if as_directory else writing.check_destination
     check(destination)
     repair, _ = delta_file.load(patch_path)
     model = source.open_model(base, num_heads)
     report.print_notes(model)
     delta.check_base(repair, model.config, model.digest)
     step = (
-        f"apply {patch_path.name}, SHA-256 {read.sha256_of_file(patch_path)}, scale "
+        f"apply {patch_path.name}, SHA-256 {sha256.of_file(patch_path)}, scale "
         f"{scale:g}, {array_store.tool()}"
     )
 

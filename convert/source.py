@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import read
-from convert.names import TorchModel
+from convert.files import reading, sha256
+from convert.state_dict import TorchModel
 from sinder_jax import model as models
 from sinder_jax import vit
 from sinder_jax.model import Model, TorchFiles
@@ -48,12 +48,12 @@ def open_model(
       ImportError: `.pth` without torch.
     """
     path = paths.as_path(path)
-    if read.is_torch_source(path):
+    if reading.is_torch_source(path):
         return _open_torch(Path(path), num_heads, name or path.name, overrides)
     if not (path / "metadata").exists():
         raise ValueError(
             f"{path}: not a checkpoint, but a directory without metadata of ours and "
-            f"without {' or '.join(read.WEIGHTS)}"
+            f"without {' or '.join(reading.WEIGHTS)}"
         )
     model = models.open_checkpoint(path)
     if num_heads not in (None, model.config.num_heads):
@@ -67,8 +67,8 @@ def open_model(
 def _open_torch(
     path: Path, num_heads: int | None, name: str, overrides: Mapping[str, Any]
 ) -> Model:
-    verified = read.check_side_file(path)
-    state = read.open_state_dict(path)
+    verified = sha256.check(path)
+    state = reading.open_state_dict(path)
     stated = _description(path, state.metadata)
     known = _known(stated, state.config)
     if num_heads is None:
@@ -88,7 +88,7 @@ def _open_torch(
     provenance = (stated and stated.provenance) or {
         "source": name,
         "layout": tensors.layout,
-        "sha256": read.sha256_of_files(state.files, verified),
+        "sha256": sha256.of_files(state.files, verified),
         "tool": array_store.tool(),
         "steps": [],
     }
@@ -135,8 +135,8 @@ def _extra_files(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if not config:
         return {}
     processor = path / "preprocessor_config.json"
-    found = {processor.name: read.read_json(processor)} if processor.exists() else {}
-    return {read.CONFIG: dict(config), **found}
+    found = {processor.name: reading.read_json(processor)} if processor.exists() else {}
+    return {reading.CONFIG: dict(config), **found}
 
 
 def metadata_of(

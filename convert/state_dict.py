@@ -1,70 +1,197 @@
-"""Tensors by name that may still be in a file, and the errors about such files."""
+"""PyTorch state dicts <-> the params tree, strictly and exactly.
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+    state dict --TorchModel--> layout, ViTConfig, one leaf at a time --from_torch--> all
+    config, params --to_torch--> state dict, names in the order of the PyTorch model
+
+The tables are in `convert.layouts`. Every missing, surplus or misshapen name and every
+number that is not finite is reported before, or instead of, a result.
+"""
+
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-# What a text in a file of weights never exceeds: beyond it a file is refused before it
-# is parsed, for Python takes up to 70 times the memory of the text. The giant's header
-# has 0.2 MB.
-MOST_TEXT = 2 * 2**20
+from convert import infer, layouts
+from convert.files.tensors import specs_of
+from convert.layouts import table as tables
+from sinder_jax import param_tree, vit
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
-class Spec(NamedTuple):
-    """What is known of a tensor before it is read: shape and NumPy's dtype name."""
+class TorchModel:
+    """A state dict recognized as a DINOv2, whose leaves are made one at a time.
 
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class StateDict(Mapping[str, np.ndarray]):
-    """Tensors by name; each is read, in its stored number format, when asked for.
+    Args:
+      state_dict: NumPy arrays by PyTorch name in one of `layouts.LAYOUTS`, possibly
+        with the prefixes and chunked block names of training; those of a `StateDict`
+        are read only when their leaf is asked for.
+      num_heads, overrides: as for `from_torch`.
 
     Attributes:
-      specs: shape and number format of every tensor.
-      files: the files they are in.
-      metadata: text by name that the file carries (safetensors).
-      config: what a `config.json` beside them says, or an empty dict.
-      left_out: entries that hold no weights, by name.
+      layout: a key of `layouts.LAYOUTS`.
+      config: the architecture.
+      specs: shape and number format of every tensor, by bare name.
+      table: slots of the tensors that exist, by bare name.
+      shapes: of the leaves, by flat name.
+      left_out: names of tensors that are not part of the backbone.
+      formats: number formats of the tensors, by NumPy's names.
+      fills_mask_token: True if there is no mask token, so that it becomes zeros.
+
+    Raises:
+      ValueError: as for `from_torch`, except that numbers that are not finite are
+        reported only beside another error.
     """
 
     def __init__(
         self,
-        specs: Mapping[str, Spec],
-        read: Callable[[str], np.ndarray],
-        files: Sequence[Path],
-        metadata: Mapping[str, str] | None = None,
-        config: Mapping[str, Any] | None = None,
-        left_out: Sequence[str] = (),
+        state_dict: Mapping[str, Any],
+        num_heads: int | None = None,
+        **overrides: Any,
     ):
-        self.specs = dict(specs)
-        self.files = list(files)
-        self.metadata = dict(metadata or {})
-        self.config = dict(config or {})
-        self.left_out = list(left_out)
-        self._read = read
+        self._state_dict = state_dict
+        specs = specs_of(state_dict)
+        self._keys, self.left_out = infer.backbone_keys(list(specs))
+        self.specs = {key: specs[name] for key, name in self._keys.items()}
+        seen = {key: spec.shape for key, spec in self.specs.items()}
+        self.layout = infer.layout_of(seen)
+        self.config = infer.config_of(self.layout, seen, num_heads, overrides)
+        table = layouts.table_of(self.layout, self.config)
+        self.fills_mask_token = not any(
+            slot.path == tables.OPTIONAL and key in self.specs
+            for key, slot in table.items()
+        )
+        self.table = {
+            key: slot
+            for key, slot in table.items()
+            if key in self.specs or slot.path != tables.OPTIONAL
+        }
+        self.formats = sorted({spec.dtype for spec in self.specs.values()})
+        self.shapes = {
+            path: tuple(leaf.shape)
+            for path, leaf in param_tree.flatten(param_tree.shapes(self.config)).items()
+        }
+        if misfits := self._misfits():
+            raise ValueError(
+                f"the tensors do not make a {infer.describe(self.config)} in "
+                f"{layouts.LAYOUTS[self.layout].owner} layout: "
+                f"{_text(misfits | self._not_finite())}"
+            )
 
-    def __getitem__(self, key: str) -> np.ndarray:
-        if key not in self.specs:
-            raise KeyError(key)
-        return self._read(key)
+    def leaf(self, path: str) -> np.ndarray:
+        """One leaf of the params, float32, in its own memory.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.specs)
+        Raises:
+          ValueError: it holds NaN or infinity; names all tensors that do.
+        """
+        leaf = tables.from_tensors(path, self.shapes[path], self.table, self._tensor)
+        if not param_tree.is_finite(leaf):
+            raise ValueError(_text(self._not_finite()))
+        return leaf
 
-    def __len__(self) -> int:
-        return len(self.specs)
+    def tensors(self) -> dict[str, np.ndarray]:
+        """All tensors of the backbone by bare name, in their stored number formats."""
+        return {key: self._tensor(key) for key in self.specs}
+
+    def _tensor(self, key: str) -> np.ndarray:
+        return self._state_dict[self._keys[key]]
+
+    def _misfits(self) -> dict[str, list[str]]:
+        """All that is wrong with names, shapes and formats, by kind."""
+        specs, table = self.specs, self.table
+        kinds = {
+            "missing": [key for key in table if key not in specs],
+            "surplus": [self._keys[key] for key in specs if key not in table],
+            "misshapen": [
+                f"{self._keys[key]} is {specs[key].shape}, not {slot.shape}"
+                for key, slot in table.items()
+                if key in specs and specs[key].shape != slot.shape
+            ],
+            f"not a NumPy array of {', '.join(FLOATS)}": [
+                f"{self._keys[key]} ({spec.dtype})"
+                for key, spec in specs.items()
+                if spec.dtype not in FLOATS
+            ],
+        }
+        return {kind: names for kind, names in kinds.items() if names}
+
+    def _not_finite(self) -> dict[str, list[str]]:
+        names = [
+            self._keys[key]
+            for key, spec in self.specs.items()
+            if key in self.table
+            and spec.shape == self.table[key].shape
+            and spec.dtype in FLOATS
+            and not _is_finite(self._tensor(key))
+        ]
+        return {"with NaN or infinity (as float32)": names} if names else {}
 
 
-def damaged(path: Path, kind: str, why: str) -> ValueError:
-    """The error about a file that cannot be read as what it claims to be."""
-    return ValueError(f"{path}: damaged, or no {kind} file ({why}): fetch it again.")
+def from_torch(
+    state_dict: Mapping[str, Any], num_heads: int | None = None, **overrides: Any
+) -> tuple[vit.ViTConfig, dict[str, Any]]:
+    """Architecture and params of a PyTorch state dict in any layout.
+
+    Args:
+      state_dict: NumPy arrays by PyTorch name, in the layout of the DINOv2 hub files
+        (also as training stores them: `teacher.backbone.`, chunked blocks), of Hugging
+        Face transformers or of timm; float16, bfloat16 and float64 become float32. A
+        missing mask token becomes zeros: only pre-training reads it.
+      num_heads: None: embed_dim // 64, as in all DINOv2 models.
+      overrides: fields of `vit.ViTConfig` that the tensors do not determine:
+        `interpolate_antialias` and `interpolate_offset`. The default is the hub's,
+        whatever the layout: False and 0.1, with registers True and 0.0. transformers
+        resamples a model without registers by False and 0.0.
+
+    Returns:
+      The config, and params as float32 NumPy arrays that share no memory with the
+      input.
+
+    Raises:
+      ValueError: not a DINOv2 model, an override that is unknown or contradicts the
+        tensors, or tensors that do not fit: one message names every missing, surplus
+        and misshapen tensor and every tensor that is not finite.
+    """
+    model = TorchModel(state_dict, num_heads, **overrides)
+    return model.config, param_tree.unflatten(
+        {path: model.leaf(path) for path in model.shapes}
+    )
 
 
-def reason(error: BaseException) -> str:
-    """The first sentence of an error, short enough to stand inside another one."""
-    text = str(error).strip() or type(error).__name__
-    return re.split(r"\. |\n", text)[0][:200].rstrip(".")
+def to_torch(
+    config: vit.ViTConfig, params: Mapping[str, Any], layout: str = "dinov2"
+) -> dict[str, np.ndarray]:
+    """PyTorch state dict of a model: the inverse of `from_torch`.
+
+    Args:
+      config: the architecture.
+      params: float32 arrays, of NumPy or JAX, in the layout of `param_tree.shapes`.
+      layout: "dinov2" (hub), "hf" (transformers) or "timm". timm's has no mask token,
+        and with registers its class token includes the position embedding.
+
+    Returns:
+      Contiguous float32 arrays by PyTorch name, in the order of the PyTorch model; they
+      share no memory with `params`.
+
+    Raises:
+      ValueError: an unknown layout, or params that do not fit the config.
+    """
+    layouts.check_name(layout)
+    param_tree.check(config, params)
+    flat = param_tree.flatten(params)
+    table = layouts.table_of(layout, config)
+    tensors = dict(tables.to_tensors(table, lambda path: np.asarray(flat[path])))
+    return {key: tensors[key] for key in table}
+
+
+def _text(misfits: Mapping[str, list[str]]) -> str:
+    return "; ".join(
+        f"{len(names)} {kind}: {infer.listing(names)}"
+        for kind, names in misfits.items()
+    )
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    with np.errstate(all="ignore"):  # a float64 beyond float32 becomes infinite
+        return param_tree.is_finite(array.astype(np.float32, copy=False))

@@ -5,14 +5,16 @@ Model, table --to_files--> .safetensors, .pth, a Hugging Face directory
 `sinder_jax.model.save` does the same for a checkpoint directory.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from convert import layouts, source, write
-from convert.state_dict import Spec
+from convert import source
+from convert.files import hugging_face, writing
+from convert.files.tensors import Spec
+from convert.layouts import table as tables
 from sinder_jax import param_tree
 from sinder_jax.model import Model
 
@@ -20,7 +22,7 @@ from sinder_jax.model import Model
 def to_files(
     model: Model,
     destination: Path,
-    table: layouts.Table,
+    table: tables.Table,
     *,
     as_directory: bool,
     files: Mapping[str, Any] | None = None,
@@ -32,7 +34,7 @@ def to_files(
       destination: a file, or a directory for Hugging Face.
       table: the tensors to write.
       as_directory: True makes a Hugging Face directory.
-      files: its other files, see `write.write_hugging_face`.
+      files: its other files, see `writing.write_directory`.
     """
     found = param_tree.ModelDigest()
 
@@ -41,8 +43,8 @@ def to_files(
         found.add(path, array, model.sha256.get(path, ""))
         return array
 
-    def tensors() -> write.Tensors:
-        yield from layouts.to_tensors(table, recorded)
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield from tables.to_tensors(table, recorded)
         model.check_digest(found.hexdigest())  # before the file appears
 
     def metadata() -> dict[str, str]:
@@ -50,9 +52,8 @@ def to_files(
 
     specs = {key: Spec(slot.shape, "float32") for key, slot in table.items()}
     if as_directory:
-        write.write_hugging_face(
-            destination, model.config, specs, tensors(), metadata, files
-        )
+        contents = files or hugging_face.contents(model.config)
+        writing.write_directory(destination, contents, specs, tensors(), metadata)
     else:
-        write.write_tensors(destination, specs, tensors(), metadata)
+        writing.write_tensors(destination, specs, tensors(), metadata)
     return found.hexdigest()

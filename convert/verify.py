@@ -244,9 +244,10 @@ def _torch_vit_tokens(
 ) -> tuple[Float32[np.ndarray, "B T D"], str]:
     import torch
 
-    from convert import read, torch_vit
+    from convert import torch_vit
+    from convert.files import reading
 
-    arrays = source if isinstance(source, Mapping) else read.open_state_dict(source)
+    arrays = source if isinstance(source, Mapping) else reading.open_state_dict(source)
     try:
         with torch.inference_mode():
             out = torch_vit.features(

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import convert
-from convert import fetch, source, write
+from convert import fetch, source
+from convert.files import writing
 from sinder_jax import param_tree, planted, repair, vit
 from sinder_jax.data import batches, decode, listing
 from sinder_jax.data.listing import Photograph
@@ -187,7 +188,7 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
         path = planted_file
         made = planted.planted_model(config.seed)
         state_dict = convert.to_torch(made.config, made.params)
-        write.write_state_dict(path, state_dict, overwrite=True)
+        writing.write_state_dict(path, state_dict, overwrite=True)
     model = source.open_model(path)
     wrong = [
         f"{name} is {getattr(model.config, name)} and not {getattr(want, name)}"

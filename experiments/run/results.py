@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 import convert
-from convert import source, write
+from convert import source
+from convert.files import writing
 from experiments import observe
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
@@ -52,7 +53,7 @@ def export(
     )
     for name in names:
         with workdir.output(name) as path:
-            write.write_state_dict(path, state_dict, overwrite=True, metadata=told)
+            writing.write_state_dict(path, state_dict, overwrite=True, metadata=told)
     return ["repaired", *names]
 
 

@@ -12,10 +12,11 @@ import pytest
 import convert
 import golden
 from benchmarks import giant_step
-from convert import commands, layouts, read, source, write
+from convert import commands, layouts, source
 from convert.__main__ import main
-from convert.state_dict import Spec
-from samples import SMALL, assert_same_bytes, random_params
+from convert.files import hugging_face, reading, sha256, writing
+from convert.files.tensors import Spec
+from samples import SMALL, assert_same_bytes, random_params, read_state_dict
 from sinder_jax import checkpoint, delta, factor, kernels, param_tree, vit
 from sinder_jax.storage import delta_file
 
@@ -44,9 +45,10 @@ def stored(folder, container, config, params):
     state = convert.to_torch(config, params, container)
     if container == "hf":
         specs = {key: Spec(x.shape, "float32") for key, x in state.items()}
-        write.write_hugging_face(folder / "hf", config, specs, state.items())
+        contents = hugging_face.contents(config)
+        writing.write_directory(folder / "hf", contents, specs, state.items())
         return folder / "hf"
-    write.write_state_dict(folder / f"{container}.safetensors", state)
+    writing.write_state_dict(folder / f"{container}.safetensors", state)
     return folder / f"{container}.safetensors"
 
 
@@ -98,7 +100,7 @@ def test_hub_to_jax_to_every_layout_and_back(kind, tmp_path):
         back = tmp_path / (layout if layout == "hf" else f"back_{layout}.safetensors")
         run("to-torch", tmp_path / "jax", back, f"--layout={layout}")
         state = convert.to_torch(config, params, layout)
-        got = read.read_state_dict(back)
+        got = read_state_dict(back)
         assert_same_bytes({key: got[key] for key in state}, state)
         assert got.keys() == state.keys()
         assert convert.open_model(back).config == config
@@ -109,7 +111,7 @@ def test_origin_travels_through_every_file(last, tmp_path, capsys):
     if last.endswith(".pth"):
         pytest.importorskip("torch")
     path = stored(tmp_path, "dinov2", SMALL["swiglu"], random_params(SMALL["swiglu"]))
-    sha256 = read.sha256_of_file(path)
+    digest = sha256.of_file(path)
     run("to-jax", path, tmp_path / "jax")
     run("to-torch", tmp_path / "jax", tmp_path / "hf", "--layout=hf")
     run("to-jax", tmp_path / "hf", tmp_path / "again")
@@ -117,7 +119,7 @@ def test_origin_travels_through_every_file(last, tmp_path, capsys):
     capsys.readouterr()
     run("inspect", tmp_path / last)
     out = capsys.readouterr().out
-    assert f"dinov2.safetensors, dinov2 layout, SHA-256 {sha256}" in out
+    assert f"dinov2.safetensors, dinov2 layout, SHA-256 {digest}" in out
     steps = re.findall(r"then (\S+)", out)
     assert steps == ["to-jax,", "to-torch", "to-jax,", "to-torch"]
 
@@ -129,7 +131,7 @@ def test_a_strange_provenance_is_one_line(steps, tmp_path, capsys):
     checkpoint.save(tmp_path / "jax", config, params, provenance)
     told = source.metadata_of(config, provenance, "0" * 64)
     state = convert.to_torch(config, params)
-    write.write_state_dict(tmp_path / "a.safetensors", state, metadata=told)
+    writing.write_state_dict(tmp_path / "a.safetensors", state, metadata=told)
     for path in (tmp_path / "jax", tmp_path / "a.safetensors"):
         assert "not a list of texts" in refusal(capsys, "inspect", path)
 
@@ -206,7 +208,7 @@ def test_a_file_is_brought_from_one_layout_into_another(tmp_path):
     path = stored(tmp_path, "dinov2", config, params)
     run("to-torch", path, tmp_path / "hf", "--layout=hf")
     state = convert.to_torch(config, params, "hf")
-    got = read.read_state_dict(tmp_path / "hf")
+    got = read_state_dict(tmp_path / "hf")
     assert_same_bytes({key: got[key] for key in state}, state)
 
 
@@ -249,9 +251,9 @@ def test_apply_of_diff_is_the_repaired_model(container, kind, repair, tmp_path, 
     run("apply", base, made, target)
     assert_is_repaired(target, repaired, params, config.depth - 1)
     if container != "checkpoint":  # in the base's own layout, nothing more or less
-        want = read.open_state_dict(base)
-        assert read.open_state_dict(target).keys() == want.keys()
-        assert read.open_state_dict(target).config == want.config
+        want = reading.open_state_dict(base)
+        assert reading.open_state_dict(target).keys() == want.keys()
+        assert reading.open_state_dict(target).config == want.config
     steps = convert.open_model(target).provenance["steps"]
     assert "apply made.safetensors, SHA-256" in steps[-1]
     assert made.stat().st_size < 100_000
@@ -303,14 +305,14 @@ def test_another_base_is_refused(repair, tmp_path, capsys):
 @pytest.mark.parametrize("name", golden.REPAIRED)
 def test_the_authors_rebuilt_files_give_a_patch(name, tmp_path, capsys):
     arrays, meta = golden.load(name)
-    write.write_state_dict(tmp_path / "base.safetensors", golden.state(arrays))
+    writing.write_state_dict(tmp_path / "base.safetensors", golden.state(arrays))
     merged = golden.state(arrays) | golden.state(arrays, "merged")
-    write.write_state_dict(tmp_path / "merged.safetensors", merged)
+    writing.write_state_dict(tmp_path / "merged.safetensors", merged)
     heads = f"--num-heads={meta['num_heads']}"
     base, made = tmp_path / "base.safetensors", tmp_path / "made.safetensors"
     run("diff", base, tmp_path / "merged.safetensors", made, heads)
     run("apply", base, made, tmp_path / "done.safetensors", heads)
-    got = read.read_state_dict(tmp_path / "done.safetensors")
+    got = read_state_dict(tmp_path / "done.safetensors")
     for key, tensor in merged.items():
         # the authors' float32 SVDs and sums: 2.5e-6 measured in our own runs
         error = np.linalg.norm(got[key] - tensor)
@@ -323,7 +325,7 @@ def test_a_change_that_is_no_repair_is_refused_by_name(repair, tmp_path, capsys)
     base = stored(tmp_path, "dinov2", config, params)
     state = convert.to_torch(config, repaired)
     state["blocks.0.norm1.weight"] = state["blocks.0.norm1.weight"] * 1.01
-    write.write_state_dict(tmp_path / "other.safetensors", state)
+    writing.write_state_dict(tmp_path / "other.safetensors", state)
     made = tmp_path / "made.safetensors"
     line = refusal(capsys, "diff", base, tmp_path / "other.safetensors", made)
     assert "norm1/scale of block 0 by 0.01" in line and not made.exists()
@@ -364,8 +366,8 @@ def test_inspect_says_what_it_verified(tmp_path, capsys):
     run("inspect", path)
     out = capsys.readouterr().out
     assert "the bytes against dinov2.safetensors.sha256" in out
-    assert read.sha256_of_file(path) in out
-    read.side_file(path).unlink()
+    assert sha256.of_file(path) in out
+    sha256.side_file(path).unlink()
     run("inspect", path)
     assert "no .sha256 is beside it" in capsys.readouterr().out
 
@@ -373,7 +375,7 @@ def test_inspect_says_what_it_verified(tmp_path, capsys):
 def test_a_changed_export_is_noticed_without_its_side_file(tmp_path, capsys):
     checkpoint.save(tmp_path / "jax", SMALL["mlp"], random_params(SMALL["mlp"]))
     run("to-torch", tmp_path / "jax", tmp_path / "a.safetensors")
-    read.side_file(tmp_path / "a.safetensors").unlink()
+    sha256.side_file(tmp_path / "a.safetensors").unlink()
     with (tmp_path / "a.safetensors").open("r+b") as file:
         file.seek(-3, 2)
         file.write(b"\x3f")
@@ -429,8 +431,8 @@ def test_what_transformers_saves_comes_back_with_the_same_bytes(tmp_path):
     run("to-jax", tmp_path / "theirs", tmp_path / "jax")
     assert checkpoint.load(tmp_path / "jax")[0].num_heads == 2
     run("to-torch", tmp_path / "jax", tmp_path / "ours", "--layout=hf")
-    want = read.read_state_dict(tmp_path / "theirs")
-    got = read.read_state_dict(tmp_path / "ours")
+    want = read_state_dict(tmp_path / "theirs")
+    got = read_state_dict(tmp_path / "ours")
     assert got.keys() == want.keys()
     assert_same_bytes({key: got[key] for key in want}, want)
     # and what is in memory

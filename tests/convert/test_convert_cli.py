@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import convert
-from convert import read, write
 from convert.__main__ import main
-from samples import assert_same_bytes
+from convert.files import writing
+from samples import assert_same_bytes, read_state_dict
 from sinder_jax import checkpoint, param_tree, vit
 
 SOURCE_FILES = {".safetensors": [".safetensors", ".safetensors.sha256"]}
@@ -28,7 +28,7 @@ def state():
 
 @pytest.fixture
 def source(tmp_path, state):
-    write.write_state_dict(tmp_path / "hub.safetensors", state)
+    writing.write_state_dict(tmp_path / "hub.safetensors", state)
     return tmp_path / "hub.safetensors"
 
 
@@ -62,7 +62,7 @@ def fields(out):
 def test_there_and_back_gives_the_same_bytes(suffix, source, state, tmp_path, capsys):
     if suffix == ".pth":
         pytest.importorskip("torch")
-        write.write_state_dict(tmp_path / "hub.pth", state)
+        writing.write_state_dict(tmp_path / "hub.pth", state)
         source = tmp_path / "hub.pth"
     assert run("to-jax", source, tmp_path / "jax") == 0
     assert run("to-torch", tmp_path / "jax", tmp_path / f"back{suffix}") == 0
@@ -73,7 +73,7 @@ def test_there_and_back_gives_the_same_bytes(suffix, source, state, tmp_path, ca
         assert f"{len(state)} tensors" in line and NUM_PARAMS in line
         digests.add(re.search("digest ([0-9a-f]{64})", line)[1])
     assert len(out.splitlines()) == 2 and len(digests) == 1
-    back = read.read_state_dict(tmp_path / f"back{suffix}")
+    back = read_state_dict(tmp_path / f"back{suffix}")
     assert_same_bytes({key: back[key] for key in state}, state)
     assert back.keys() == state.keys()
     names = {path.name for path in tmp_path.iterdir()}
@@ -95,7 +95,7 @@ def test_options_reach_the_config(source, tmp_path):
 
 def test_conversion_to_float32_is_said(state, tmp_path, capsys):
     half = {key: array.astype(ml_dtypes.bfloat16) for key, array in state.items()}
-    write.write_state_dict(tmp_path / "half.safetensors", half)
+    writing.write_state_dict(tmp_path / "half.safetensors", half)
     assert run("to-jax", tmp_path / "half.safetensors", tmp_path / "jax") == 0
     assert "bfloat16 became float32" in capsys.readouterr().out
 
@@ -166,7 +166,7 @@ def test_a_name_of_two_lines_gives_an_error_of_one(tmp_path, capsys):
         (["to-jax", "hub.safetensors", "dst", "--heads=5"], "--heads"),
         (["to-jax", "hub.safetensors"], "DST"),
         (["to-torch", "none", "dst.safetensors"], "none"),
-        (["to-torch", "folder", "dst.safetensors"], "no checkpoint"),
+        (["to-torch", "folder", "dst.safetensors"], "not a checkpoint"),
         (["to-torch", "hub.safetensors", "dst.pth", "--layout=hf"], "directory"),
         (["to-jax", "dinov2_vitx14", "dst"], "dinov2_vits14"),
         (["diff", "hub.safetensors", "patch.safetensors"], "no workdir"),
@@ -182,7 +182,7 @@ def test_a_name_of_two_lines_gives_an_error_of_one(tmp_path, capsys):
         (["to-torch", "folder", "dst.onnx"], ".onnx"),
         (["to-torch", "folder", "dst.safetensors", "--layout=x"], "'dinov2'"),
         (["inspect", "none"], "none"),
-        (["inspect", "folder"], "no checkpoint"),
+        (["inspect", "folder"], "not a checkpoint"),
         (["convert-all"], "convert-all"),
         ([], "COMMAND"),
     ],
@@ -195,9 +195,9 @@ def test_failure_is_one_line_and_writes_nothing(
     (tmp_path / "folder").mkdir()
     (tmp_path / "broken.safetensors").write_bytes(source.read_bytes()[:-10])
     hf = {key.replace("blocks.", "encoder.layer."): x for key, x in state.items()}
-    write.write_state_dict("hf.safetensors", hf)
+    writing.write_state_dict("hf.safetensors", hf)
     nan = state | {"norm.bias": np.full(64, np.nan, np.float32)}
-    write.write_state_dict("nan.safetensors", nan)
+    writing.write_state_dict("nan.safetensors", nan)
     before = sorted(tmp_path.rglob("*"))
     assert named in failure(capsys, *arguments)
     assert sorted(tmp_path.rglob("*")) == before
@@ -205,7 +205,7 @@ def test_failure_is_one_line_and_writes_nothing(
 
 def test_misfits_stand_in_one_line_with_the_file(state, tmp_path, capsys):
     broken = {key: array for key, array in state.items() if "norm1" not in key}
-    write.write_state_dict(tmp_path / "a.safetensors", broken)
+    writing.write_state_dict(tmp_path / "a.safetensors", broken)
     line = failure(capsys, "to-jax", tmp_path / "a.safetensors", tmp_path / "dst")
     assert "a.safetensors" in line and "4 missing: blocks.0.norm1.weight" in line
 
@@ -241,4 +241,4 @@ def test_program_ends_with_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "convert", "to-jax", "none.pt", tmp_path / "dst"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == "error: none.pt: no such file.\n"
+    assert ended.stderr == "error: none.pt: no such file\n"

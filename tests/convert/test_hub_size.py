@@ -8,9 +8,10 @@ import pytest
 
 import convert
 from benchmarks import convert_giant, giant_step
-from convert import read, write
 from convert.__main__ import main as convert_main
+from convert.files import reading, writing
 from experiments import repair
+from samples import read_state_dict
 from sinder_jax import checkpoint, param_tree, vit
 
 
@@ -20,7 +21,7 @@ def test_small_config_repairs_a_hub_file_of_its_size(tmp_path, capsys):
     config = vit.CONFIGS["dinov2_vits14"]
     params = giant_step.random_params(config)
     source = tmp_path / "dinov2_vits14_pretrain.safetensors"
-    write.write_state_dict(source, convert.to_torch(config, params))
+    writing.write_state_dict(source, convert.to_torch(config, params))
     workdir = tmp_path / "run"
     code = repair.main(
         [
@@ -36,8 +37,8 @@ def test_small_config_repairs_a_hub_file_of_its_size(tmp_path, capsys):
     )
     assert code == 0
     assert json.loads((workdir / "summary.json").read_text())["images"] == 4
-    repaired = read.read_state_dict(workdir / "repaired.safetensors")
-    original = read.read_state_dict(source)
+    repaired = read_state_dict(workdir / "repaired.safetensors")
+    original = read_state_dict(source)
     assert repaired.keys() == original.keys()
     _, loaded = checkpoint.load(workdir / "repaired")
     _, converted = convert.from_torch(repaired)
@@ -82,7 +83,7 @@ def test_hub_file_comes_back_byte_for_byte_and_loads_strictly(name, tmp_path):
     loaded = torch.load(back, weights_only=True, mmap=True)
     result = model.load_state_dict(loaded, strict=True, assign=True)
     assert not (result.missing_keys or result.unexpected_keys)
-    want = read.open_state_dict(source)
+    want = reading.open_state_dict(source)
     assert list(loaded) == list(model.state_dict())
     for key, parameter in model.state_dict().items():
         assert param_tree.digest_of_array(

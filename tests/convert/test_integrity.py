@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert import read, write
 from convert.__main__ import main
+from convert.files import sha256, writing
 from samples import SMALL, random_params
 from sinder_jax import checkpoint, delta, param_tree
 from sinder_jax.storage import array_store, delta_file
@@ -42,14 +42,14 @@ def exports(tmp_path_factory):
 def files_of(path):
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.is_file())
-    return [path, read.side_file(path)]
+    return [path, sha256.side_file(path)]
 
 
 def copied(path, folder):
     """A copy of a checkpoint or export, with its side file, to damage."""
     if path.is_dir():
         return shutil.copytree(path, folder / path.name)
-    shutil.copy(read.side_file(path), folder)
+    shutil.copy(sha256.side_file(path), folder)
     return shutil.copy(path, folder / path.name)
 
 
@@ -162,7 +162,7 @@ def test_a_patch_survives_no_flip(exports, tmp_path):
     params = random_params(CONFIG)
     state = convert.to_torch(CONFIG, params)
     state["blocks.1.attn.proj.weight"] = state["blocks.1.attn.proj.weight"] * 1.25
-    write.write_state_dict(tmp_path / "repaired.safetensors", state)
+    writing.write_state_dict(tmp_path / "repaired.safetensors", state)
     base, made = exports["safetensors"], tmp_path / "made.safetensors"
     assert (
         main(["diff", str(base), str(tmp_path / "repaired.safetensors"), str(made)])

@@ -19,7 +19,7 @@ from PIL import Image
 
 import convert
 import reference
-from convert import write
+from convert.files import writing
 from experiments import analyze
 from experiments.study import figures, verdict
 from experiments.study.cache import Cache, Step
@@ -420,7 +420,7 @@ def test_pytorch_file_named_by_the_config_gives_the_numbers_of_the_checkpoint(tm
     params = random_params(config, 0)
     paths = [tmp_path / "ours", tmp_path / "theirs.safetensors"]
     checkpoint.save(paths[0], config, params)
-    write.write_state_dict(paths[1], convert.to_torch(config, params))
+    writing.write_state_dict(paths[1], convert.to_torch(config, params))
     one, two = (Subject("x", str(path)) for path in paths)
     assert two.model.digest is None and one.digest == two.digest
     for path in paths:

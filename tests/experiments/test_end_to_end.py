@@ -20,10 +20,11 @@ import pytest
 from PIL import Image
 
 import convert
-from convert import read, write
 from convert.__main__ import main as convert_main
+from convert.files import writing
 from experiments import repair
 from experiments.run import inputs, results
+from samples import read_state_dict
 from sinder_jax import checkpoint, cli, kernels, model, planted, vit
 from sinder_jax.data import listing
 from sinder_jax.model import Model
@@ -145,8 +146,8 @@ def test_the_patch_of_a_run_gives_its_repaired_model_bit_for_bit(
     assert made.stat().st_size < 100_000
     base, done = finished.path / "planted.safetensors", tmp_path / "done.safetensors"
     assert convert_main(["apply", str(base), str(made), str(done)]) == 0
-    want = read.read_state_dict(finished.path / "repaired.safetensors")
-    got = read.read_state_dict(done)
+    want = read_state_dict(finished.path / "repaired.safetensors")
+    got = read_state_dict(done)
     assert got.keys() == want.keys()
     for key, tensor in want.items():
         assert got[key].tobytes() == tensor.tobytes(), key
@@ -233,7 +234,7 @@ def test_pictures_are_made_on_the_way_and_at_the_end(finished):
 def test_the_safetensors_file_is_the_checkpoint(finished):
     config, params = checkpoint.load(finished.path / "repaired")
     assert config == dataclasses.replace(planted.CONFIG, interpolate_antialias=True)
-    stored = read.read_state_dict(finished.path / "repaired.safetensors")
+    stored = read_state_dict(finished.path / "repaired.safetensors")
     again, again_params = convert.from_torch(stored, interpolate_antialias=True)
     assert again == config
     assert jax.tree.all(jax.tree.map(np.array_equal, params, again_params))
@@ -242,7 +243,7 @@ def test_the_safetensors_file_is_the_checkpoint(finished):
 def test_the_pth_file_holds_the_same_tensors_under_the_same_names(finished):
     torch = pytest.importorskip("torch")
     loaded = torch.load(finished.path / "repaired.pth", weights_only=True)
-    stored = read.read_state_dict(finished.path / "repaired.safetensors")
+    stored = read_state_dict(finished.path / "repaired.safetensors")
     assert loaded.keys() == stored.keys()
     for key, tensor in loaded.items():
         assert tensor.dtype == torch.float32
@@ -253,7 +254,7 @@ def test_only_trainable_kernels_of_changed_blocks_have_other_bits(finished):
     changed = summary(finished)["changed_blocks"]
     assert changed == list(range(planted.BLOCK + 1))  # within ten of the defect
     before, after = (
-        read.read_state_dict(finished.path / f"{name}.safetensors")
+        read_state_dict(finished.path / f"{name}.safetensors")
         for name in ("planted", "repaired")
     )
     width = planted.CONFIG.embed_dim
@@ -446,9 +447,7 @@ def assert_same_trajectory(one: Path, two: Path):
     for key in ("loss", "alpha"):
         values = [np.array([row[key] for row in part], float) for part in lines]
         np.testing.assert_allclose(*values, rtol=1e-5)  # 4e-7 measured
-    models = [
-        read.read_state_dict(path / "repaired.safetensors") for path in (one, two)
-    ]
+    models = [read_state_dict(path / "repaired.safetensors") for path in (one, two)]
     for key, tensor in models[0].items():
         distance = np.linalg.norm(tensor - models[1][key])
         assert distance <= 1e-6 * np.linalg.norm(tensor), key  # 3e-8 measured
@@ -470,7 +469,7 @@ def hub(monkeypatch, tmp_path) -> Path:
     monkeypatch.setitem(vit.CONFIGS, "dinov2_vits14_reg", registers)
     made = planted.planted_model(1)
     file = tmp_path / "hub.safetensors"
-    write.write_state_dict(file, convert.to_torch(made.config, made.params))
+    writing.write_state_dict(file, convert.to_torch(made.config, made.params))
     return file
 
 
@@ -656,7 +655,7 @@ class Evil:
 def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
     """Something that `config.checkpoint` might point to by mistake, or worse."""
     target = folder / kind
-    state_dict = read.read_state_dict(hub)
+    state_dict = read_state_dict(hub)
     if kind == "empty_folder":
         target.mkdir()
     elif kind == "photo.png":
@@ -672,24 +671,24 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
         renamed = {
             k.replace("blocks.", "encoder.layer."): x for k, x in state_dict.items()
         }
-        write.write_state_dict(target, renamed)
+        writing.write_state_dict(target, renamed)
     elif kind == "nan.safetensors":
         bias = state_dict["blocks.3.mlp.w3.bias"].copy()
         bias[5] = np.nan
-        write.write_state_dict(target, state_dict | {"blocks.3.mlp.w3.bias": bias})
+        writing.write_state_dict(target, state_dict | {"blocks.3.mlp.w3.bias": bias})
     elif kind == "nan_checkpoint":
         config, params = convert.from_torch(state_dict)
         params["norm"]["bias"][5] = np.nan
         model.save(target, Model.of(config, params))  # unchecked
     elif kind == "cut.safetensors":
         del state_dict["blocks.7.ls2.gamma"]
-        write.write_state_dict(target, state_dict)
+        writing.write_state_dict(target, state_dict)
     elif kind in ("evil.pth", "truncated.pth"):
         torch = pytest.importorskip("torch")
         if kind == "evil.pth":
             torch.save({"cls_token": Evil(folder / "executed")}, target)
         else:
-            write.write_state_dict(target, state_dict)
+            writing.write_state_dict(target, state_dict)
             target.write_bytes(target.read_bytes()[:-1000])
     return target
 

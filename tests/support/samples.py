@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import convert
+from convert.files import reading
 from sinder_jax import param_tree, vit
 
 SMALL = {
@@ -73,3 +74,8 @@ def error_of(call, *args, kind=ValueError, **kwargs):
 def numpy_state(state):
     """A PyTorch state dict as NumPy arrays."""
     return {key: tensor.detach().numpy() for key, tensor in state.items()}
+
+
+def read_state_dict(path):
+    """All tensors of a PyTorch file or Hugging Face directory, read at once."""
+    return dict(reading.open_state_dict(path))

@@ -10,9 +10,10 @@ from PIL import Image
 
 import bucket
 import convert
-from convert import read, write
+from convert.files import writing
 from experiments import config as config_files
 from experiments.run import inputs
+from samples import read_state_dict
 from sinder_jax import checkpoint, param_tree, planted, vit
 from sinder_jax.data import listing
 
@@ -216,7 +217,7 @@ def test_a_checkpoint_of_any_kind_gives_the_same_model(
     else:
         if kind == ".pth":
             pytest.importorskip("torch")
-        write.write_state_dict(source, convert.to_torch(architecture, params))
+        writing.write_state_dict(source, convert.to_torch(architecture, params))
     given = config(model=model, checkpoint=str(source))
     inputs.check_weights_given(given)
     loaded, loaded_params, _ = inputs.load_model(
@@ -270,7 +271,7 @@ def test_planted_weights_go_through_a_file_in_hub_layout(seed, tmp_path):
     made = planted.planted_model(seed)
     assert loaded == dataclasses.replace(made.config, interpolate_antialias=True)
     assert_same(params, made.params)
-    assert_same(convert.from_torch(read.read_state_dict(file))[1], made.params)
+    assert_same(convert.from_torch(read_state_dict(file))[1], made.params)
     inputs.load_model(given, file)  # again, after a start that was cut short
 
 

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 
 import convert
-from convert import read
 from experiments import observe
 from experiments.run import results
 from experiments.run.workdir import Workdir
+from samples import read_state_dict
 from sinder_jax import checkpoint, loss, param_tree, vit
 from sinder_jax.analysis import pca
 from sinder_jax.analysis.tokens import token_norms
@@ -267,7 +267,7 @@ def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
     assert config == CONFIG
     assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
     for file in files:
-        _, params = convert.from_torch(read.read_state_dict(tmp_path / file))
+        _, params = convert.from_torch(read_state_dict(tmp_path / file))
         assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
 
 

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from convert import read, write
-from samples import SMALL, assert_same_bytes, error_of, random_state
+from convert.files import reading, writing
+from samples import (
+    SMALL,
+    assert_same_bytes,
+    error_of,
+    random_state,
+    read_state_dict,
+)
 
 SUFFIXES = [".pth", ".pt", ".safetensors"]
 
@@ -25,23 +31,21 @@ def file_with(suffix, folder):
 
 def test_missing_file_directory_and_unknown_suffix_are_named(tmp_path):
     missing = tmp_path / "none.safetensors"
-    assert str(missing) in error_of(
-        read.read_state_dict, missing, kind=FileNotFoundError
-    )
-    assert "directory" in error_of(read.read_state_dict, tmp_path)
+    assert str(missing) in error_of(read_state_dict, missing, kind=FileNotFoundError)
+    assert "directory" in error_of(read_state_dict, tmp_path)
     other = tmp_path / "model.onnx"
     other.write_bytes(b"x")
-    assert "'.onnx'" in error_of(read.read_state_dict, other)
+    assert "'.onnx'" in error_of(read_state_dict, other)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("kept", [0, 1, 7, 100, 0.1, 0.5, 0.9, -1], ids=str)
 def test_truncated_file_is_refused(suffix, kept, tmp_path):
     path = file_with(suffix, tmp_path)
-    write.write_state_dict(path, random_state(SMALL["swiglu"]))
+    writing.write_state_dict(path, random_state(SMALL["swiglu"]))
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept) if isinstance(kept, float) else kept])
-    message = error_of(read.read_state_dict, path)
+    message = error_of(read_state_dict, path)
     assert str(path) in message and "damaged" in message
 
 
@@ -52,7 +56,7 @@ def test_truncated_file_is_refused(suffix, kept, tmp_path):
 def test_file_of_something_else_is_refused(suffix, data, tmp_path):
     path = file_with(suffix, tmp_path)
     path.write_bytes(data)
-    assert str(path) in error_of(read.read_state_dict, path)
+    assert str(path) in error_of(read_state_dict, path)
 
 
 class Evil:
@@ -72,7 +76,7 @@ def test_pickle_that_would_run_code_is_refused_and_runs_nothing(new_format, tmp_
     contents = {"cls_token": torch.ones(3), "x": Evil(target)}
     torch.save(contents, path, _use_new_zipfile_serialization=new_format)
     with warnings.catch_warnings(record=True) as caught:
-        message = error_of(read.read_state_dict, path)
+        message = error_of(read_state_dict, path)
     assert not caught
     assert "would run code" in message and str(path) in message
     assert not target.exists()
@@ -85,7 +89,7 @@ def test_plain_pickle_that_would_run_code_is_refused(tmp_path):
     pytest.importorskip("torch")
     path, target = tmp_path / "evil.pt", tmp_path / "executed"
     path.write_bytes(pickle.dumps({"x": Evil(target)}))
-    message = error_of(read.read_state_dict, path)
+    message = error_of(read_state_dict, path)
     assert "would run code" in message
     assert not target.exists()
 
@@ -93,7 +97,7 @@ def test_plain_pickle_that_would_run_code_is_refused(tmp_path):
 def test_whole_pickled_model_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save(torch.nn.Linear(2, 2), tmp_path / "model.pth")
-    message = error_of(read.read_state_dict, tmp_path / "model.pth")
+    message = error_of(read_state_dict, tmp_path / "model.pth")
     assert "torch.nn.modules.linear.Linear" in message and "state_dict()" in message
 
 
@@ -102,9 +106,9 @@ def test_whole_pickled_model_is_refused(tmp_path):
     [
         ([1, 2], "list"),
         ({}, "no tensor"),
-        ({"epoch": 3}, "'epoch' holds a int"),
+        ({"epoch": 3}, "a int in entry 'epoch'"),
         ({1: "tensor"}, "1"),
-        ({"heads": {"x": "tensor"}, "epoch": 1}, "'heads' holds a dict"),
+        ({"heads": {"x": "tensor"}, "epoch": 1}, "a dict in entry 'heads'"),
     ],
     ids=["list", "empty", "number", "numbered", "nested"],
 )
@@ -117,14 +121,14 @@ def test_pickle_of_something_else_is_refused(contents, named, tmp_path):
         return torch.ones(2) if value == "tensor" else value
 
     torch.save(with_tensors(contents), tmp_path / "model.pth")
-    message = error_of(read.read_state_dict, tmp_path / "model.pth")
+    message = error_of(read_state_dict, tmp_path / "model.pth")
     assert named in message and "state dict" in message
 
 
 def test_sparse_tensor_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"x": torch.ones(3).to_sparse()}, tmp_path / "model.pth")
-    message = error_of(read.read_state_dict, tmp_path / "model.pth")
+    message = error_of(read_state_dict, tmp_path / "model.pth")
     assert "Sparse" in message and "dense" in message
 
 
@@ -134,7 +138,7 @@ def test_safetensors_of_an_unknown_number_format_is_refused(tmp_path):
     data = path.read_bytes()
     assert data.count(b'"F32"') == 1
     path.write_bytes(data.replace(b'"F32"', b'"X32"'))
-    assert str(path) in error_of(read.read_state_dict, path)
+    assert str(path) in error_of(read_state_dict, path)
 
 
 # --- Training checkpoints, shards and directories -----------------------------------
@@ -146,7 +150,7 @@ def test_weights_inside_a_training_checkpoint_are_found(outer, tmp_path):
     weights = {"backbone.norm.weight": torch.ones(3)}
     contents = dict.fromkeys(outer, weights) | {"iteration": 3}
     torch.save(contents, tmp_path / "model.pth")
-    state = read.open_state_dict(tmp_path / "model.pth")
+    state = reading.open_state_dict(tmp_path / "model.pth")
     assert list(state) == ["backbone.norm.weight"]
     assert set(state.left_out) == outer - {"teacher", "model"} | {"iteration"}
 
@@ -170,10 +174,10 @@ def test_shards_are_read_as_one(tmp_path):
     folder = sharded(tmp_path / "hf", state)
     (folder / "config.json").write_text('{"num_attention_heads": 2}')
     for path in (folder, folder / "model.safetensors.index.json"):
-        got = read.open_state_dict(path)
+        got = reading.open_state_dict(path)
         assert_same_bytes({key: got[key] for key in state}, state)
         assert got.keys() == state.keys()
-    assert read.open_state_dict(folder).config == {"num_attention_heads": 2}
+    assert reading.open_state_dict(folder).config == {"num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
@@ -182,7 +186,7 @@ def test_shards_are_read_as_one(tmp_path):
         ("norm.bias", "../other.safetensors", "'../other.safetensors'"),
         ("norm.bias", "/etc/passwd", "'/etc/passwd'"),
         ("norm.bias", "model-00003-of-00002.safetensors", "model-00003"),
-        ("norm.bias", ["x"], "no .safetensors file"),
+        ("norm.bias", ["x"], "expected a .safetensors file"),
         ("head.bias", "model-00001-of-00002.safetensors", "head.bias"),
     ],
     ids=["upwards", "absolute", "missing file", "list", "missing tensor"],
@@ -192,7 +196,7 @@ def test_index_that_does_not_fit_its_shards_is_refused(key, value, named, tmp_pa
     save_file(state, tmp_path / "other.safetensors")
     folder = sharded(tmp_path / "hf", state, **{key: value})
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        read.open_state_dict(folder)
+        reading.open_state_dict(folder)
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -202,7 +206,7 @@ def test_tensor_in_no_place_of_the_index_is_refused(tmp_path):
     told = json.loads(index.read_text())
     del told["weight_map"]["norm.bias"]
     index.write_text(json.dumps(told))
-    assert "norm.bias" in error_of(read.open_state_dict, folder)
+    assert "norm.bias" in error_of(reading.open_state_dict, folder)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +216,7 @@ def test_tensor_in_no_place_of_the_index_is_refused(tmp_path):
 )
 def test_broken_index_is_refused(text, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(text)
-    error_of(read.open_state_dict, tmp_path)
+    error_of(reading.open_state_dict, tmp_path)
 
 
 # --- Evil files -------------------------------------------------------------------

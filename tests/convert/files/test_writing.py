@@ -7,8 +7,16 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert import names, read, write
-from samples import SMALL, assert_same_bytes, error_of, numpy_state, random_state
+from convert.files import reading, sha256, writing
+from convert.files.tensors import specs_of
+from samples import (
+    SMALL,
+    assert_same_bytes,
+    error_of,
+    numpy_state,
+    random_state,
+    read_state_dict,
+)
 
 SUFFIXES = [".pth", ".pt", ".safetensors"]
 
@@ -29,8 +37,8 @@ def test_file_gives_back_the_bytes_and_the_number_format(
         key: array.astype(np.dtype(number_format))
         for key, array in random_state(SMALL["registers"]).items()
     }
-    write.write_state_dict(path, state)
-    back = read.read_state_dict(path)
+    writing.write_state_dict(path, state)
+    back = read_state_dict(path)
     assert_same_bytes({key: back[key] for key in state}, state)
     assert back.keys() == state.keys()
 
@@ -47,8 +55,8 @@ def test_views_are_written_as_what_they_show(suffix, tmp_path):
         "one": base[1, 1],
         "frozen": frozen,
     }
-    write.write_state_dict(path, {key: np.asarray(x) for key, x in state.items()})
-    back = read.read_state_dict(path)
+    writing.write_state_dict(path, {key: np.asarray(x) for key, x in state.items()})
+    back = read_state_dict(path)
     for key, array in state.items():
         assert back[key].shape == array.shape
         np.testing.assert_array_equal(back[key], array)
@@ -58,22 +66,22 @@ def test_views_are_written_as_what_they_show(suffix, tmp_path):
 def test_bytes_of_a_file_do_not_depend_on_its_name(suffix, tmp_path):
     path = file_with(suffix, tmp_path)
     state = random_state(SMALL["swiglu"])
-    write.write_state_dict(path, state)
-    write.write_state_dict(tmp_path / f"other{suffix}", state)
+    writing.write_state_dict(path, state)
+    writing.write_state_dict(tmp_path / f"other{suffix}", state)
     assert path.read_bytes() == (tmp_path / f"other{suffix}").read_bytes()
 
 
 def test_pytorch_loads_what_is_written(tmp_path):
     torch = pytest.importorskip("torch")
     state = random_state(SMALL["mlp"])
-    write.write_state_dict(tmp_path / "model.pth", state)
+    writing.write_state_dict(tmp_path / "model.pth", state)
     loaded = torch.load(tmp_path / "model.pth", weights_only=True)
     assert list(loaded) == list(state)
     assert all(tensor.dtype == torch.float32 for tensor in loaded.values())
 
 
 def test_written_safetensors_name_the_format_that_transformers_asks_for(tmp_path):
-    write.write_state_dict(tmp_path / "a.safetensors", random_state(SMALL["mlp"]))
+    writing.write_state_dict(tmp_path / "a.safetensors", random_state(SMALL["mlp"]))
     with safe_open(tmp_path / "a.safetensors", framework="np") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -83,7 +91,7 @@ def test_safetensors_have_the_bytes_that_the_library_writes(tmp_path):
     state["half"] = np.ones((3, 5), np.float16)
     state["whole"] = np.arange(3)
     state["ü"] = np.ones((), np.float32)
-    write.write_state_dict(tmp_path / "ours.safetensors", state)
+    writing.write_state_dict(tmp_path / "ours.safetensors", state)
     save_file(state, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     theirs = (tmp_path / "theirs.safetensors").read_bytes()
     assert (tmp_path / "ours.safetensors").read_bytes() == theirs
@@ -93,8 +101,8 @@ def test_safetensors_have_the_bytes_that_the_library_writes(tmp_path):
 def test_metadata_come_back_and_pytorch_passes_over_them(suffix, tmp_path):
     path = file_with(suffix, tmp_path)
     state = random_state(SMALL["mlp"])
-    write.write_state_dict(path, state, metadata={"sinder_jax": "told ü"})
-    assert read.open_state_dict(path).metadata["sinder_jax"] == "told ü"
+    writing.write_state_dict(path, state, metadata={"sinder_jax": "told ü"})
+    assert reading.open_state_dict(path).metadata["sinder_jax"] == "told ü"
     if suffix != ".safetensors":
         torch = pytest.importorskip("torch")
         for mapped in (True, False):
@@ -106,9 +114,9 @@ def test_metadata_come_back_and_pytorch_passes_over_them(suffix, tmp_path):
 def test_tensors_may_come_in_any_order(suffix, tmp_path):
     path, other = file_with(suffix, tmp_path), tmp_path / f"other{suffix}"
     state = random_state(SMALL["swiglu"])
-    write.write_state_dict(path, state)
+    writing.write_state_dict(path, state)
     backwards = ((key, state[key]) for key in reversed(state))
-    write.write_tensors(other, names.specs_of(state), backwards)
+    writing.write_tensors(other, specs_of(state), backwards)
     assert path.read_bytes() == other.read_bytes()
 
 
@@ -118,38 +126,38 @@ def test_tensors_may_come_in_any_order(suffix, tmp_path):
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_sha256sum_accepts_the_side_file(suffix, tmp_path):
     path = file_with(suffix, tmp_path)
-    write.write_state_dict(path, random_state(SMALL["mlp"]))
+    writing.write_state_dict(path, random_state(SMALL["mlp"]))
     command = ["sha256sum", "--strict", "-c", f"{path.name}.sha256"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ended.returncode == 0 and f"{path.name}: OK" in ended.stdout
-    assert read.check_side_file(path)
+    assert sha256.check(path)
 
 
 def test_changed_bytes_contradict_the_side_file(tmp_path):
     path = tmp_path / "model.safetensors"
-    write.write_state_dict(path, random_state(SMALL["mlp"]))
+    writing.write_state_dict(path, random_state(SMALL["mlp"]))
     with path.open("r+b") as file:
         file.seek(-1, 2)
         file.write(b"x")
-    assert "model.safetensors: damaged" in error_of(read.check_side_file, path)
+    assert "model.safetensors: damaged" in error_of(sha256.check, path)
 
 
 def test_a_side_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
-    write.write_state_dict(path, random_state(SMALL["mlp"]))
+    writing.write_state_dict(path, random_state(SMALL["mlp"]))
     for text in ("nothing", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64} model\n"):
-        read.side_file(path).write_text(text)
-        assert "damaged" in error_of(read.check_side_file, path)
+        sha256.side_file(path).write_text(text)
+        assert "damaged" in error_of(sha256.check, path)
 
 
 def test_stale_side_file_is_not_left_beside_a_new_file(tmp_path):
     path = tmp_path / "model.safetensors"
-    read.side_file(path).write_text("of another file")
+    sha256.side_file(path).write_text("of another file")
     state = random_state(SMALL["mlp"])
-    error_of(write.write_state_dict, path, state, kind=FileExistsError)
+    error_of(writing.write_state_dict, path, state, kind=FileExistsError)
     assert not path.exists()
-    write.write_state_dict(path, state, overwrite=True)
-    assert read.check_side_file(path)
+    writing.write_state_dict(path, state, overwrite=True)
+    assert sha256.check(path)
 
 
 # --- Hugging Face directories -----------------------------------------------------
@@ -163,7 +171,7 @@ def test_reads_what_pytorch_writes(tmp_path):
         torch.save(
             layer.state_dict(), tmp_path / name, _use_new_zipfile_serialization=new
         )
-        back = read.read_state_dict(tmp_path / name)
+        back = read_state_dict(tmp_path / name)
         assert {array.dtype for array in back.values()} == {
             np.dtype(ml_dtypes.bfloat16)
         }
@@ -175,7 +183,7 @@ def test_parameters_and_shared_storage_are_read(tmp_path):
     torch = pytest.importorskip("torch")
     x = torch.arange(6.0).reshape(2, 3)
     torch.save({"p": torch.nn.Parameter(x), "t": x.T}, tmp_path / "model.pt")
-    back = read.read_state_dict(tmp_path / "model.pt")
+    back = read_state_dict(tmp_path / "model.pt")
     np.testing.assert_array_equal(back["p"], x.numpy())
     np.testing.assert_array_equal(back["t"], x.numpy().T)
 
@@ -184,24 +192,24 @@ def test_existing_file_is_replaced_only_when_asked(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"mine")
     state = random_state(SMALL["mlp"])
-    message = error_of(write.write_state_dict, path, state, kind=FileExistsError)
+    message = error_of(writing.write_state_dict, path, state, kind=FileExistsError)
     assert str(path) in message and path.read_bytes() == b"mine"
-    write.write_state_dict(path, state, overwrite=True)
+    writing.write_state_dict(path, state, overwrite=True)
     assert_same_bytes(
-        dict(sorted(read.read_state_dict(path).items())), dict(sorted(state.items()))
+        dict(sorted(read_state_dict(path).items())), dict(sorted(state.items()))
     )
 
 
 def test_missing_directory_and_unknown_suffix_are_refused_before_writing(tmp_path):
     state = random_state(SMALL["mlp"])
     error_of(
-        write.write_state_dict,
+        writing.write_state_dict,
         tmp_path / "none" / "model.safetensors",
         state,
         kind=FileNotFoundError,
     )
     assert ".safetensors" in error_of(
-        write.write_state_dict, tmp_path / "model.onnx", state
+        writing.write_state_dict, tmp_path / "model.onnx", state
     )
     assert not list(tmp_path.iterdir())
 
@@ -211,13 +219,13 @@ def test_failed_writing_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise RuntimeError("disk full")
 
-    monkeypatch.setattr(write, "_safetensors", half_a_file)
+    monkeypatch.setitem(writing.WRITERS, ".safetensors", half_a_file)
     state = random_state(SMALL["mlp"])
     path = tmp_path / "model.safetensors"
-    assert "disk full" in error_of(write.write_state_dict, path, state, kind=OSError)
+    assert "disk full" in error_of(writing.write_state_dict, path, state, kind=OSError)
     assert not list(tmp_path.iterdir())
     path.write_bytes(b"mine")
-    error_of(write.write_state_dict, path, state, overwrite=True, kind=OSError)
+    error_of(writing.write_state_dict, path, state, overwrite=True, kind=OSError)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"mine"]
 
 
@@ -225,6 +233,6 @@ def test_missing_torch_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = tmp_path / "model.pth"
     path.write_bytes(b"anything")
-    for call in (read.read_state_dict, lambda path: write.write_state_dict(path, {})):
+    for call in (read_state_dict, lambda path: writing.write_state_dict(path, {})):
         message = error_of(call, path, kind=ImportError)
         assert "pip install 'sinder_jax[torch]'" in message

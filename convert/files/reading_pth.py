@@ -1,6 +1,6 @@
-"""PyTorch's own files, .pth, .pt and .bin, read without running what they bring along.
+"""Reads PyTorch's own files, .pth, .pt and .bin, without running code from them.
 
-    file --check, unopened--> torch.load(weights_only, mapped) --> StateDict
+    file --checked unopened--> torch.load(weights_only, mapped) --> StateDict
 
 A pickle is taken apart before torch sees it: it may name tensors and nothing else, and
 neither it nor the archive around it may ask for memory that the file has no bytes for.
@@ -20,56 +20,56 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.state_dict import MOST_TEXT, Spec, StateDict, damaged, reason
+from convert.files.tensors import MOST_TEXT, Spec, StateDict, damaged, reason
 
 MOST_PICKLE = 2**20  # bytes; the giant's has 0.1 MB
 MOST_ENTRIES = 20_000
 
-# All that a pickle of tensors names; torch's own list is longer.
+# All that a pickle of tensors names; torch's own list of harmless names is longer.
 HARMLESS = re.compile(
     r"collections OrderedDict"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|sparse_tensor)"
     r"|torch (Size|device|\w+Storage|[a-z]+\d*)|torch\.storage \w+Storage"
     r"|torch\.nn\.parameter Parameter|torch\.serialization _get_layout"
 )
-# Under which a training checkpoint keeps the weights.
+# Entries under which a training checkpoint keeps the weights.
 NESTED = ("teacher", "model", "state_dict", "model_state_dict")
 
 
 def import_torch(path: Path) -> Any:
-    """The torch module.
+    """Returns the torch module.
 
     Raises:
-      ImportError: it is not installed; says what to install, and what needs it not.
+      ImportError: it is not installed; says what to install, and what works without it.
     """
     try:
         import torch
     except ImportError:
         raise ImportError(
             f"{path}: {path.suffix} files need PyTorch: pip install "
-            "'sinder_jax[torch]', or use a .safetensors file."
+            "'sinder_jax[torch]', or use a .safetensors file"
         ) from None
     return torch
 
 
-def open_torch_file(path: Path) -> StateDict:
-    """As `read.open_state_dict`, of one .pth, .pt or .bin file."""
+def open_pth(path: Path) -> StateDict:
+    """Opens one .pth, .pt or .bin file; errors as for `reading.open_state_dict`."""
     torch = import_torch(path)
     size = path.stat().st_size
-    # Files older than PyTorch 1.6 are no zip archives and cannot be mapped.
+    # Files older than PyTorch 1.6 are not zip archives and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     _check_archive(path) if mapped else _check_pickles(path)
     try:
         with warnings.catch_warnings():
-            # About pickles that are refused or read below, in words of our own.
+            # torch warns of pickles that are refused or read below in our own words.
             warnings.simplefilter("ignore")
             stored = torch.load(
                 path, map_location="cpu", weights_only=True, mmap=mapped
             )
-    # Broken bytes make the unpickler raise anything: EOFError, KeyError, OSError …
+    # Broken bytes make the unpickler raise anything: EOFError, KeyError, OSError ...
     except Exception as error:
         raise _unreadable(path, error) from None
-    stored, left_out = _weights(path, stored)
+    stored, left_out = _weights(stored)
     _check_is_state_dict(path, stored, torch.Tensor)
     specs = {key: _spec(path, tensor, size) for key, tensor in stored.items()}
     metadata = _extra(path) if mapped else {}
@@ -78,31 +78,38 @@ def open_torch_file(path: Path) -> StateDict:
         try:
             return _to_numpy(stored[key], torch)
         except (TypeError, RuntimeError) as error:  # quantized
-            raise ValueError(f"{path}: {key}: {reason(error)}.") from None
+            raise ValueError(f"{path}: {key}: {reason(error)}") from None
 
-    return StateDict(specs, read, [path], metadata, left_out=left_out)
+    return StateDict(specs, read, [path], metadata, left_out)
+
+
+# --- Before torch sees the file -----------------------------------------------------
 
 
 def _check_archive(path: Path) -> None:
-    """Refuses zip archives that are not what torch.save writes, unopened."""
-    size = path.stat().st_size
+    """Refuses zip archives that torch.save does not write."""
     if _num_entries(path) > MOST_ENTRIES:
         raise damaged(path, "PyTorch", f"an archive of over {MOST_ENTRIES} entries")
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-                raise damaged(path, "PyTorch", "an archive with compressed entries")
-            if sum(entry.file_size for entry in entries) > size:
-                raise damaged(path, "PyTorch", "its entries claim more than its bytes")
             names = [entry.filename for entry in entries]
-            if len(set(names)) < len(names):
-                raise damaged(path, "PyTorch", "an archive with two entries of a name")
             pickles = [name for name in names if name.endswith("data.pkl")]
-            if len(pickles) != 1:
-                raise damaged(path, "PyTorch", "an archive without one data.pkl")
-            if archive.getinfo(pickles[0]).file_size > MOST_PICKLE:
-                raise damaged(path, "PyTorch", f"a pickle of over {MOST_PICKLE} bytes")
+            total = sum(entry.file_size for entry in entries)
+            wrong = {
+                "an archive with compressed entries": any(
+                    entry.compress_type != zipfile.ZIP_STORED for entry in entries
+                ),
+                "its entries claim more bytes than it has": total > path.stat().st_size,
+                "an archive with two entries of one name": len({*names}) < len(names),
+                "an archive without one data.pkl": len(pickles) != 1,
+                f"a pickle of over {MOST_PICKLE} bytes": any(
+                    archive.getinfo(name).file_size > MOST_PICKLE for name in pickles
+                ),
+            }
+            for why, found in wrong.items():
+                if found:
+                    raise damaged(path, "PyTorch", why)
             with archive.open(pickles[0]) as file:
                 _check_pickle(path, file)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
@@ -110,7 +117,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _num_entries(path: Path) -> int:
-    """What the end of a zip archive says; zipfile itself would list them all."""
+    """Number of entries by the end of a zip archive; zipfile would list them all."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2**16 - 22))
         tail = file.read()
@@ -123,7 +130,7 @@ def _num_entries(path: Path) -> int:
 
 
 def _check_pickles(path: Path) -> None:
-    """The pickles at the start of a file that is no archive; tensors follow them."""
+    """Checks the pickles at the start of a file that is not an archive."""
     with path.open("rb") as file:
         for _ in range(5):  # magic number, protocol, system, contents, storages
             if not _check_pickle(path, file):
@@ -131,7 +138,7 @@ def _check_pickles(path: Path) -> None:
 
 
 def _check_pickle(path: Path, file: Any) -> bool:
-    """Refuses a pickle that names code; says whether a whole one was there."""
+    """Refuses a pickle that names code; False if the pickle has no end."""
     start, whole = file.tell(), False
     for name, end in _names_in_pickle(file):
         if name is None:
@@ -144,10 +151,10 @@ def _check_pickle(path: Path, file: Any) -> bool:
 
 
 def _names_in_pickle(file: Any) -> Iterator[tuple[str | None, int]]:
-    """What a pickle imports, each with its place; None at its end, if it has one.
+    """Yields what a pickle imports, each with its position, and None at its end.
 
-    The pickle is taken apart, not run. Where it is broken, the list ends: whatever
-    torch then makes of the rest, it makes by its own list of harmless names.
+    The pickle is taken apart, not run. A broken pickle ends the list: whatever torch
+    then makes of the rest, it uses its own list of harmless names.
     """
     try:
         for code, argument, position in pickletools.genops(file):
@@ -157,8 +164,27 @@ def _names_in_pickle(file: Any) -> Iterator[tuple[str | None, int]]:
         return
 
 
-def _weights(path: Path, stored: Any) -> tuple[Any, list[str]]:
-    """The state dict inside a training checkpoint, and what else that holds."""
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    """Torch's error, which may fill a screen, in one line."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code or isinstance(error, pickle.UnpicklingError):
+        return _would_run_code(path, code[1] if code else None)
+    return damaged(path, "PyTorch", reason(error))
+
+
+def _would_run_code(path: Path, code: str | None) -> ValueError:
+    what = f"it would run code ({code})" if code else "damaged, or would run code"
+    return ValueError(
+        f"{path}: refused, {what}, and none was run; have the model saved as a "
+        "plain state dict: torch.save(model.state_dict(), PATH)"
+    )
+
+
+# --- What torch found ---------------------------------------------------------------
+
+
+def _weights(stored: Any) -> tuple[Any, list[str]]:
+    """The state dict inside a training checkpoint, and the names of the rest."""
     left_out: list[str] = []
     while isinstance(stored, Mapping):
         inside = [name for name in NESTED if isinstance(stored.get(name), Mapping)]
@@ -170,57 +196,41 @@ def _weights(path: Path, stored: Any) -> tuple[Any, list[str]]:
 
 
 def _check_is_state_dict(path: Path, stored: Any, tensor_type: type) -> None:
-    wanted = "a state dict, tensors by name, is what is read"
+    wanted = "expected a state dict, which maps names to tensors"
     if not isinstance(stored, Mapping):
-        raise ValueError(f"{path}: holds a {type(stored).__name__}; {wanted}.")
+        raise ValueError(f"{path}: got a {type(stored).__name__}, {wanted}")
     if not stored:
-        raise ValueError(f"{path}: holds no tensor; {wanted}.")
+        raise ValueError(f"{path}: holds no tensor, {wanted}")
     for key, value in stored.items():
         if not (isinstance(key, str) and isinstance(value, tensor_type)):
             raise ValueError(
-                f"{path}: entry {str(key)[:80]!r} holds a {type(value).__name__}; "
-                f"{wanted}."
+                f"{path}: got a {type(value).__name__} in entry {str(key)[:80]!r}, "
+                f"{wanted}"
             )
 
 
 def _spec(path: Path, tensor: Any, size: int) -> Spec:
-    if tensor.layout.__str__() != "torch.strided":
+    if str(tensor.layout) != "torch.strided":
         name = str(tensor.layout).removeprefix("torch.").title()
-        raise ValueError(f"{path}: holds a {name} tensor; dense tensors are read.")
+        raise ValueError(f"{path}: got a {name} tensor, expected dense ones")
     # A view may repeat one number 2^60 times.
     if tensor.numel() * tensor.element_size() > size:
-        raise damaged(path, "PyTorch", "a tensor claims more than its bytes")
+        raise damaged(path, "PyTorch", "a tensor claims more bytes than the file has")
     return Spec(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
 
 def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
     tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # NumPy has none: the same bits by another name
+    if tensor.dtype == torch.bfloat16:  # NumPy lacks it: the same bits by another name
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
 def _extra(path: Path) -> dict[str, str]:
-    """Text that `convert.write` put beside the tensors."""
+    """The text that `convert.files.writing` put beside the tensors."""
     with zipfile.ZipFile(path) as archive:
         return {
             Path(name).name: archive.read(name).decode(errors="replace")
             for name in archive.namelist()
             if "/extra/" in name and archive.getinfo(name).file_size <= MOST_TEXT
         }
-
-
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    """One line out of an error that may fill a screen."""
-    code = re.search(r"GLOBAL ([\w.]+)", str(error))
-    if code or isinstance(error, pickle.UnpicklingError):
-        return _would_run_code(path, code[1] if code else None)
-    return damaged(path, "PyTorch", reason(error))
-
-
-def _would_run_code(path: Path, code: str | None) -> ValueError:
-    what = f"it would run code ({code})" if code else "damaged, or would run code"
-    return ValueError(
-        f"{path}: refused, {what}, and none was run; have the model saved as a "
-        "plain state dict: torch.save(model.state_dict(), PATH)."
-    )

@@ -1,0 +1,97 @@
+"""Tensors by name that may still be in a file, and the errors about such files."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+# Largest text in a file of weights, in bytes: a file with more is refused before it is
+# parsed, since Python needs up to 70 times the memory. The giant's header has 0.2 MB.
+MOST_TEXT = 2 * 2**20
+
+# The number formats of safetensors that NumPy has. Floats of 8 bits are listed by name
+# and refused when read.
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(bool),
+}
+
+
+class Spec(NamedTuple):
+    """What is known of a tensor before it is read: shape and NumPy's dtype name."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class StateDict(Mapping[str, np.ndarray]):
+    """Tensors by name, each read in its stored number format when it is asked for.
+
+    Attributes:
+      specs: shape and number format of every tensor.
+      files: the files that hold them.
+      metadata: text by name from the file itself.
+      config: the `config.json` beside the tensors, or an empty dict.
+      left_out: names of entries that hold no weights.
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, Spec],
+        read: Callable[[str], np.ndarray],
+        files: Sequence[Path],
+        metadata: Mapping[str, str] | None = None,
+        left_out: Sequence[str] = (),
+    ):
+        self.specs = dict(specs)
+        self.files = list(files)
+        self.metadata = dict(metadata or {})
+        self.config: dict[str, Any] = {}
+        self.left_out = list(left_out)
+        self._read = read
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if key not in self.specs:
+            raise KeyError(key)
+        return self._read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def specs_of(state_dict: Mapping[str, Any]) -> dict[str, Spec]:
+    """Shape and number format of every tensor; reads none that is still in a file."""
+    if isinstance(state_dict, StateDict):
+        return dict(state_dict.specs)
+    return {
+        key: Spec(
+            tuple(getattr(value, "shape", ())),
+            value.dtype.name if isinstance(value, np.ndarray) else type(value).__name__,
+        )
+        for key, value in state_dict.items()
+    }
+
+
+def damaged(path: Path, kind: str, why: str) -> ValueError:
+    """The error about a file that cannot be read as what its name says."""
+    return ValueError(f"{path}: damaged, or not a {kind} file ({why}); fetch it again")
+
+
+def reason(error: BaseException) -> str:
+    """The first sentence of an error, short enough to quote in another one."""
+    text = str(error).strip() or type(error).__name__
+    return re.split(r"\. |\n", text)[0][:200].rstrip(".")

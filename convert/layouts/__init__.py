@@ -1,0 +1,48 @@
+"""The layouts in which DINOv2 is published, each a table read in both directions.
+
+ViTConfig, layout --table_of--> {PyTorch name: Slot}: where each tensor lives
+"""
+
+from typing import NamedTuple
+
+from convert.layouts import dinov2, hugging_face, timm
+from convert.layouts.table import Row, Table, slots
+from sinder_jax import vit
+
+
+class Layout(NamedTuple):
+    """A layout of PyTorch tensors.
+
+    Attributes:
+      owner: whose layout it is, for messages.
+      rows: its tensors, in the order of the PyTorch model.
+    """
+
+    owner: str
+    rows: tuple[Row, ...]
+
+
+WRITTEN = {
+    "dinov2": Layout("the DINOv2 hub files'", dinov2.ROWS),
+    "hf": Layout("Hugging Face transformers'", hugging_face.STORED),
+    "timm": Layout("timm's", timm.ROWS),
+}
+IN_MEMORY = Layout("Hugging Face transformers 5's, as in its memory", hugging_face.LIVE)
+LAYOUTS = WRITTEN | {"hf-memory": IN_MEMORY}
+
+
+def check_name(layout: str) -> None:
+    """Raises ValueError for a layout that cannot be written; lists those that can."""
+    if layout not in WRITTEN:
+        allowed = ", ".join(repr(name) for name in WRITTEN)
+        raise ValueError(f"unknown layout {layout!r}; use {allowed}")
+
+
+def table_of(layout: str, config: vit.ViTConfig) -> Table:
+    """Every PyTorch tensor of a model by name, in the order of the PyTorch model.
+
+    Args:
+      layout: a key of `LAYOUTS`.
+      config: the architecture.
+    """
+    return slots(LAYOUTS[layout].rows, config)
