@@ -15,10 +15,10 @@ import numpy as np
 
 from convert import report, source, stream
 from convert.files import sha256, writing
-from sinder_jax import checkpoint, delta, factor, param_tree, vit
+from sinder_jax import checkpoint, delta, param_tree
 from sinder_jax import model as models
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store, delta_file
+from sinder_jax.storage import array_store, delta_file, original, run_files
 
 
 def diff(
@@ -81,29 +81,23 @@ def _extract(
 
 def _patch_of_run(workdir: Path) -> tuple[delta.Patch, dict[str, Any]]:
     """ε of the newest state of a run, which is its last one where it has ended."""
-    frozen, states = workdir / "frozen", workdir / "states"
+    frozen, states = workdir / run_files.FROZEN, workdir / run_files.STATES
     if not (frozen.is_dir() and states.is_dir()):
         raise ValueError(
             f"{workdir} is no workdir of experiments.repair with a state in it; give "
             "that, or BASE and REPAIRED."
         )
-    tree, header = checkpoint.load_tree(frozen)
+    model, factors, _ = original.load(frozen)
     newest = checkpoint.load_newest(states)
     if newest is None:
         raise ValueError(f"{workdir}: the run has no state yet.")
     for error in newest.damaged.values():
         print(f"note: {error} The one before is taken.")
-    factors = factor.Factors(
-        **{part: param_tree.flatten(tree["factors"][part]) for part in tree["factors"]}
-    )
     made = delta.from_eps(
-        vit.ViTConfig(**header["config"]),
-        tree["params"],
-        factors,
-        param_tree.flatten(newest.tree["eps"]),
+        model.config, model.params, factors, param_tree.flatten(newest.tree["eps"])
     )
     print(f"{workdir}: ε after {newest.metadata['num_images']} images")
-    return made, header.get("provenance", {})
+    return made, dict(model.provenance)
 
 
 def apply(

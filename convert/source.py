@@ -1,4 +1,4 @@
-"""Opens a model from any path: our checkpoints, or PyTorch files in any layout.
+"""Opens a model from any path: ours, a run's, or PyTorch files in any layout.
 
     path --open_model--> sinder_jax.model.Model, whose leaves are read when needed
 
@@ -19,7 +19,7 @@ from convert.state_dict import TorchModel
 from sinder_jax import model as models
 from sinder_jax import vit
 from sinder_jax.model import Model, TorchFiles
-from sinder_jax.storage import array_store, paths
+from sinder_jax.storage import array_store, paths, run_files
 from sinder_jax.storage.paths import StrPath
 
 ENTRY = "sinder_jax"  # key of our description in the metadata of a .safetensors file
@@ -35,8 +35,8 @@ def open_model(
     """Opens a model; checks files against their `.sha256` if there is one.
 
     Args:
-      path: a checkpoint directory, local or in a bucket; or a local PyTorch file or
-        Hugging Face directory.
+      path: a checkpoint directory or the workdir of a finished repair, on a disk or in
+        a bucket; or a PyTorch file or Hugging Face directory on a disk.
       num_heads: None: what the files say, or embed_dim // 64.
       name: source to record in the provenance; None: the name of `path`.
       overrides: fields of `vit.ViTConfig`, see `convert.from_torch`.
@@ -50,6 +50,13 @@ def open_model(
     path = paths.as_path(path)
     if reading.is_torch_source(path):
         return _open_torch(Path(path), num_heads, name or path.name, overrides)
+    if (path / run_files.FROZEN).exists():
+        path = path / run_files.REPAIRED
+        if not path.exists():
+            raise ValueError(
+                f"{path.parent}: this repair has not finished, there is no repaired "
+                "model yet: go on with it, or give the model it started from"
+            )
     if not (path / "metadata").exists():
         raise ValueError(
             f"{path}: not a checkpoint, but a directory without metadata of ours and "

@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from sinder_jax import model, param_tree, vit
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store, paths
+from sinder_jax.storage import array_store, run_files
 from sinder_jax.storage.array_store import check_destination
 from sinder_jax.storage.paths import AnyPath, StrPath
 
@@ -131,23 +131,6 @@ class Newest(NamedTuple):
     damaged: dict[AnyPath, ValueError]
 
 
-def numbered(folder: StrPath) -> list[AnyPath]:
-    """The checkpoints of a folder that are named by a number, in its order.
-
-    In a bucket: those that were completed. Orbax, which writes them one by one
-    (`sinder_jax.storage.snapshots`), ends each there with an object of that name.
-    """
-    folder = paths.as_path(folder)
-    found = folder.iterdir() if folder.is_dir() else ()
-    complete = (
-        path
-        for path in found
-        if path.name.isdigit()
-        and not (paths.is_remote(path) and not (path / array_store.COMMITTED).exists())
-    )
-    return sorted(complete, key=_number)
-
-
 def load_newest(folder: StrPath) -> Newest | None:
     """The newest checkpoint of a folder whose bytes are those that were written.
 
@@ -158,7 +141,7 @@ def load_newest(folder: StrPath) -> Newest | None:
       store.DamagedError: every one of them is damaged.
     """
     damaged: dict[AnyPath, ValueError] = {}
-    for path in reversed(numbered(folder)):
+    for path in reversed(run_files.numbered(folder)):
         try:
             return Newest(path, *load_tree(path), damaged)
         except ValueError as error:  # also one whose metadata is gone
@@ -169,7 +152,3 @@ def load_newest(folder: StrPath) -> Newest | None:
             + " ".join(str(error) for error in damaged.values())
         )
     return None
-
-
-def _number(path: AnyPath) -> int:
-    return int(path.name)

@@ -35,6 +35,7 @@ from flax import traverse_util
 from sinder_jax import param_tree
 from sinder_jax.storage import paths
 from sinder_jax.storage.paths import AnyPath, StrPath
+from sinder_jax.storage.run_files import COMMITTED
 
 FORMAT = "sinder_jax"
 VERSION = 2
@@ -44,7 +45,6 @@ PART_BYTES = 64 * 2**20  # a part is closed once it holds this much
 CHUNK_BYTES = 32 * 2**20
 NAME = re.compile(r"[\w-]+(/[\w-]+)*")  # a dot would be a slash on disk
 SYSTEM_ERROR = re.compile(r"\b(?:os_error_code='|OS error )(\d+)")
-COMMITTED = "commit_success.txt"  # what Orbax writes last, to each item
 PART = re.compile(r"metadata|arrays_\d+")
 JOIN_TIMEOUT = 60  # seconds: a disk that hangs must not keep an error from being told
 

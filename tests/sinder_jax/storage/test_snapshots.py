@@ -20,7 +20,7 @@ import bucket as buckets
 import places
 from numbered import tree
 from sinder_jax import checkpoint, param_tree
-from sinder_jax.storage import array_store, snapshots
+from sinder_jax.storage import array_store, run_files, snapshots
 
 SRC = places.ROOT
 
@@ -208,7 +208,7 @@ def test_a_damaged_state_is_set_aside_and_its_number_is_free_again(folder):
 
 
 def test_where_all_are_damaged_nothing_is_taken(folder):
-    for path in checkpoint.numbered(folder):
+    for path in run_files.numbered(folder):
         flip(path)
     with snapshots.States(folder) as kept:
         with pytest.raises(array_store.DamagedError, match="none of its") as caught:
@@ -450,7 +450,7 @@ def test_an_unfinished_state_in_a_bucket_is_passed_over_and_removed(bucket):
     with snapshots.States("gs://b/s") as kept:
         kept.save(10, tree(10))
         kept.save(20, tree(20))
-    (bucket.place("b/s/00000020") / array_store.COMMITTED).unlink()
+    (bucket.place("b/s/00000020") / run_files.COMMITTED).unlink()
     newest = checkpoint.load_newest("gs://b/s")
     assert_is(newest, 10)
     assert not newest.damaged

@@ -1,0 +1,78 @@
+"""What a repair starts from and never changes: computed once, stored in WORKDIR/frozen.
+
+    Original: model, factors, directions --save--> DIR --load--> the same
+
+Every start and every process of a run reads the stored factors, as does `convert diff`:
+ε belongs to that basis, and another machine's SVD may turn it.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from sinder_jax import checkpoint, factor, param_tree
+from sinder_jax.model import Model
+from sinder_jax.storage.paths import StrPath
+from sinder_jax.vit import ViTConfig
+
+PARTS = ("u", "sigma", "v")
+
+
+class Original(NamedTuple):
+    """The model to repair, with everything that was derived from it.
+
+    Attributes:
+      model: the original model, in memory; its config resamples as the run does.
+      factors: SVD of its trainable kernels.
+      directions: singular defect directions, [L, D], unit rows.
+    """
+
+    model: Model
+    factors: factor.Factors
+    directions: Float[np.ndarray, "L D"]
+
+
+def save(path: StrPath, original: Original, gaps: Sequence[float] = ()) -> None:
+    """Writes an original model as a checkpoint directory.
+
+    Args:
+      path: a directory that does not exist, in one that does.
+      original: the model, factors and directions.
+      gaps: σ₀/σ₁ of each block's product, recorded for the reader; [L].
+
+    Raises:
+      As `checkpoint.save_tree`.
+    """
+    model, factors, directions = original
+    tree = {
+        "params": model.params,
+        "factors": {
+            part: param_tree.unflatten(getattr(factors, part)) for part in PARTS
+        },
+        "directions": directions,
+    }
+    header = {
+        "config": dataclasses.asdict(model.config),
+        "gaps": list(gaps),
+        "provenance": dict(model.provenance),
+    }
+    checkpoint.save_tree(path, tree, header)
+
+
+def load(path: StrPath) -> Original:
+    """Reads what `save` wrote, all of it into memory.
+
+    Raises:
+      As `checkpoint.load_tree`.
+    """
+    tree, header = checkpoint.load_tree(path)
+    model = Model.of(
+        ViTConfig(**header["config"]), tree["params"], header.get("provenance")
+    )
+    parts: dict[str, Any] = {
+        part: param_tree.flatten(tree["factors"][part]) for part in PARTS
+    }
+    return Original(model, factor.Factors(**parts), tree["directions"])
