@@ -20,10 +20,12 @@ from typing import Any
 
 from PIL import Image
 
+from sinder_jax import families
 from sinder_jax.data import batches, decode, listing
 
 WIDTH, HEIGHT = 500, 375  # pixels
 BATCH = 4  # images
+FAMILY = families.named(families.DEFAULT)
 
 
 def write_photographs(folder: Path) -> None:
@@ -51,7 +53,14 @@ def stream_rate(
     photographs: Sequence[listing.Photograph], size: int, seconds: float, **options: int
 ) -> float:
     """Images a second of a stream, once the first batches are passed."""
-    stream = batches.stream(photographs, size, batch_size=BATCH, **options)
+    stream = batches.stream(
+        photographs,
+        size,
+        patch_size=FAMILY.patch_size,
+        statistics=FAMILY.statistics,
+        batch_size=BATCH,
+        **options,
+    )
     for _ in range(4 + 2 * options.get("num_workers", 0)):  # read ahead, or starting
         next(stream)
     images = rate(lambda: next(stream), seconds) * BATCH
@@ -63,16 +72,24 @@ def rates(folder: Path, size: int, seconds: float) -> dict[str, Any]:
     """Images a second from the photographs of a folder, by who reads them."""
     photographs = listing.open_photographs(str(folder))
     several = sorted({1, 2, os.cpu_count() or 1})
+
+    def crop(photograph: listing.Photograph) -> Image.Image:
+        image = photograph.read()
+        return decode.training_crop(image, size, patch_size=FAMILY.patch_size)
+
+    def normalize(image: Image.Image) -> None:
+        decode.normalize(image, FAMILY.statistics)
+
     walk = itertools.cycle(photographs)
-    crops = itertools.cycle([decode.training_crop(x.read(), size) for x in photographs])
+    crops = itertools.cycle([crop(x) for x in photographs])
     return {
         "images/s": {
             "one after the other": rate(
-                lambda: decode.normalize(decode.training_crop(next(walk).read(), size)),
+                lambda: normalize(crop(next(walk))),
                 seconds,
             ),
             "decoding alone": rate(lambda: next(walk).read(), seconds),
-            "normalizing alone": rate(lambda: decode.normalize(next(crops)), seconds),
+            "normalizing alone": rate(lambda: normalize(next(crops)), seconds),
             **{
                 f"{n} threads": stream_rate(photographs, size, seconds, num_threads=n)
                 for n in several

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import decode, giant_step, memory, operations, synthetic
-from sinder_jax import defects, factor, kernels, repair, vit
+from sinder_jax import defects, factor, families, kernels, repair, vit
 
 Numbers = dict[str, Any]
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "torch")
@@ -276,7 +276,12 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
 
     def theirs() -> None:
         with torch.no_grad():
-            torch_vit.features(state, pixels, num_heads=config.num_heads)
+            torch_vit.features(
+                state,
+                pixels,
+                num_heads=config.num_heads,
+                norm_epsilon=families.of(config).norm_epsilon,
+            )
 
     seconds = in_turn(
         rounds, PyTorch=theirs, ours=lambda: jax.block_until_ready(apply(params, x))

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from convert.torch_vit import resample_positions
-from sinder_jax import factor, kernels, loss, param_tree, vit
+from sinder_jax import factor, families, kernels, loss, param_tree, vit
 from sinder_jax.state import RepairOptions
 
 Rebuild = Callable[..., torch.Tensor]
@@ -162,7 +162,8 @@ class Baseline:
     def norm(self, p: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
         """LayerNorm."""
         shape = (self.config.embed_dim,)
-        return F.layer_norm(x, shape, p["scale"], p["bias"], vit.LAYER_NORM_EPSILON)
+        epsilon = families.of(self.config).norm_epsilon
+        return F.layer_norm(x, shape, p["scale"], p["bias"], epsilon)
 
     def attention(
         self, p: Mapping[str, Any], weights: Mapping[str, Any], x: torch.Tensor

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from convert import layouts
-from sinder_jax import vit
+from sinder_jax import families, vit
 
 Shape = tuple[int, ...]
 LISTED = 20  # names of one kind in an error; a wrong file misses hundreds
@@ -150,11 +150,12 @@ def config_of(
         `num_heads`, or overrides that are unknown or contradict the tensors.
     """
     overrides = overrides or {}
-    told = _told_by_tensors(layout, seen)
-    has_registers = bool(told["num_register_tokens"])
+    family = families.named(overrides.get("family", families.DEFAULT))
+    told = _told_by_tensors(layout, seen, family)
+    variant = family.variant(told["num_register_tokens"])
     resampling = {
-        "interpolate_antialias": has_registers,
-        "interpolate_offset": 0.0 if has_registers else 0.1,
+        "interpolate_antialias": variant.interpolate_antialias,
+        "interpolate_offset": variant.interpolate_offset,
     }
     _check_overrides(overrides, told, resampling)
     if num_heads is None:
@@ -168,12 +169,15 @@ def config_of(
     return vit.ViTConfig(num_heads=num_heads, **(told | resampling | dict(overrides)))
 
 
-def _told_by_tensors(layout: str, seen: Mapping[str, Shape]) -> dict[str, Any]:
+def _told_by_tensors(
+    layout: str, seen: Mapping[str, Shape], family: families.Family
+) -> dict[str, Any]:
     leaves = _by_leaf(layout, seen)
     patch_shape = leaves.get("patch_embed/kernel")
-    patch_size = max(1, patch_shape[-1]) if patch_shape else 14
+    patch_size = max(1, patch_shape[-1]) if patch_shape else family.patch_size
     positions = leaves.get("pos_embed", ())
-    rows = positions[-2] if len(positions) > 1 else 1 + 37**2
+    grid = family.image_size // family.patch_size
+    rows = positions[-2] if len(positions) > 1 else 1 + grid**2
     registers = leaves.get("register_tokens", ())
     num_registers = registers[-2] if len(registers) > 1 else len(registers)
     folded = layout == "timm" and num_registers > 0

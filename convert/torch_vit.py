@@ -24,8 +24,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 
-LAYER_NORM_EPSILON = 1e-6
-
 State = Mapping[str, torch.Tensor]
 
 
@@ -42,6 +40,7 @@ def features(
     images: Float[torch.Tensor, "B 3 height width"],
     *,
     num_heads: int,
+    norm_epsilon: float,
     interpolate_antialias: bool = False,
     interpolate_offset: float = 0.1,
 ) -> Features:
@@ -54,6 +53,7 @@ def features(
       images: RGB, normalized by ImageNet's mean and standard deviation, in the number
         format of the weights; both sides multiples of the patch size.
       num_heads: attention heads M, which no tensor tells.
+      norm_epsilon: added to the variance by every LayerNorm.
       interpolate_antialias: how the position embedding is resampled to a grid other
         than the stored one, see `resample_positions`.
       interpolate_offset: likewise.
@@ -69,8 +69,8 @@ def features(
     rows, columns = grid.shape[1:3]
     tokens = _embed(state_dict, grid, interpolate_antialias, interpolate_offset)
     for i in range(_depth(state_dict)):
-        tokens = _block(state_dict, f"blocks.{i}.", tokens, num_heads)
-    tokens = _norm(state_dict, "norm", tokens)
+        tokens = _block(state_dict, f"blocks.{i}.", tokens, num_heads, norm_epsilon)
+    tokens = _norm(state_dict, "norm", tokens, norm_epsilon)
     first = tokens.shape[1] - rows * columns
     return Features(
         cls=tokens[:, 0],
@@ -160,13 +160,16 @@ def _depth(state: State) -> int:
 
 
 def _block(
-    state: State, block: str, x: Float[torch.Tensor, "B T D"], num_heads: int
+    state: State,
+    block: str,
+    x: Float[torch.Tensor, "B T D"],
+    num_heads: int,
+    epsilon: float,
 ) -> Float[torch.Tensor, "B T D"]:
-    attention = _attention(
-        state, block + "attn.", _norm(state, block + "norm1", x), num_heads
-    )
+    normed = _norm(state, block + "norm1", x, epsilon)
+    attention = _attention(state, block + "attn.", normed, num_heads)
     x = x + attention * state[block + "ls1.gamma"]
-    ffn = _ffn(state, block + "mlp.", _norm(state, block + "norm2", x))
+    ffn = _ffn(state, block + "mlp.", _norm(state, block + "norm2", x, epsilon))
     return x + ffn * state[block + "ls2.gamma"]
 
 
@@ -201,7 +204,7 @@ def _linear(
 
 
 def _norm(
-    state: State, name: str, x: Float[torch.Tensor, "B T D"]
+    state: State, name: str, x: Float[torch.Tensor, "B T D"], epsilon: float
 ) -> Float[torch.Tensor, "B T D"]:
     weight, bias = state[name + ".weight"], state[name + ".bias"]
-    return F.layer_norm(x, x.shape[-1:], weight, bias, LAYER_NORM_EPSILON)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)

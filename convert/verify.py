@@ -26,7 +26,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float32
 
-from sinder_jax import vit
+from sinder_jax import families, vit
 from sinder_jax.data import decode, listing
 
 StrPath = str | os.PathLike[str]
@@ -183,7 +183,7 @@ def photograph(config: vit.ViTConfig) -> Float32[np.ndarray, "1 size size 3"]:
     """
     image = decode.read_rgb(listing.sample_images()[0])
     crop = decode.training_crop(image, config.img_size, patch_size=config.patch_size)
-    return decode.normalize(crop)[None]
+    return decode.normalize(crop, families.of(config).statistics)[None]
 
 
 # --- The two sides ----------------------------------------------------------------
@@ -251,7 +251,10 @@ def _torch_vit_tokens(
     try:
         with torch.inference_mode():
             out = torch_vit.features(
-                _Tensors(arrays), _torch_images(images), num_heads=config.num_heads
+                _Tensors(arrays),
+                _torch_images(images),
+                num_heads=config.num_heads,
+                norm_epsilon=families.of(config).norm_epsilon,
             )
     except KeyError as error:
         raise ValueError(f"no {layout} model: {error} is missing.") from None

@@ -30,7 +30,7 @@ from experiments.run.progress import Progress, duration
 from experiments.run.runner import Runner, choose_devices
 from experiments.run.stopping import Stopped, Stopping
 from experiments.run.workdir import Workdir
-from sinder_jax import cli, param_tree, pictures, repair
+from sinder_jax import cli, families, param_tree, pictures, repair
 from sinder_jax.data import batches
 from sinder_jax.data.listing import Photograph
 
@@ -241,6 +241,8 @@ def loop(
     stream = batches.stream(
         job.train,
         config.image_size,
+        patch_size=course.original.model.patch_size,
+        statistics=families.of(course.original.model).statistics,
         start=position,
         batch_size=batch,
         part=(processes.process, processes.processes),

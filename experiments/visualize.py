@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
 
-    from sinder_jax import loss, pictures
+    from sinder_jax import families, loss, pictures
     from sinder_jax.data import decode
 
     # First whatever can be told to be wrong before the long part begins.
@@ -65,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     files = collect(args.images)
     targets = name_targets(files, Path(args.out), overwrite=args.overwrite)
     models = load_models([args.checkpoint, *([args.compare] if args.compare else [])])
-    patch_size = models[0][0].patch_size
-    decode.check_side("--short-side", args.short_side, patch_size)
+    config = models[0][0]
+    family, patch_size = families.of(config), config.patch_size
+    short_side = args.short_side or family.image_size
+    decode.check_side("--short-side", short_side, patch_size)
     Path(args.out).mkdir(parents=True, exist_ok=True)
 
     observe = observer(models, mask_thr=args.mask_thr)
@@ -78,9 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except decode.UnreadableImage as error:
             print(f"skipped, unreadable: {error}", file=sys.stderr, flush=True)
             continue
-        image = decode.visual_resize(image, args.short_side, patch_size=patch_size)
+        image = decode.visual_resize(image, short_side, patch_size=patch_size)
         try:
-            rows = dict(zip(names, observe(decode.normalize(image)), strict=True))
+            rows = dict(
+                zip(
+                    names,
+                    observe(decode.normalize(image, family.statistics)),
+                    strict=True,
+                )
+            )
         except FloatingPointError as error:
             raise FloatingPointError(f"{file}: {error}") from None
         pictures.save_png(target, pictures.token_figure(np.asarray(image), rows))
@@ -112,9 +120,9 @@ def _parser() -> cli.Parser:
     add(
         "--short-side",
         type=int,
-        default=518,
         metavar="PIXELS",
-        help="of the image the model sees, a multiple of 14; default: %(default)s",
+        help="of the image the model sees, a multiple of its patch size; default: "
+        "the size that models of its family are made for",
     )
     add(
         "--mask-thr",

@@ -226,7 +226,7 @@ def description(
 ) -> dict[str, Any]:
     """What a file of ours says of the model it holds, as JSON values."""
     return {
-        "config": dataclasses.asdict(config),
+        "config": config.as_dict(),
         "provenance": dict(provenance),
         "digest": digest,
     }

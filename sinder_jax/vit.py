@@ -18,9 +18,8 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Float
 
-from sinder_jax import attention, layers, pos_embed
+from sinder_jax import attention, families, layers, pos_embed
 
-LAYER_NORM_EPSILON = 1e-6
 FFN_LAYERS = ("mlp", "swiglu")
 
 
@@ -39,6 +38,7 @@ class ViTConfig:
       interpolate_antialias, interpolate_offset: how the position embedding is resampled
         to other sizes (`pos_embed`). Plain hub models: False, 0.1; register models:
         True, 0.0; the SINDER authors: True, 0.1.
+      family: key of `families.FAMILIES`, which says what the fields above do not.
 
     Raises:
       ValueError: on values that no model can have.
@@ -53,8 +53,10 @@ class ViTConfig:
     num_register_tokens: int = 0
     interpolate_antialias: bool = False
     interpolate_offset: float = 0.1
+    family: str = families.DEFAULT
 
     def __post_init__(self):
+        families.named(self.family)  # raises
         if self.ffn_layer not in FFN_LAYERS:
             allowed = " or ".join(FFN_LAYERS)
             raise ValueError(f"ffn_layer must be {allowed}, got {self.ffn_layer!r}.")
@@ -79,32 +81,25 @@ class ViTConfig:
 
     @property
     def hidden_dim(self) -> int:
-        """FFN width F: 4D, or two thirds of it rounded up to a multiple of 8."""
-        if self.ffn_layer == "mlp":
-            return 4 * self.embed_dim
-        return (int(4 * self.embed_dim * 2 / 3) + 7) // 8 * 8
+        """FFN width F."""
+        return families.of(self).hidden_widths[self.ffn_layer](self.embed_dim)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Fields as they are stored, so that `ViTConfig(**config.as_dict())` is equal.
+
+        DINOv2's name is left out: files had no `family` before there were others, and
+        theirs stay the same bytes.
+        """
+        fields = dataclasses.asdict(self)
+        if self.family == families.DEFAULT:
+            del fields["family"]
+        return fields
 
 
-def _hub_models() -> dict[str, ViTConfig]:
-    sizes = {
-        #     D,    L,  M,  FFN
-        "s": (384, 12, 6, "mlp"),
-        "b": (768, 12, 12, "mlp"),
-        "l": (1024, 24, 16, "mlp"),
-        "g": (1536, 40, 24, "swiglu"),
-    }
-    plain = {f"dinov2_vit{size}14": ViTConfig(*row) for size, row in sizes.items()}
-    registers = functools.partial(
-        dataclasses.replace,
-        num_register_tokens=4,
-        interpolate_antialias=True,
-        interpolate_offset=0.0,
-    )
-    return plain | {f"{name}_reg": registers(config) for name, config in plain.items()}
-
-
-CONFIGS: dict[str, ViTConfig] = _hub_models()
-"""The eight models of torch.hub by name, with the hub's resampling conventions."""
+CONFIGS: dict[str, ViTConfig] = {
+    name: ViTConfig(**model.fields) for name, model in families.published().items()
+}
+"""The published models by name, with the resampling conventions of their hub."""
 
 
 class Features(NamedTuple):
@@ -245,11 +240,12 @@ class Block(nn.Module):
 
     def setup(self):
         """Declares the parts under DINOv2's names."""
+        epsilon = families.of(self.config).norm_epsilon
         frozen = self.dense is not layers.Dense
         part = (self.config, self.dense, self.precision)
-        self.norm1 = layers.LayerNorm(LAYER_NORM_EPSILON, frozen)
+        self.norm1 = layers.LayerNorm(epsilon, frozen)
         self.attn, self.ls1 = Attention(*part), layers.LayerScale(frozen)
-        self.norm2 = layers.LayerNorm(LAYER_NORM_EPSILON, frozen)
+        self.norm2 = layers.LayerNorm(epsilon, frozen)
         self.mlp, self.ls2 = FFN(*part), layers.LayerScale(frozen)
 
     def __call__(
@@ -327,7 +323,7 @@ class ViT(nn.Module):
         )
         dense = layers.SpectralDense if self.spectral else layers.Dense
         self.blocks = Block(config, dense, self.precision)
-        self.norm = layers.LayerNorm(LAYER_NORM_EPSILON, frozen)
+        self.norm = layers.LayerNorm(families.of(config).norm_epsilon, frozen)
 
     def __call__(self, images: Float[Array, "B height width 3"]) -> Features:
         """Class token, registers and patches after the final norm.

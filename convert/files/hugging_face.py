@@ -3,7 +3,7 @@
 from typing import Any
 
 from convert.files.reading import CONFIG, PREPROCESSOR
-from sinder_jax import vit
+from sinder_jax import families, vit
 
 
 def contents(config: vit.ViTConfig) -> dict[str, dict[str, Any]]:
@@ -13,6 +13,7 @@ def contents(config: vit.ViTConfig) -> dict[str, dict[str, Any]]:
 
 def preprocessor(config: vit.ViTConfig) -> dict[str, Any]:
     """As preprocessor_config.json of facebook/dinov2-base; the same for all sizes."""
+    mean, std = families.of(config).statistics
     return {
         "crop_size": {"height": 224, "width": 224},
         "do_center_crop": True,
@@ -20,9 +21,9 @@ def preprocessor(config: vit.ViTConfig) -> dict[str, Any]:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.485, 0.456, 0.406],
+        "image_mean": list(mean),
         "image_processor_type": "BitImageProcessor",
-        "image_std": [0.229, 0.224, 0.225],
+        "image_std": list(std),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": 256},
@@ -44,7 +45,7 @@ def model_config(config: vit.ViTConfig) -> dict[str, Any]:
         "use_swiglu_ffn": config.ffn_layer == "swiglu",
         "mlp_ratio": 4,
         "hidden_act": "gelu",
-        "layer_norm_eps": vit.LAYER_NORM_EPSILON,
+        "layer_norm_eps": families.of(config).norm_epsilon,
         "qkv_bias": True,
         "num_channels": 3,
         "layerscale_value": 1.0,

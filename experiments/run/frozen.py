@@ -5,7 +5,6 @@
 Every start and every process of a run reads the stored ones: ε belongs to that basis.
 """
 
-import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -72,7 +71,7 @@ def freeze(
         "directions": found.directions.astype(np.float32),
     }
     header = {
-        "config": dataclasses.asdict(model),
+        "config": model.as_dict(),
         "gaps": found.gaps.tolist(),
         "provenance": provenance,
     }

@@ -66,7 +66,8 @@ def photographs(
         Also a side that is no whole patches, or a `config.resize` that cannot be.
       FileNotFoundError: there is no such folder, list or dataset.
     """
-    decode.check_side("config.image_size", config.image_size)
+    patch_size = architecture(config).patch_size
+    decode.check_side("config.image_size", config.image_size, patch_size)
     check_resize(config)
     if not config.data:
         raise ValueError(
@@ -148,6 +149,11 @@ def check_weights_given(config: ConfigDict) -> None:
         )
 
 
+def architecture(config: ConfigDict) -> vit.ViTConfig:
+    """Architecture of `config.model`, a published model or the planted one."""
+    return vit.CONFIGS.get(config.model, planted.CONFIG)
+
+
 def how_to_get(model: str) -> str:
     """What to fetch for a hub model, and the command that converts it."""
     url = fetch.hub_url(model)
@@ -183,7 +189,7 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
       ValueError: no checkpoint, a damaged one, or one of another model.
     """
     path = paths.as_path(config.checkpoint)
-    want = vit.CONFIGS.get(config.model, planted.CONFIG)
+    want = architecture(config)
     if config.model == PLANTED:
         path = planted_file
         made = planted.planted_model(config.seed)

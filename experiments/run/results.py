@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, UInt8
 
 import convert
 from convert import source
@@ -20,7 +20,15 @@ from convert.files import writing
 from experiments import observe
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, delta, factor, param_tree, pictures, vit
+from sinder_jax import (
+    checkpoint,
+    delta,
+    factor,
+    families,
+    param_tree,
+    pictures,
+    vit,
+)
 from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
 from sinder_jax.model import Model
@@ -82,11 +90,11 @@ class Look(NamedTuple):
     """One photograph as a model sees it.
 
     Attributes:
-      image: normalized pixels of the training crop.
+      pixels: the training crop.
       tokens: last block's patch tokens.
     """
 
-    image: Float32[np.ndarray, "size size 3"]
+    pixels: UInt8[np.ndarray, "size size 3"]
     tokens: Float[Array, "H W D"]
 
 
@@ -121,7 +129,7 @@ class Observer:
             observe.token_maps(look.tokens, self._direction, mask_thr=self._mask_thr)
             for look in (before, now)
         ]
-        return pictures.before_after(decode.to_uint8(before.image), *maps)
+        return pictures.before_after(before.pixels, *maps)
 
     def closing_figure(
         self, photographs: Sequence[Photograph], params: Any
@@ -177,9 +185,11 @@ class Observer:
         }
 
     def _look(self, photograph: Photograph, params: Any) -> Look:
-        image = decode.training_crop(photograph.read(), self._size)
-        pixels = decode.normalize(image)
-        return Look(pixels, observe.last_patches(self._config, params, pixels))
+        config = self._config
+        photo = photograph.read()
+        crop = decode.training_crop(photo, self._size, patch_size=config.patch_size)
+        image = decode.normalize(crop, families.of(config).statistics)
+        return Look(np.asarray(crop), observe.last_patches(config, params, image))
 
 
 def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from experiments import observe
 from experiments.study.cache import Arrays, Cache, Step
 from experiments.study.subjects import Options, Photo, Subject
-from sinder_jax import defects, loss, vit
+from sinder_jax import defects, families, loss, vit
 from sinder_jax.analysis import forecast, spectra
 from sinder_jax.analysis.pca import pca_basis, pca_rgb
 from sinder_jax.analysis.tokens import (
@@ -238,7 +238,7 @@ class Study:
             found = growth(
                 subject.config,
                 subject.placed,
-                decode.normalize(photo.pixels)[None],
+                _normalized(subject.config, photo)[None],
                 np.asarray(self._nu()[-1], np.float32),
             )
             attention, ffn = np.asarray(found.attention), np.asarray(found.ffn)
@@ -295,7 +295,7 @@ class Study:
         """All blocks' patch tokens [L, H, W, D]; the last ones asked for are held."""
         if self._held[0] != (subject.name, photo.name):
             self._held = (None, None)  # before the next ones need the room
-            image = decode.normalize(photo.pixels)
+            image = _normalized(subject.config, photo)
             tokens = _all_tokens(subject.config, subject.placed, image)
             _check_finite(photo, tokens[-1])
             self._held = ((subject.name, photo.name), tokens)
@@ -319,10 +319,14 @@ class Study:
 
     @staticmethod
     def _seen(config: vit.ViTConfig, params: Any, photo: Photo) -> Arrays:
-        tokens = observe.last_patches(config, params, decode.normalize(photo.pixels))
+        tokens = observe.last_patches(config, params, _normalized(config, photo))
         _check_finite(photo, tokens)
         norms, pca = token_norms(tokens), _pca_rgb(tokens)
         return {"norms": np.asarray(norms), "pca": np.asarray(pca)}
+
+
+def _normalized(config: vit.ViTConfig, photo: Photo) -> np.ndarray:
+    return decode.normalize(photo.pixels, families.of(config).statistics)
 
 
 def _check_finite(photo: Photo, tokens: Array) -> None:

@@ -50,7 +50,7 @@ def _of_model(study: Study, subject: Subject) -> Numbers:
         "name": subject.name,
         "path": subject.path,
         "digest": subject.digest,
-        "architecture": dataclasses.asdict(subject.config),
+        "architecture": subject.config.as_dict(),
         "parameters": subject.model.num_params,
         "provenance": subject.model.provenance,
         "forecast": _of_forecast(study.cache(study.forecast(subject))),

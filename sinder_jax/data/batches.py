@@ -9,6 +9,7 @@ lie and `decode` what is done to each; both can be had from here.
 """
 
 import dataclasses
+import functools
 import multiprocessing
 import os
 import signal
@@ -23,7 +24,6 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
 from sinder_jax.data.decode import (
-    PATCH_SIZE,
     UnreadableImage,
     check_side,
     normalize,
@@ -31,6 +31,7 @@ from sinder_jax.data.decode import (
     training_keep,
 )
 from sinder_jax.data.listing import Photograph
+from sinder_jax.families import Statistics
 
 if TYPE_CHECKING:
     import grain
@@ -112,13 +113,14 @@ def stream(
     photographs: Sequence[Photograph],
     size: int,
     *,
+    patch_size: int,
+    statistics: Statistics,
     start: int = 0,
     batch_size: int = 1,
     part: tuple[int, int] = (0, 1),
     num_threads: int = 4,
     num_workers: int = 0,
     resize: str = "crop",
-    patch_size: int = PATCH_SIZE,
 ) -> Generator[Batch, None, None]:
     """Reads a training list cyclically and for ever, from position `start` on.
 
@@ -137,6 +139,8 @@ def stream(
     Args:
       photographs: the training list, n photographs.
       size: pixels of the short side, a multiple of `patch_size`.
+      patch_size: pixels per patch side.
+      statistics: of the images that the model was trained on.
       start: position of the first image of the first step, from 0.
       batch_size: images of a step, on all hosts together.
       part: (index, count): of `count` equal parts of each step only this one is read,
@@ -147,7 +151,6 @@ def stream(
         photograph, cut to one of the seven shapes of `decode.buckets`, so that a step
         is compiled seven times at most. Images of different shapes make no batch: with
         "keep" `batch_size` is 1. A file that cannot be read has the square shape.
-      patch_size: pixels per patch side.
 
     Yields:
       Batches of batch_size / count images.
@@ -196,7 +199,8 @@ def stream(
             per_worker_buffer_size=max(2, -(-ahead // num_workers)),
         )
         dataset = dataset.mp_prefetch(workers, worker_init_fn=_serve_parent)
-    return _until_closed(dataset.batch(share, batch_fn=_collate))
+    collate = functools.partial(_collate, statistics)
+    return _until_closed(dataset.batch(share, batch_fn=collate))
 
 
 def check_resize(resize: str, batch_size: int) -> None:
@@ -270,9 +274,9 @@ class _Read:
         return _Example(position, np.asarray(image), None)
 
 
-def _collate(examples: Sequence[_Example]) -> Batch:
+def _collate(statistics: Statistics, examples: Sequence[_Example]) -> Batch:
     valid = np.array([example.error is None for example in examples])
-    images = np.stack([normalize(example.pixels) for example in examples])
+    images = np.stack([normalize(example.pixels, statistics) for example in examples])
     images[~valid] = 0
     return Batch(
         positions=np.array([example.position for example in examples], np.int64),

@@ -14,12 +14,9 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
-PATCH_SIZE = 14  # pixels; every DINOv2 model
-MAX_ASPECT = 100  # long side / short side; beyond it one resized image fills gigabytes
+from sinder_jax.families import Statistics
 
-# Mean and standard deviation of ImageNet's red, green and blue, for pixels in 0 to 1.
-IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+MAX_ASPECT = 100  # long side / short side; beyond it one resized image fills gigabytes
 
 # Width and height of the shapes that `training_keep` cuts to: what cameras make, and so
 # few that a step is compiled seven times at most.
@@ -102,9 +99,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 # --- Resizing, cropping ---------------------------------------------------------------
 
 
-def training_crop(
-    image: Image.Image, size: int = 518, *, patch_size: int = PATCH_SIZE
-) -> Image.Image:
+def training_crop(image: Image.Image, size: int, *, patch_size: int) -> Image.Image:
     """Resizes the short side to `size` and cuts the middle square out.
 
     This is torchvision's `Resize(size, BICUBIC)` and `CenterCrop(size)` on a PIL image:
@@ -127,9 +122,7 @@ def training_crop(
     return _center_crop(image, (size, size))
 
 
-def training_keep(
-    image: Image.Image, size: int = 518, *, patch_size: int = PATCH_SIZE
-) -> Image.Image:
+def training_keep(image: Image.Image, size: int, *, patch_size: int) -> Image.Image:
     """Resizes and cuts to the one of seven shapes whose aspect is nearest.
 
     Where `training_crop` drops what is outside the middle square, this keeps nearly the
@@ -161,7 +154,7 @@ def training_keep(
     return _center_crop(image, (width, height))
 
 
-def buckets(size: int, patch_size: int = PATCH_SIZE) -> list[tuple[int, int]]:
+def buckets(size: int, patch_size: int) -> list[tuple[int, int]]:
     """The shapes of `training_keep`: (width, height) in pixels for each of `ASPECTS`.
 
     The short side is `size`, the long one rounded to whole patches; small sizes may
@@ -184,9 +177,9 @@ def buckets(size: int, patch_size: int = PATCH_SIZE) -> list[tuple[int, int]]:
 
 def visual_resize(
     image: Image.Image,
-    short_side: int = 518,
+    short_side: int,
     *,
-    patch_size: int = PATCH_SIZE,
+    patch_size: int,
     max_side: int = 1792,
 ) -> Image.Image:
     """Resizes the short side and keeps the aspect, for pictures to look at.
@@ -216,7 +209,7 @@ def visual_resize(
     return image.crop((0, 0, width, height))
 
 
-def check_side(name: str, side: int, patch_size: int = PATCH_SIZE) -> None:
+def check_side(name: str, side: int, patch_size: int) -> None:
     """Raises ValueError, with sizes near it, unless `side` is whole patches."""
     if side > 0 and side % patch_size == 0:
         return
@@ -246,21 +239,28 @@ def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
 
 
 def normalize(
-    image: Image.Image | UInt8[np.ndarray, "height width 3"],
+    image: Image.Image | UInt8[np.ndarray, "height width 3"], statistics: Statistics
 ) -> Float32[np.ndarray, "height width 3"]:
-    """Scales RGB pixels to 0 to 1, then to ImageNet's mean 0 and deviation 1."""
+    """Scales RGB pixels to 0 to 1, then to mean 0 and deviation 1 per color.
+
+    Args:
+      image: 8-bit RGB.
+      statistics: of the images that the model was trained on.
+    """
     pixels = np.asarray(image).astype(np.float32)
     # Rows of all three colors at once: twenty times as fast as innermost axes of 3.
     rows = pixels.reshape(len(pixels), -1)
     rows /= np.float32(255)
-    rows -= np.tile(IMAGENET_MEAN, pixels.shape[1])
-    rows /= np.tile(IMAGENET_STD, pixels.shape[1])
+    mean, std = np.asarray(statistics, np.float32)
+    rows -= np.tile(mean, pixels.shape[1])
+    rows /= np.tile(std, pixels.shape[1])
     return rows.reshape(pixels.shape)
 
 
 def to_uint8(
-    normalized: Float32[np.ndarray, "height width 3"],
+    normalized: Float32[np.ndarray, "height width 3"], statistics: Statistics
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Gives back the pixels `normalize` came from, exactly."""
-    pixels = (normalized * IMAGENET_STD + IMAGENET_MEAN) * np.float32(255)
+    """Undoes `normalize` exactly."""
+    mean, std = np.asarray(statistics, np.float32)
+    pixels = (normalized * std + mean) * np.float32(255)
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -5,7 +5,6 @@
 A digest of all its content is in the file: no damaged one is taken for a patch.
 """
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -55,7 +54,7 @@ def save(
         raise ValueError(f"metadata must not be named {', '.join(taken)}.")
     if not all(isinstance(text, str) for text in header.values()):
         raise ValueError("metadata must be text.")
-    config = json.dumps(dataclasses.asdict(patch.config))
+    config = json.dumps(patch.config.as_dict())
     header |= {"format": FORMAT, "version": VERSION, "base": patch.base}
     header |= {"config": config}
     tensors = {

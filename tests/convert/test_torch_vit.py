@@ -7,7 +7,7 @@ import pytest
 
 import convert
 import golden
-from sinder_jax import param_tree, vit
+from sinder_jax import families, param_tree, vit
 
 torch = pytest.importorskip("torch")
 torch_vit = pytest.importorskip("convert.torch_vit")
@@ -58,6 +58,7 @@ def features(config, state, images):
         state,
         torch.from_numpy(np.array(images)).movedim(-1, 1),
         num_heads=config.num_heads,
+        norm_epsilon=families.of(config).norm_epsilon,
         interpolate_antialias=config.interpolate_antialias,
         interpolate_offset=config.interpolate_offset,
     )
@@ -136,6 +137,7 @@ def test_resampling_follows_its_options(changed):
     state = tensors(convert.to_torch(config, random_params(config)))
     images = random_images(config, 3, 9)
     options = {"interpolate_antialias": True, "interpolate_offset": 0.1, "num_heads": 4}
+    options["norm_epsilon"] = families.of(config).norm_epsilon
     image = torch.from_numpy(images).movedim(-1, 1)
     out = torch_vit.features(state, image, **options)
     other = torch_vit.features(state, image, **options | changed)

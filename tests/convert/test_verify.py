@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import convert
 import golden
 from convert import verify
-from sinder_jax import param_tree, vit
+from sinder_jax import families, param_tree, vit
 from sinder_jax.data import decode, listing
 
 # Stored grid 4 x 4; the head width is not 64.
@@ -82,7 +82,8 @@ def test_photograph_has_the_size_of_the_stored_grid():
         decode.read_rgb(listing.sample_images()[0]), 48, patch_size=8
     )
     assert image.shape == (1, 48, 48, 3) and image.dtype == np.float32
-    assert np.array_equal(decode.to_uint8(image[0]), np.asarray(want))
+    statistics = families.of(config).statistics
+    assert np.array_equal(decode.to_uint8(image[0], statistics), np.asarray(want))
 
 
 def test_check_raises_with_the_numbers_unless_the_models_agree():

@@ -25,6 +25,7 @@ from experiments.study import figures, verdict
 from experiments.study.cache import Cache, Step
 from experiments.study.study import Study
 from experiments.study.subjects import Options, Photo, Subject, read_photos
+from photos import crop, normalize
 from sinder_jax import checkpoint, cli, param_tree, planted, vit
 from sinder_jax.analysis import spectra
 from sinder_jax.analysis.tokens import detect
@@ -108,7 +109,7 @@ def planted_run(tmp_path_factory):
     repaired = spectra.clamp_singular_values(made.config, made.params, 2.0)
     checkpoint.save(folder / "before", made.config, made.params, {"source": "made up"})
     checkpoint.save(folder / "after", made.config, repaired)
-    photo = decode.training_crop(decode.read_rgb(listing.sample_images()[0]), 224)
+    photo = crop(decode.read_rgb(listing.sample_images()[0]), 224)
     photo.save(folder / "photo.png")
     arguments = [
         folder / "photo.png",
@@ -137,7 +138,7 @@ def summary(out):
 def tokens(planted_run):
     """Patch tokens [L, H, W, D] of the photograph, computed here."""
     made = planted.planted_model(0)
-    image = decode.normalize(decode.read_rgb(planted_run[0] / "photo.png"))
+    image = normalize(decode.read_rgb(planted_run[0] / "photo.png"))
     found = jax.jit(
         lambda params: vit.ViT(dataclasses.replace(made.config)).apply(
             {"params": params},

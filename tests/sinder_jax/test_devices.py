@@ -31,13 +31,13 @@ from sinder_jax import planted, repair, vit
 
 NAME, STEPS = sys.argv[1], int(sys.argv[2])
 if NAME == "planted":
-    from sinder_jax.data import decode, listing
+    import photos
+    from sinder_jax.data import listing
     made = planted.planted_model(1)
     config, params = made.config, made.params
     directions, options = None, repair.RepairOptions(lr=0.02)
     files = listing.sample_images()[:8]
-    crops = [decode.training_crop(decode.read_rgb(file), 224) for file in files]
-    images = np.stack([decode.normalize(crop) for crop in crops])
+    images = np.stack([photos.prepared(file, 224) for file in files])
 else:
     arrays, meta = golden.load(NAME)
     config = vit.ViTConfig(**golden.architecture(meta))

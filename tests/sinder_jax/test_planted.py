@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import photos
 from experiments import config as config_files
 from experiments import observe
 from experiments.run import inputs
@@ -33,13 +34,13 @@ def found(seed: int) -> defects.SingularDefects:
 def pixels(name: str) -> np.ndarray:
     """A sample photograph by its file name, or an image nobody would take."""
     if name in PHOTOGRAPHS:
-        image = decode.training_crop(decode.read_rgb(PHOTOGRAPHS[name]), SIDE)
+        image = photos.crop(decode.read_rgb(PHOTOGRAPHS[name]), SIDE)
     elif name == "noise":
         noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
         image = Image.fromarray(noise)
     else:
         image = Image.new("RGB", (SIDE, SIDE), name)
-    return decode.normalize(image)
+    return photos.normalize(image)
 
 
 @functools.cache

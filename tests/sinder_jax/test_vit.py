@@ -175,7 +175,7 @@ def test_tokens_match_the_reference_on_a_shrunken_grid(kind):
     """No recording shrinks the position embedding; one side does here."""
     config, params, _ = tiny_model(kind)
     state = convert.to_torch(config, jax.device_get(params))
-    model = reference.Model(state, **dataclasses.asdict(config))
+    model = reference.Model(state, **config.as_dict())
     rng = np.random.default_rng(1)
     images = rng.standard_normal((1, 14, 56, 3)).astype(np.float32)
     stages, features = all_stages(config, params, jnp.asarray(images))

@@ -7,6 +7,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from sinder_jax import families
+from sinder_jax.data import decode
+
+FAMILY = families.named("dinov2")
+
 
 def save_noise(path: Path, width: int = 40, height: int = 30, seed: int = 0, **options):
     """Writes a picture of noise and gives back its pixels."""
@@ -14,6 +19,21 @@ def save_noise(path: Path, width: int = 40, height: int = 30, seed: int = 0, **o
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, **options)
     return pixels
+
+
+def crop(image: Image.Image, size: int) -> Image.Image:
+    """The middle square as DINOv2 sees it."""
+    return decode.training_crop(image, size, patch_size=FAMILY.patch_size)
+
+
+def normalize(image) -> np.ndarray:
+    """Pixels as numbers for DINOv2."""
+    return decode.normalize(image, FAMILY.statistics)
+
+
+def prepared(file, size: int) -> np.ndarray:
+    """A file's middle square as numbers for DINOv2."""
+    return normalize(crop(decode.read_rgb(file), size))
 
 
 def write_dataset(

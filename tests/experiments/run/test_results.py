@@ -15,11 +15,12 @@ import convert
 from experiments import observe
 from experiments.run import results
 from experiments.run.workdir import Workdir
+from photos import crop, normalize
 from samples import read_state_dict
 from sinder_jax import checkpoint, loss, param_tree, vit
 from sinder_jax.analysis import pca
 from sinder_jax.analysis.tokens import token_norms
-from sinder_jax.data import decode, listing
+from sinder_jax.data import listing
 
 CONFIG = vit.ViTConfig(64, 3, 1, "mlp", img_size=56)
 SIZE = 112
@@ -67,7 +68,7 @@ def observer(two_models, direction, mask_thr=1.5) -> results.Observer:
 
 def tokens_of(params, file: listing.File) -> jax.Array:
     """The same steps written out: photograph to last block's patch tokens."""
-    image = decode.normalize(decode.training_crop(file.read(), SIZE))
+    image = normalize(crop(file.read(), SIZE))
     (tokens,) = vit.ViT(CONFIG).apply(
         {"params": jax.device_put(params)},
         jnp.asarray(image[None]),

@@ -9,13 +9,14 @@ import pytest
 
 import convert
 import golden
+import photos
 import reference
 from experiments import config as config_files
 from experiments.run import inputs
 from samples import SMALL, error_of
 from sinder_jax import defects, kernels, linalg, param_tree, planted, repair, vit
 from sinder_jax.analysis import forecast, spectra
-from sinder_jax.data import decode, listing
+from sinder_jax.data import listing
 
 SEEDS = (0, 1, 7)
 SMALL_MODELS = {  # two FFNs, with and without registers
@@ -58,10 +59,7 @@ def repaired(seed):
     directions = np.float32(planted_forecast(seed).directions)
     frozen, state = repair.init(made.config, made.params, options, directions)
     step = repair.make_step(made.config, options)
-    photographs = [
-        decode.normalize(decode.training_crop(decode.read_rgb(file), 224))
-        for file in listing.sample_images()[::2]
-    ]
+    photographs = [photos.prepared(file, 224) for file in listing.sample_images()[::2]]
     pairs = [np.stack(photographs[:2]), np.stack(photographs[2:])]
     for number in range(44):
         state, metrics = step(state, frozen, pairs[number % 2])

@@ -10,13 +10,14 @@ import scipy.linalg
 
 import convert
 import golden
+import photos
 import reference
 from experiments import observe
 from samples import SMALL, error_of, random_params
 from sinder_jax import defects, factor, kernels, planted
 from sinder_jax.analysis import spectra
 from sinder_jax.analysis.tokens import norm_ratio, token_norms
-from sinder_jax.data import decode, listing
+from sinder_jax.data import listing
 
 GAMMAS = (2.0, 1.5, 1.3)  # of figure 5
 
@@ -243,9 +244,7 @@ def test_several_gammas_factorize_once_and_give_what_each_gives_alone(monkeypatc
 
 def test_clamping_lowers_the_norm_ratio_monotonically():
     made = planted.planted_model(1)
-    pixels = decode.normalize(
-        decode.training_crop(decode.read_rgb(listing.sample_images()[0]), 224)
-    )
+    pixels = photos.prepared(listing.sample_images()[0], 224)
 
     def ratio(params):
         tokens = observe.last_patches(made.config, jax.device_put(params), pixels)

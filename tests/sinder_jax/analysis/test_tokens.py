@@ -10,12 +10,13 @@ import pytest
 
 import convert
 import golden
+import photos
 import reference
 from experiments import observe
 from samples import error_of
 from sinder_jax import defects, loss, planted
 from sinder_jax.analysis import tokens
-from sinder_jax.data import decode, listing
+from sinder_jax.data import listing
 
 TEMPERATURES = (0.01, 0.1, 1.0)  # of figure 6
 
@@ -175,7 +176,7 @@ def planted_tokens():
     params = jax.device_put(made.params)
     patches = []
     for file in listing.sample_images()[:4]:
-        pixels = decode.normalize(decode.training_crop(decode.read_rgb(file), 224))
+        pixels = photos.prepared(file, 224)
         patches.append(np.asarray(observe.last_patches(made.config, params, pixels)))
     stack = np.stack(patches)
     norms = np.linalg.norm(stack, axis=-1)
@@ -299,10 +300,7 @@ def test_growth_matches_the_reference_and_adds_up(name):
 def test_the_planted_ffn_is_what_makes_a_token_long():
     made = planted.planted_model(1)
     _, nu, defective = planted_tokens()
-    pixels = [
-        decode.normalize(decode.training_crop(decode.read_rgb(file), 224))
-        for file in listing.sample_images()[:1]
-    ]
+    pixels = [photos.prepared(file, 224) for file in listing.sample_images()[:1]]
     found = tokens.growth(made.config, made.params, np.stack(pixels), nu)
     thrown = np.asarray(found.ffn)[:, 0][:, defective[0]]
     assert thrown.shape == (made.config.depth, defective[0].sum())

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import places
-from photos import save_noise, write_dataset
+from photos import FAMILY, crop, normalize, save_noise, write_dataset
 from sinder_jax.data import batches, decode, listing
 
 # --- The training list ----------------------------------------------------------------
@@ -70,21 +70,32 @@ def photos(tmp_path):
     return listing.open_photographs(str(tmp_path))
 
 
-def take(stream, batches: int) -> list[batches.Batch]:
-    taken = list(itertools.islice(stream, batches))
-    stream.close()
+def stream(photographs, size, **options):
+    """A stream for DINOv2, see `batches.stream`."""
+    return batches.stream(
+        photographs,
+        size,
+        patch_size=FAMILY.patch_size,
+        statistics=FAMILY.statistics,
+        **options,
+    )
+
+
+def take(reading, batches: int) -> list[batches.Batch]:
+    taken = list(itertools.islice(reading, batches))
+    reading.close()
     return taken
 
 
 def test_stream_walks_the_list_cyclically(photos):
-    taken = take(batches.stream(photos, SIZE, batch_size=3), 4)
+    taken = take(stream(photos, SIZE, batch_size=3), 4)
     positions = np.concatenate([batch.positions for batch in taken])
     np.testing.assert_array_equal(positions, np.arange(12))
     images = np.concatenate([batch.images for batch in taken])
     assert images.shape == (12, SIZE, SIZE, 3) and images.dtype == np.float32
     for k in positions:
         image = decode.read_rgb(photos[k % 5].name)
-        expected = decode.normalize(decode.training_crop(image, SIZE))
+        expected = normalize(crop(image, SIZE))
         np.testing.assert_array_equal(images[k], expected)
     assert all(batch.valid.all() and batch.errors == [] for batch in taken)
 
@@ -93,7 +104,7 @@ def test_stream_walks_the_list_cyclically(photos):
 def test_any_number_of_threads_gives_the_same_sequence(
     photos, monkeypatch, num_threads
 ):
-    expected = take(batches.stream(photos, SIZE, batch_size=2, num_threads=2), 5)
+    expected = take(stream(photos, SIZE, batch_size=2, num_threads=2), 5)
     read = decode.read_rgb
 
     def uneven(path):  # early images come last
@@ -101,7 +112,7 @@ def test_any_number_of_threads_gives_the_same_sequence(
         return read(path)
 
     monkeypatch.setattr(decode, "read_rgb", uneven)
-    got = take(batches.stream(photos, SIZE, batch_size=2, num_threads=num_threads), 5)
+    got = take(stream(photos, SIZE, batch_size=2, num_threads=num_threads), 5)
     for one, other in zip(got, expected, strict=True):
         np.testing.assert_array_equal(one.positions, other.positions)
         np.testing.assert_array_equal(one.images, other.images)
@@ -109,15 +120,15 @@ def test_any_number_of_threads_gives_the_same_sequence(
 
 @pytest.mark.parametrize("start", [1, 5, 7, 10**12 + 3])
 def test_a_stream_started_at_k_continues_the_one_that_got_there(photos, start):
-    (got,) = take(batches.stream(photos, SIZE, start=start, batch_size=3), 1)
+    (got,) = take(stream(photos, SIZE, start=start, batch_size=3), 1)
     np.testing.assert_array_equal(got.positions, start + np.arange(3))
-    (walk,) = take(batches.stream(photos, SIZE, start=start % 5, batch_size=3), 1)
+    (walk,) = take(stream(photos, SIZE, start=start % 5, batch_size=3), 1)
     np.testing.assert_array_equal(got.images, walk.images)
 
 
 def test_one_image_per_batch_equals_many(photos):
-    singles = take(batches.stream(photos, SIZE, start=3, batch_size=1), 4)
-    (batch,) = take(batches.stream(photos, SIZE, start=3, batch_size=4), 1)
+    singles = take(stream(photos, SIZE, start=3, batch_size=1), 4)
+    (batch,) = take(stream(photos, SIZE, start=3, batch_size=4), 1)
     np.testing.assert_array_equal(
         np.concatenate([single.images for single in singles]), batch.images
     )
@@ -127,7 +138,7 @@ def test_broken_files_keep_their_place_and_are_named(photos):
     cut = Path(photos[1].name)
     cut.write_bytes(cut.read_bytes()[:300])
     os.remove(photos[3].name)
-    (batch,) = take(batches.stream(photos, SIZE, batch_size=5), 1)
+    (batch,) = take(stream(photos, SIZE, batch_size=5), 1)
     np.testing.assert_array_equal(batch.valid, [True, False, True, False, True])
     assert not batch.images[[1, 3]].any() and batch.images[[0, 2, 4]].all(0).any()
     assert len(batch.errors) == 2
@@ -136,21 +147,21 @@ def test_broken_files_keep_their_place_and_are_named(photos):
 
 
 def test_a_bug_in_reading_is_not_taken_for_a_broken_file(photos, monkeypatch):
-    def buggy(image, size, patch_size):
+    def buggy(image, size, *, patch_size):
         raise TypeError("a bug")
 
     monkeypatch.setitem(batches.RESIZES, "crop", buggy)
     with pytest.raises(TypeError, match="a bug"):
-        take(batches.stream(photos, SIZE), 1)
+        take(stream(photos, SIZE), 1)
 
 
 def test_closing_the_stream_ends_its_threads(photos):
     before = set(threading.enumerate())
-    stream = batches.stream(photos, SIZE, num_threads=3)
-    next(stream)
+    reading = stream(photos, SIZE, num_threads=3)
+    next(reading)
     ours = set(threading.enumerate()) - before
     assert any(thread.name.startswith("grain-prefetch") for thread in ours)
-    stream.close()
+    reading.close()
     for thread in ours:
         if thread.name.startswith("grain-prefetch"):
             thread.join(timeout=10)
@@ -176,7 +187,7 @@ def test_closing_the_stream_ends_its_threads(photos):
 def test_wrong_arguments_raise_at_the_call(photos, options, message):
     arguments = {"photographs": photos, "size": SIZE} | options
     with pytest.raises(ValueError, match=message):
-        batches.stream(**arguments)
+        stream(**arguments)
 
 
 # --- Hosts ----------------------------------------------------------------------------
@@ -184,10 +195,10 @@ def test_wrong_arguments_raise_at_the_call(photos, options, message):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 6])
 def test_the_parts_of_all_hosts_are_the_steps_of_one(photos, count):
-    whole = take(batches.stream(photos, SIZE, start=7, batch_size=6), 4)
+    whole = take(stream(photos, SIZE, start=7, batch_size=6), 4)
     parts = [
         take(
-            batches.stream(photos, SIZE, start=7, batch_size=6, part=(index, count)),
+            stream(photos, SIZE, start=7, batch_size=6, part=(index, count)),
             4,
         )
         for index in range(count)
@@ -206,7 +217,7 @@ def test_a_host_reads_its_part_only(photos, monkeypatch):
         decode, "read_rgb", lambda path: read.append(Path(path).stem) or decoded(path)
     )
     options = {"batch_size": 4, "part": (1, 2), "num_threads": 0}
-    take(batches.stream(photos, SIZE, **options), 2)
+    take(stream(photos, SIZE, **options), 2)
     assert read == ["2", "3", "1", "2"]  # images 2, 3, 6 and 7 of five photographs
 
 
@@ -220,11 +231,11 @@ def test_kept_photographs_come_in_few_shapes(tmp_path):
         save_noise(tmp_path / f"{i:02d}.png", width, height, seed=i)
     (tmp_path / "30.png").write_bytes(b"no image")
     photos = listing.open_photographs(str(tmp_path))
-    taken = take(batches.stream(photos, 56, resize="keep"), 31)
+    taken = take(stream(photos, 56, resize="keep"), 31)
     shapes = {(batch.images.shape[2], batch.images.shape[1]) for batch in taken}
-    assert shapes <= set(decode.buckets(56)) and len(shapes) > 3
+    assert shapes <= set(decode.buckets(56, 14)) and len(shapes) > 3
     for one, batch in zip(photos[:30], taken, strict=False):
-        expected = decode.normalize(decode.training_keep(one.read(), 56))
+        expected = normalize(decode.training_keep(one.read(), 56, patch_size=14))
         np.testing.assert_array_equal(batch.images, expected[None])
     assert taken[30].images.shape == (1, 56, 56, 3) and not taken[30].valid.any()
 
@@ -243,7 +254,7 @@ def test_a_tfds_dataset_gives_the_batches_of_its_folder(
     write_dataset(tmp_path / "sets", {"train": files})
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "sets"))
     streams = [
-        batches.stream(
+        stream(
             batches.training_list(listing.open_photographs(spec), 7, shuffle_seed=5),
             SIZE,
             batch_size=3,
@@ -251,7 +262,7 @@ def test_a_tfds_dataset_gives_the_batches_of_its_folder(
         )
         for spec in (str(tmp_path / "in"), "tfds:tiny_photos")
     ]
-    folder, dataset = (take(stream, 7) for stream in streams)
+    folder, dataset = (take(reading, 7) for reading in streams)
     for one, other in zip(folder, dataset, strict=True):
         for field in ("positions", "images", "valid"):
             np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
@@ -266,13 +277,11 @@ def test_a_tfds_dataset_gives_the_batches_of_its_folder(
 def test_any_number_of_workers_gives_the_same_sequence(photos, num_workers):
     Path(photos[1].name).write_bytes(b"no image")
     options = {"start": 4, "batch_size": 4, "part": (1, 2)}
-    expected = take(batches.stream(photos, SIZE, **options), 6)
-    stream = batches.stream(
-        photos, SIZE, num_workers=num_workers, num_threads=1, **options
-    )
-    got = [next(stream) for _ in range(6)]
+    expected = take(stream(photos, SIZE, **options), 6)
+    reading = stream(photos, SIZE, num_workers=num_workers, num_threads=1, **options)
+    got = [next(reading) for _ in range(6)]
     assert len(multiprocessing.active_children()) == num_workers
-    stream.close()
+    reading.close()
     assert not multiprocessing.active_children()
     for one, other in zip(got, expected, strict=True):
         for field in ("positions", "images", "valid"):
@@ -281,14 +290,14 @@ def test_any_number_of_workers_gives_the_same_sequence(photos, num_workers):
 
 
 def test_a_worker_that_is_killed_is_told(photos):
-    stream = batches.stream(photos, SIZE, num_workers=1)
-    next(stream)
+    reading = stream(photos, SIZE, num_workers=1)
+    next(reading)
     (worker,) = multiprocessing.active_children()
     worker.kill()
     told = "a process that reads images ended before its time.*exit code -9"
     with pytest.raises(ChildProcessError, match=told):
         for _ in range(100):
-            next(stream)
+            next(reading)
     assert not multiprocessing.active_children()
 
 
@@ -310,13 +319,21 @@ def test_a_worker_that_is_still_starting_survives_sigterm(photos):
 
 READER = """
 import json, multiprocessing, signal, sys, time
+from sinder_jax import families
 from sinder_jax.data import batches, listing
 
 if __name__ == "__main__":
     stops = []
     signal.signal(signal.SIGINT, lambda number, frame: stops.append(number))
     photos = listing.open_photographs(sys.argv[1])
-    stream = batches.stream(photos, 28, num_workers=2)
+    family = families.named("dinov2")
+    stream = batches.stream(
+        photos,
+        28,
+        patch_size=family.patch_size,
+        statistics=family.statistics,
+        num_workers=2,
+    )
     next(stream)
     print(json.dumps([p.pid for p in multiprocessing.active_children()]), flush=True)
     while not stops:

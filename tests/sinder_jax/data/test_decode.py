@@ -1,5 +1,6 @@
 """decode.py: decoding, torchvision's sizes, the seven shapes, normalizing."""
 
+import functools
 import math
 import struct
 import zlib
@@ -9,8 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from photos import save_noise
+from photos import FAMILY, crop, normalize, save_noise
 from sinder_jax.data import decode
+
+PATCH = FAMILY.patch_size
+keep = functools.partial(decode.training_keep, patch_size=PATCH)
+look_at = functools.partial(decode.visual_resize, patch_size=PATCH)
 
 # --- Decoding -------------------------------------------------------------------------
 
@@ -177,7 +182,7 @@ def test_the_long_side_is_rounded_down(monkeypatch, width, height, resized):
             sizes.append((size, filter)) or Image.new("RGB", size)
         ),
     )
-    decode.training_crop(Image.new("RGB", (width, height)))
+    crop(Image.new("RGB", (width, height)), 518)
     assert sizes == [(resized, Image.Resampling.BICUBIC)]
 
 
@@ -188,11 +193,11 @@ def test_the_long_side_is_rounded_down(monkeypatch, width, height, resized):
 )
 def test_the_crop_starts_at_half_the_surplus_half_to_even(surplus, first):
     # The short side is right already, so nothing is resampled.
-    landscape = np.asarray(decode.training_crop(ramp(28 + surplus, 28), 28))
+    landscape = np.asarray(crop(ramp(28 + surplus, 28), 28))
     assert landscape.shape == (28, 28, 3)
     np.testing.assert_array_equal(landscape[0, :, 0], first + np.arange(28))
     np.testing.assert_array_equal(landscape[:, 0, 1], np.arange(28))
-    portrait = np.asarray(decode.training_crop(ramp(28, 28 + surplus), 28))
+    portrait = np.asarray(crop(ramp(28, 28 + surplus), 28))
     np.testing.assert_array_equal(portrait[:, 0, 1], first + np.arange(28))
     np.testing.assert_array_equal(portrait[0, :, 0], np.arange(28))
 
@@ -222,7 +227,7 @@ def test_crop_matches_an_antialiased_cubic_filter_written_out(width, height):
     both = np.einsum("yh,hxc->yxc", bicubic_weights(height, new_height), across)
     left, top = round((new_width - size) / 2), round((new_height - size) / 2)
     expected = np.clip(both, 0, 255)[top : top + size, left : left + size]
-    got = np.asarray(decode.training_crop(image, size), np.float64)
+    got = np.asarray(crop(image, size), np.float64)
     # Half a level for rounding, twice half a level for the pass in between, whose
     # weights add up to at most 1.3 in absolute value.
     assert np.abs(got - expected).max() < 1.2
@@ -246,30 +251,30 @@ def test_crop_matches_an_antialiased_cubic_filter_written_out(width, height):
 def test_visual_resize_keeps_the_aspect_and_whole_patches(
     width, height, short_side, expected
 ):
-    image = decode.visual_resize(Image.new("RGB", (width, height)), short_side)
+    image = look_at(Image.new("RGB", (width, height)), short_side)
     assert image.size == expected
 
 
 def test_visual_resize_trims_right_and_bottom_only():
-    pixels = np.asarray(decode.visual_resize(ramp(40, 28), 28, max_side=28))
+    pixels = np.asarray(look_at(ramp(40, 28), 28, max_side=28))
     np.testing.assert_array_equal(pixels, np.asarray(ramp(40, 28))[:28, :28])
 
 
 @pytest.mark.parametrize("side", [0, -14, 13, 500, 519])
 def test_sizes_that_are_no_whole_patches_raise_with_sizes_near_them(side):
     image = Image.new("RGB", (50, 50))
-    for call in (decode.training_crop, decode.training_keep, decode.visual_resize):
+    for call in (crop, keep, look_at):
         with pytest.raises(ValueError, match=f"is {side} pixels.* multiple of .*14"):
             call(image, side)
     with pytest.raises(ValueError, match="such as 504 or 518"):
-        decode.training_crop(image, 510)
+        crop(image, 510)
 
 
 # --- The seven shapes -----------------------------------------------------------------
 
 
 def test_the_shapes_are_whole_patches_of_known_sizes():
-    assert decode.buckets(518) == [
+    assert decode.buckets(518, PATCH) == [
         (518, 1036),
         (518, 784),  # 777 is 55.5 patches
         (518, 686),  # 690.67 is 49.3
@@ -295,19 +300,19 @@ def test_the_shapes_are_whole_patches_of_known_sizes():
     ],
 )
 def test_a_picture_gets_the_shape_of_the_nearest_aspect(width, height, shape):
-    image = decode.training_keep(Image.new("RGB", (width, height)), 518)
+    image = keep(Image.new("RGB", (width, height)), 518)
     assert image.size == shape
 
 
 def test_the_nearest_aspect_is_that_of_the_least_ratio():
     rng = np.random.default_rng(0)
     for width, height in rng.integers(20, 2000, (100, 2)):
-        kept = decode.training_keep(Image.new("RGB", (width, height)), 28)
+        kept = keep(Image.new("RGB", (width, height)), 28)
         ratios = [
             math.exp(abs(math.log(w * height / (h * width))))
-            for w, h in decode.buckets(28)
+            for w, h in decode.buckets(28, PATCH)
         ]
-        best = decode.buckets(28)[int(np.argmin(ratios))]
+        best = decode.buckets(28, PATCH)[int(np.argmin(ratios))]
         assert kept.size == best, (width, height)
 
 
@@ -317,8 +322,8 @@ def test_a_nearly_square_picture_is_kept_as_it_is_cropped(width, height):
         np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8)
     )
     np.testing.assert_array_equal(
-        np.asarray(decode.training_keep(image, 42)),
-        np.asarray(decode.training_crop(image, 42)),
+        np.asarray(keep(image, 42)),
+        np.asarray(crop(image, 42)),
     )
 
 
@@ -331,7 +336,7 @@ def test_the_picture_just_covers_its_shape_and_is_cut_around_the_middle(width, h
     rows, columns = np.mgrid[:height, :width]
     pixels = np.stack([columns * 2, rows * 2, np.full_like(rows, 200)], axis=-1)
     image = Image.fromarray(pixels.astype(np.uint8))
-    kept = np.asarray(decode.training_keep(image, 28), np.float64)
+    kept = np.asarray(keep(image, 28), np.float64)
     assert kept[..., 2].min() == kept[..., 2].max() == 200  # nothing was made up
     scale = max(kept.shape[1] / width, kept.shape[0] / height)  # of the side that fits
     for axis, side, channel in ((1, width, 0), (0, height, 1)):
@@ -347,7 +352,7 @@ def test_the_picture_just_covers_its_shape_and_is_cut_around_the_middle(width, h
 
 def test_normalize_matches_float64_and_keeps_float32():
     image = ramp(256, 30)
-    got = decode.normalize(image)
+    got = normalize(image)
     mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     expected = (np.asarray(image, np.float64) / 255 - mean) / deviation
     assert got.dtype == np.float32
@@ -357,14 +362,14 @@ def test_normalize_matches_float64_and_keeps_float32():
 
 def test_normalize_takes_pixels_however_they_lie_in_memory():
     pixels = np.asarray(ramp(40, 30))
-    expected = decode.normalize(ramp(40, 30))
-    np.testing.assert_array_equal(decode.normalize(pixels), expected)
-    np.testing.assert_array_equal(decode.normalize(np.asfortranarray(pixels)), expected)
-    np.testing.assert_array_equal(decode.normalize(pixels[:, ::-1]), expected[:, ::-1])
+    expected = normalize(ramp(40, 30))
+    np.testing.assert_array_equal(normalize(pixels), expected)
+    np.testing.assert_array_equal(normalize(np.asfortranarray(pixels)), expected)
+    np.testing.assert_array_equal(normalize(pixels[:, ::-1]), expected[:, ::-1])
 
 
 def test_to_uint8_gives_back_all_256_levels():
     levels = np.arange(256, dtype=np.uint8)[None, :, None].repeat(3, axis=2)
-    back = decode.to_uint8(decode.normalize(Image.fromarray(levels)))
+    back = decode.to_uint8(normalize(Image.fromarray(levels)), FAMILY.statistics)
     np.testing.assert_array_equal(back, levels)
     assert back.dtype == np.uint8

@@ -1,6 +1,5 @@
 """Patch files: what was saved is what is loaded, to the last bit, or an error."""
 
-import dataclasses
 import json
 import os
 
@@ -144,7 +143,7 @@ def rewritten(path, **changes):
 
 
 def config_json(**changes):
-    return json.dumps(dataclasses.asdict(SWIGLU) | changes)
+    return json.dumps(SWIGLU.as_dict() | changes)
 
 
 CONTENTS = {

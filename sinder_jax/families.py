@@ -1,0 +1,197 @@
+"""Which models there are, as data: one `Family` for each recipe of pre-training.
+
+    FAMILIES["dinov2"] --models--> {"dinov2_vitg14": fields of its ViTConfig, ...}
+    ViTConfig --of--> its family: image mean and std, norm epsilon, hidden width, ...
+
+A new family is a row of `FAMILIES` and nothing else: whatever differs between families
+is read from here. This module imports neither JAX nor NumPy.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from sinder_jax.vit import ViTConfig
+
+DEFAULT = "dinov2"  # of a ViTConfig; the only name that stored configs leave out
+
+
+class Size(NamedTuple):
+    """Shape of one model: width D, blocks L, heads M and kind of FFN."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    ffn_layer: str
+
+
+class Variant(NamedTuple):
+    """Models with the same number of registers, and how their grid is resampled.
+
+    Attributes:
+      suffix: end of the model's name, such as "_reg".
+      file_suffix: the same in the name of its file.
+      num_register_tokens: registers R.
+      interpolate_antialias, interpolate_offset: see `pos_embed.resample`.
+    """
+
+    suffix: str
+    file_suffix: str
+    num_register_tokens: int
+    interpolate_antialias: bool
+    interpolate_offset: float
+
+
+class HiddenWidth(NamedTuple):
+    """FFN width F: `ratio` times D, cut to an integer, rounded up to a `multiple`."""
+
+    ratio: Fraction
+    multiple: int = 1
+
+    def __call__(self, embed_dim: int) -> int:
+        return -(-int(self.ratio * embed_dim) // self.multiple) * self.multiple
+
+
+class Statistics(NamedTuple):
+    """Mean and standard deviation of red, green and blue, for pixels in 0 to 1."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What the models of a family share.
+
+    Attributes:
+      sizes: by the letter that the model's name has.
+      variants: the plain models, and those with registers.
+      hidden_widths: by `ffn_layer`.
+      patch_size: side of a patch in pixels.
+      image_size: side in pixels of the images the position embedding is stored for.
+      norm_epsilon: added to the variance by every LayerNorm.
+      statistics: of the images that the models were trained on.
+      layer_scale: False if the models have no LayerScale; the params then hold γ = 1.
+      layouts: file layouts in which the models are published, see `convert`.
+      model_name: pattern of `size`, `patch` and `suffix`.
+      hub_url: where the PyTorch files are.
+      hub_file: pattern of a file's address below `hub_url`.
+    """
+
+    sizes: Mapping[str, Size]
+    variants: tuple[Variant, ...]
+    hidden_widths: Mapping[str, HiddenWidth]
+    patch_size: int
+    image_size: int
+    norm_epsilon: float
+    statistics: Statistics
+    layer_scale: bool
+    layouts: tuple[str, ...]
+    model_name: str
+    hub_url: str
+    hub_file: str
+
+    def variant(self, num_register_tokens: int) -> Variant:
+        """The variant that a model with so many registers is closest to."""
+        return min(
+            self.variants,
+            key=lambda variant: (
+                (variant.num_register_tokens > 0) != (num_register_tokens > 0),
+                abs(variant.num_register_tokens - num_register_tokens),
+            ),
+        )
+
+
+FAMILIES: dict[str, Family] = {
+    "dinov2": Family(
+        sizes={
+            #          D,    L,  M,  FFN
+            "s": Size(384, 12, 6, "mlp"),
+            "b": Size(768, 12, 12, "mlp"),
+            "l": Size(1024, 24, 16, "mlp"),
+            "g": Size(1536, 40, 24, "swiglu"),
+        },
+        variants=(
+            Variant("", "", 0, interpolate_antialias=False, interpolate_offset=0.1),
+            Variant("_reg", "_reg4", 4, True, 0.0),
+        ),
+        hidden_widths={
+            "mlp": HiddenWidth(Fraction(4)),
+            "swiglu": HiddenWidth(Fraction(8, 3), multiple=8),
+        },
+        patch_size=14,
+        image_size=518,
+        norm_epsilon=1e-6,
+        statistics=Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet
+        layer_scale=True,
+        layouts=("dinov2", "hf", "timm"),
+        model_name="dinov2_vit{size}{patch}{suffix}",
+        hub_url="https://dl.fbaipublicfiles.com/dinov2",
+        hub_file="dinov2_vit{size}{patch}/dinov2_vit{size}{patch}{suffix}_pretrain.pth",
+    ),
+}
+"""All families by name; `ViTConfig.family` is a key."""
+
+
+class Published(NamedTuple):
+    """A model that can be had by name.
+
+    Attributes:
+      name: such as "dinov2_vitg14_reg".
+      url: address of its PyTorch file.
+      fields: of its `ViTConfig`.
+    """
+
+    name: str
+    url: str
+    fields: dict[str, Any]
+
+
+def published() -> dict[str, Published]:
+    """All published models of all families by name, plain ones first."""
+    found = [
+        _publish(name, family, letter, variant)
+        for name, family in FAMILIES.items()
+        for variant in family.variants
+        for letter in family.sizes
+    ]
+    return {model.name: model for model in found}
+
+
+def _publish(name: str, family: Family, letter: str, variant: Variant) -> Published:
+    patch = family.patch_size
+    resampling = variant._asdict()
+    suffix, file_suffix = resampling.pop("suffix"), resampling.pop("file_suffix")
+    fields = {
+        **family.sizes[letter]._asdict(),
+        **resampling,
+        "img_size": family.image_size,
+        "patch_size": patch,
+        "family": name,
+    }
+    file = family.hub_file.format(size=letter, patch=patch, suffix=file_suffix)
+    return Published(
+        family.model_name.format(size=letter, patch=patch, suffix=suffix),
+        f"{family.hub_url}/{file}",
+        fields,
+    )
+
+
+def of(config: "ViTConfig") -> Family:
+    """The family of a model."""
+    return FAMILIES[config.family]
+
+
+def named(name: str) -> Family:
+    """The family called `name`.
+
+    Raises:
+      ValueError: there is none; names the nearest ones.
+    """
+    if name not in FAMILIES:
+        near = difflib.get_close_matches(str(name), FAMILIES) or sorted(FAMILIES)
+        raise ValueError(f"got family {name!r}, expected {' or '.join(near)}")
+    return FAMILIES[name]
