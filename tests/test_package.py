@@ -1,9 +1,11 @@
-"""What importing the package costs: nothing that is optional."""
+"""The package is complete, and importing it needs no optional dependency."""
 
 import json
 import pkgutil
 import subprocess
 import sys
+
+import pytest
 
 import convert
 import places
@@ -11,13 +13,6 @@ import sinder_jax
 
 OPTIONAL = ("torch", "transformers", "tensorflow", "matplotlib", "huggingface_hub")
 TORCH_ONLY = "convert.torch_vit"  # which nothing imports before it is needed
-
-IMPORT_ALL = """
-import importlib, json, sys
-for name in sys.argv[1:]:
-    importlib.import_module(name)
-print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
-"""
 
 
 def modules_of(package):
@@ -27,13 +22,21 @@ def modules_of(package):
     return [package.__name__, *(name for name in names if "__main__" not in name)]
 
 
+@pytest.mark.parametrize("package", ["sinder_jax", "convert", "experiments"])
+def test_every_folder_of_modules_is_a_package(package):
+    """Setuptools leaves a folder without __init__.py out of the wheel."""
+    folders = {path.parent for path in (places.ROOT / package).rglob("*.py")}
+    assert folders
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
 def test_importing_the_library_loads_no_optional_package():
     """A TPU host repairs a model without them."""
     modules = [*modules_of(sinder_jax), *modules_of(convert), "experiments.config"]
     some = {"sinder_jax.vit", "sinder_jax.repair", "convert.files.reading"}
     assert some <= set(modules)
     ended = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, *modules],
+        [sys.executable, "-m", "tests.support.import_all", *modules],
         cwd=places.ROOT,
         capture_output=True,
         text=True,
