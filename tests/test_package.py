@@ -36,8 +36,7 @@ def test_importing_the_library_loads_no_optional_package():
     some = {"sinder_jax.vit", "sinder_jax.repair", "convert.files.reading"}
     assert some <= set(modules)
     ended = subprocess.run(
-        [sys.executable, "-m", "tests.support.import_all", *modules],
-        cwd=places.ROOT,
+        [sys.executable, "-m", "import_all", *modules],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""Imports the modules named as arguments; prints the top-level names loaded, as JSON."""
+"""Imports the modules it is given and prints, as JSON, what that loaded."""
 
 import importlib
 import json
