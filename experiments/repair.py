@@ -146,12 +146,7 @@ def settle(job: Job, *, force: bool) -> None:
     processes.check_same("configs", config.to_json(sort_keys=True))
     processes.check_same("photographs", "\n".join(each.name for each in job.train))
     if processes.processes > 1:
-        sharing.check(
-            workdir.path,
-            process=processes.process,
-            broadcast=lambda token: int(processes.from_first(np.array(token))),
-            gather=processes.all_say,
-        )
+        sharing.check(workdir.path, processes)
     # images_per_step is part of the result, the devices only divide it.
     if processes.is_first:
         refuse_if_alive(workdir.path)
@@ -184,7 +179,8 @@ def begin(job: Job, heartbeat: Heartbeat) -> Course:
     # Computed once, stored, read by every process and every resume.
     if processes.is_first and not workdir.frozen.exists():
         freeze(config, workdir, heartbeat.phase)
-    processes.wait_for(workdir.frozen.exists)
+    while not workdir.frozen.exists():  # not in a collective, which may time out
+        time.sleep(1.0)
     processes.barrier()
     heartbeat.phase("loading")
     original = thaw(workdir)

@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# Runs a command again as long as it ends with exit code 75, "try again":
+# Starts a command again when its exit code says that it can go on:
 #
 #   scripts/until_done.sh python -m experiments.repair --config=giant.py --workdir=...
 #
-# Any other exit code is handed on. SIGTERM and Ctrl-C are handed to the command, which
-# is then not started again. WAIT=60 waits that many seconds between two starts.
+#   75        it was told to stop and has saved: always
+#   134, 137  JAX ended it because another process of the run died, or it was killed
+#             itself: unless it ends so TRIES=5 times in a row, each time within ten
+#             minutes of its start
+#
+# Any other exit code is passed on. SIGTERM and Ctrl-C are passed to the command, which
+# is then not started again. WAIT=60 waits 60 s between two starts, instead of 10.
 set -u
 
 if (($# == 0)); then
@@ -14,8 +19,9 @@ fi
 
 child=
 stopped=
+crashes=0
 
-hand_on() {
+pass_on() {
   stopped=yes
   if [[ -n $child ]]; then
     kill -s "$1" "$child" 2>/dev/null
@@ -24,10 +30,11 @@ hand_on() {
 
 # Job control: without it a command in the background would never see Ctrl-C.
 set -m
-trap 'hand_on TERM' TERM
-trap 'hand_on INT' INT
+trap 'pass_on TERM' TERM
+trap 'pass_on INT' INT
 
 while true; do
+  began=$SECONDS
   "$@" </dev/null &
   child=$!
   while true; do
@@ -40,14 +47,26 @@ while true; do
   ended=$?
   ((ended == 127)) || code=$ended # 127: `wait` has told it before
   child=
-  if ((code != 75)) || [[ -n $stopped ]]; then
+  case $code in
+    75) crashes=0 ;;
+    134 | 137)
+      ((SECONDS - began < 600)) || crashes=0
+      ((++crashes))
+      ;;
+    *) exit "$code" ;;
+  esac
+  if [[ -n $stopped ]]; then
     exit "$code"
   fi
-  echo "exit code 75: starting again in ${WAIT:-10} s" >&2
+  if ((crashes >= ${TRIES:-5})); then
+    echo "exit code $code, $crashes times in a row: giving up" >&2
+    exit "$code"
+  fi
+  echo "exit code $code: starting again in ${WAIT:-10} s" >&2
   sleep "${WAIT:-10}" &
   wait $!
   if [[ -n $stopped ]]; then
     kill $! 2>/dev/null
-    exit 75
+    exit "$code"
   fi
 done

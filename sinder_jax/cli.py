@@ -9,6 +9,7 @@ import argparse
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -31,16 +32,14 @@ def run(main: Callable[[], int | None]) -> int:
     """
     try:
         return main() or 0
-    except USER_ERRORS as error:
+    except (*USER_ERRORS, KeyboardInterrupt) as error:
         if os.environ.get(TRACEBACK) == "1":
             raise
+        if isinstance(error, KeyboardInterrupt):
+            print("interrupted", file=sys.stderr)
+            return INTERRUPTED
         print(f"error: {one_line(error)}", file=sys.stderr)
         return USER_ERROR
-    except KeyboardInterrupt:
-        if os.environ.get(TRACEBACK) == "1":
-            raise
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
 
 
 def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
@@ -50,21 +49,25 @@ def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
             # Escapes a file name that the terminal's encoding lacks. By lines: what a
             # pipe or log shows keeps the order of stdout and stderr.
             output.reconfigure(errors="backslashreplace", line_buffering=True)
-    _leave(run(main))
-
-
-def _leave(code: int) -> NoReturn:
-    """Ends the process, without JAX's farewell where other processes go on.
-
-    JAX's exit handler would wait for the processes it is connected to, and abort if
-    they are gone.
-    """
-    jax = sys.modules.get("jax")
-    if code and jax is not None and jax.distributed.is_initialized():
+    try:
+        code = run(main)
+    except BaseException:
+        if not _is_connected():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code and _is_connected():
+        # At exit JAX would wait for the other processes, which wait for this one.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _is_connected() -> bool:
+    """True if JAX in this process is connected to the other processes of a run."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
 
 
 def one_line(error: BaseException) -> str:

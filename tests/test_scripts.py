@@ -17,23 +17,9 @@ import places
 ROOT = places.ROOT
 SCRIPTS = sorted((ROOT / "scripts").iterdir())
 UNTIL_DONE = ROOT / "scripts" / "until_done.sh"
-ONCE_MORE = """\
-import pathlib, sys
-path, codes = pathlib.Path(sys.argv[1]), sys.argv[2].split(",")
-starts = len(path.read_text()) if path.exists() else 0
-path.write_text("x" * (starts + 1))
-sys.exit(int(codes[starts]))
-"""
-STOPPABLE = """\
-import pathlib, signal, sys, time
-def stop(number, frame):
-    pathlib.Path(sys.argv[2]).write_text(signal.Signals(number).name)
-    sys.exit(75)
-signal.signal(signal.SIGTERM, stop)
-signal.signal(signal.SIGINT, stop)
-pathlib.Path(sys.argv[1]).touch()
-time.sleep(60)
-"""
+EXITS = (sys.executable, places.SUPPORT / "exits.py")
+STOPPABLE = (sys.executable, places.SUPPORT / "stoppable.py")
+INTERRUPTIBLE = (sys.executable, places.SUPPORT / "interruptible.py")
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -42,35 +28,39 @@ def test_a_script_has_no_errors_of_syntax(path):
 
 
 def until_done(*command, **options):
-    environment = os.environ | {"WAIT": "0"}
+    environment = os.environ | {"WAIT": "0", "TRIES": "3"}
     return subprocess.Popen([UNTIL_DONE, *command], env=environment, **options)
 
 
 @pytest.mark.parametrize(
     ("codes", "last", "starts"),
-    [("75,75,0", 0, 3), ("2", 2, 1), ("0", 0, 1), ("75,2", 2, 2), ("130", 130, 1)],
+    [
+        ("0", 0, 1),
+        ("2", 2, 1),
+        ("1", 1, 1),
+        ("130", 130, 1),
+        ("75,75,75,75,0", 0, 5),  # a stop is no crash, however often
+        ("75,2", 2, 2),
+        ("134,0", 0, 2),  # ended by JAX, since another process died
+        ("137,134,0", 0, 3),
+        ("134,137,134", 134, 3),  # a crash loop
+        ("134,137,75,134,134,0", 0, 6),  # crashes, but not in a row
+    ],
 )
-def test_only_75_starts_it_again(codes, last, starts, tmp_path):
+def test_a_stopped_or_killed_command_is_started_again(codes, last, starts, tmp_path):
     counter = tmp_path / "starts"
-    process = until_done(
-        sys.executable, "-c", ONCE_MORE, counter, codes, stderr=subprocess.PIPE
-    )
+    process = until_done(*EXITS, counter, codes, stderr=subprocess.PIPE)
     error = process.communicate(timeout=30)[1].decode()
     assert process.returncode == last
     assert len(counter.read_text()) == starts
     assert error.count("starting again") == starts - 1
+    assert ("3 times in a row: giving up" in error) == (codes == "134,137,134")
 
 
 def stopped_by(number, *command, ready):
-    """Exit code and stderr after a signal, sent once the file `ready` is there."""
-    # A shell that started the tests in the background may have Ctrl-C ignored.
-    start = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
-        "os.execv(sys.argv[1], sys.argv[1:])"
-    )
+    """Exit code and stderr after a signal, sent once the file `ready` exists."""
     process = subprocess.Popen(
-        [sys.executable, "-c", start, UNTIL_DONE, sys.executable, "-c", *command],
-        stderr=subprocess.PIPE,
+        [*INTERRUPTIBLE, UNTIL_DONE, *command], stderr=subprocess.PIPE
     )
     end = time.monotonic() + 20
     while not ready.exists():
@@ -83,17 +73,14 @@ def stopped_by(number, *command, ready):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_command_which_is_not_started_again(number, tmp_path):
     ready, stopped = tmp_path / "ready", tmp_path / "stopped"
-    code, error = stopped_by(number, STOPPABLE, ready, stopped, ready=ready)
+    code, error = stopped_by(number, *STOPPABLE, ready, stopped, ready=ready)
     assert (code, stopped.read_text()) == (75, number.name)
     assert "starting again" not in error
 
 
 def test_ctrl_c_reaches_a_command_without_a_handler(tmp_path):
     ready = tmp_path / "ready"
-    touch = (
-        f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
-    )
-    code, error = stopped_by(signal.SIGINT, touch, ready=ready)
+    code, error = stopped_by(signal.SIGINT, *STOPPABLE, ready, ready=ready)
     assert code == 130 and "KeyboardInterrupt" in error
 
 
@@ -112,13 +99,28 @@ def stand_ins(folder, **programs):
     return os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (2, False)])
-def test_slurm_requeues_on_75_alone(code, requeued, tmp_path):
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [
+        (0, 0, False),
+        (2, 0, False),
+        (75, 0, True),
+        (75, 99, True),
+        (134, 0, True),
+        (137, 4, True),
+        (134, 5, False),  # the job died early, and often
+    ],
+)
+def test_slurm_requeues_a_stopped_or_killed_job(code, restarts, requeued, tmp_path):
     environment = stand_ins(
         tmp_path,
         srun=f'echo "srun $*"; exit {code}',
         scontrol='echo "scontrol $*"',
-    ) | {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    ) | {
+        "SLURM_JOB_ID": "17",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_RESTART_COUNT": str(restarts),
+    }
     script = ROOT / "scripts" / "slurm.sbatch"
     done = subprocess.run(
         ["bash", script, "--config=tiny.py", "--workdir=a b"],

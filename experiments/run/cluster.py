@@ -1,11 +1,12 @@
-"""The processes of a run: one on a single machine, one or more a host on a pod.
+"""The processes of a run: one on a single machine, one or more per host on a pod.
 
     environment, --coordinator ... --start--> Cluster, with JAX connected
     any process: stop --Vote, with every step--> all processes stop after the same step
 
-Nothing has to be set on one machine. On a TPU pod, under Slurm and under Open MPI, JAX
-finds the others by itself; elsewhere every process is told by --coordinator,
---num-processes and --process-id.
+A single machine needs no settings. On a TPU pod, under Slurm and under Open MPI, JAX
+finds the other processes by itself; elsewhere --coordinator, --num-processes and
+--process-id tell each process. When a process dies, JAX aborts the others: SIGABRT,
+exit code 134.
 """
 
 import argparse
@@ -15,41 +16,38 @@ import importlib.util
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.run import peers
-from experiments.run.peers import PATIENCE, Meeting, Peers
-from sinder_jax import cli, repair
-
-CONNECT_SECONDS = 300  # that a process waits for process 0
-# Where JAX finds another process dead it ends this one by a signal; `peers` is first.
-JAX_HEARTBEAT_SECONDS = 300
+CONNECT_SECONDS = 300  # how long a process waits for the others at the start
+HEARTBEAT_SECONDS = 30  # JAX counts a process silent for so long as dead
+GRACE_SECONDS = 5  # how long a failing process 0 lets the others report the same error
 ARGUMENTS = ("coordinator", "num_processes", "process_id")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds what says where the other processes are."""
+    """Adds the arguments that say where the other processes are."""
     group = parser.add_argument_group(
-        "several processes", "found without these on TPU pods, Slurm and Open MPI"
+        "several processes", "not needed on TPU pods, under Slurm and Open MPI"
     )
     add = group.add_argument
     add("--coordinator", metavar="HOST:PORT", help="where process 0 runs, a free port")
     add("--num-processes", type=int, metavar="N", help="how many processes there are")
-    add("--process-id", type=int, metavar="I", help="which this is, from 0")
+    add("--process-id", type=int, metavar="I", help="number of this process, from 0")
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Refuses an incomplete or impossible description of the processes.
 
     Raises:
-      ValueError: says what is missing, or what is out of range.
+      ValueError: says what is missing or out of range.
     """
     given = {name: getattr(args, name) for name in ARGUMENTS}
     missing = [name for name, value in given.items() if value is None]
@@ -73,8 +71,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def around(environ: Mapping[str, str]) -> str | None:
-    """The kind of cluster that this process was started in by a launcher, if any."""
+def launcher(environ: Mapping[str, str]) -> str | None:
+    """Name of the launcher that started several processes, None if there is none."""
     if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
         return "Slurm"
     several = int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
@@ -90,8 +88,8 @@ def around(environ: Mapping[str, str]) -> str | None:
 class Cluster:
     """All processes of a run, as seen by one of them; made by `start`.
 
-    As a context manager it ends them together: one that leaves by an exception is gone
-    for the others, and they end as well.
+    Use as a context manager. At the end of the block the processes wait for each other
+    and disconnect. An exception leaves at once; JAX then ends the other processes.
 
     Attributes:
       process: number of this process.
@@ -100,26 +98,23 @@ class Cluster:
 
     process: int = 0
     processes: int = 1
-    _peers: Peers | None = None
 
     @property
     def is_first(self) -> bool:
-        """Whether this is process 0, which writes and tells."""
+        """True for process 0, the only one that writes and prints."""
         return self.process == 0
 
     def say(self, *parts: Any) -> None:
-        """Prints, on process 0 alone."""
+        """Prints, on process 0 only."""
         if self.is_first:
             print(*parts, flush=True)
 
-    # --- What all know --------------------------------------------------------------
-
     def from_first(self, tree: Any) -> Any:
-        """Arrays as process 0 has them, bit for bit; every process gives its shapes."""
+        """Returns process 0's arrays, bit for bit; all processes pass equal shapes."""
         if self.processes == 1:
             return tree
         arrays = jax.tree.map(np.asarray, tree)
-        # As bytes: the sum by which JAX sends them would make 0 of -0.
+        # As bytes: the sum by which JAX broadcasts would turn -0 into 0.
         sent = jax.tree.map(lambda x: np.frombuffer(x.tobytes(), np.uint8), arrays)
         received = multihost_utils.broadcast_one_to_all(sent)
         return jax.tree.map(
@@ -132,80 +127,65 @@ class Cluster:
             arrays,
         )
 
-    def all_say(self, yes: bool) -> list[bool]:
-        """What each process says, in their order; waits for all of them."""
+    def gather(self, yes: bool) -> list[bool]:
+        """Returns every process's answer, by number; waits for all of them."""
         if self.processes == 1:
             return [yes]
-        said = multihost_utils.process_allgather(np.array([yes]))
-        return [bool(each) for each in np.ravel(said)]
-
-    def everyone(self, yes: bool) -> bool:
-        """Whether all processes say yes; waits for all of them."""
-        return all(self.all_say(yes))
+        answers = multihost_utils.process_allgather(np.array([yes]))
+        return [bool(answer) for answer in np.ravel(answers)]
 
     def barrier(self) -> None:
         """Waits until all processes are here."""
-        self.everyone(True)
+        self.gather(True)
 
     def check_same(self, what: str, text: str) -> None:
         """Refuses processes that were started differently.
 
         Raises:
-          ValueError: `text` is not the same in all of them; raised in all.
+          ValueError: in all processes, if `text` differs between them.
         """
         digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
-        if not self.everyone(np.array_equal(self.from_first(digest), digest)):
+        if not all(self.gather(np.array_equal(self.from_first(digest), digest))):
             raise ValueError(
                 f"the {self.processes} processes were started with different {what}: "
                 "give all of them the same"
             )
 
-    def wait_for(self, there: Callable[[], bool], seconds: float = 1.0) -> None:
-        """Waits for something that process 0 makes, by asking again and again."""
-        while not there():
-            time.sleep(seconds)
-
-    # --- Together to the end ----------------------------------------------------------
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if self._peers is None:
+        if self.processes == 1:
             return
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            # Most likely a process died; the thread that watches them says which.
-            time.sleep(PATIENCE)
-        elif error is not None:
-            self._peers.fail()
         if error is None:
             self.barrier()
-            if not self.is_first:
-                jax.distributed.shutdown()
-            self._peers.close()
-            if self.is_first:
-                jax.distributed.shutdown()
+            jax.distributed.shutdown()
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            # Most likely a collective failed because a process died. JAX's heartbeat
+            # finds that out and ends this process; any other error shows afterwards.
+            time.sleep(2 * HEARTBEAT_SECONDS)
+        elif isinstance(error, Exception) and self.is_first:
+            time.sleep(GRACE_SECONDS)  # JAX aborts the others when process 0 is gone
 
 
 def start(args: argparse.Namespace) -> Cluster:
-    """Connects this process to the others of its run, where there are others.
+    """Connects this process to the others of its run, if there are others.
 
-    Before any computation of JAX.
+    Call before JAX computes anything.
 
     Args:
       args: parsed by a parser that `add_arguments` extended.
 
     Raises:
-      ValueError: the arguments make no sense together.
-      OSError: the others cannot be reached.
+      ValueError: the arguments contradict each other.
+      OSError: the other processes cannot be reached.
     """
     check_arguments(args)
-    if args.coordinator is None and around(os.environ) is None:
+    if args.coordinator is None and launcher(os.environ) is None:
         return Cluster()
     if args.coordinator and args.process_id:
         _wait_for_coordinator(args.coordinator)
-    # A dead process is found and told by `peers`, stops are agreed on by `Vote`.
-    jax.config.update("jax_enable_recoverability", True)
+    # SIGTERM is ours: all processes agree on a stop by `Vote`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -214,78 +194,51 @@ def start(args: argparse.Namespace) -> Cluster:
             args.process_id,
             cluster_detection_method="deactivate" if args.coordinator else None,
             initialization_timeout=CONNECT_SECONDS,
-            heartbeat_timeout_seconds=JAX_HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
-        cluster = Cluster(jax.process_index(), jax.process_count())
+        return Cluster(jax.process_index(), jax.process_count())
     except RuntimeError as error:
         raise OSError(f"the other processes cannot be reached: {error}") from None
-    if cluster.processes > 1:
-        peers.end_instead_of_abort(
-            peers.gone(0, "its coordination service is"), cli.TRY_AGAIN
-        )
-        cluster._peers = Peers(
-            cluster.process, cluster.processes, _first_host(), _exchange(cluster)
-        )
-    return cluster
 
 
 def _wait_for_coordinator(address: str) -> None:
-    """Waits until process 0 listens; JAX itself would end this one by a signal."""
+    """Waits until process 0 listens; JAX itself would abort instead of raising."""
     host, _, port = address.rpartition(":")
-    until = time.monotonic() + CONNECT_SECONDS
+    deadline = time.monotonic() + CONNECT_SECONDS
     while True:
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
             return
         except OSError as error:
-            if time.monotonic() >= until:
+            if time.monotonic() >= deadline:
                 raise OSError(
-                    f"--coordinator={address} cannot be reached: {error}. Process 0 "
-                    "must run there, and the port be open"
+                    f"--coordinator={address} cannot be reached: {error}; process 0 "
+                    "must run there and the port must be open"
                 ) from None
             time.sleep(0.5)
 
 
-def _first_host() -> str:
-    """Address of process 0, which JAX was told or has found."""
-    from jax._src import distributed  # no public name gives it
-
-    return str(distributed.global_state.coordinator_address).rpartition(":")[0]
-
-
-def _exchange(cluster: Cluster) -> Callable[[Meeting], Meeting]:
-    def exchange(meeting: Meeting) -> Meeting:
-        token = np.frombuffer(meeting.token, np.uint8)
-        port, token = cluster.from_first((np.int32(meeting.port), token))
-        return Meeting(int(port), np.asarray(token, np.uint8).tobytes())
-
-    return exchange
-
-
 class Vote:
-    """Whether any process wants to stop, asked with every step and read a step late.
+    """Asks with every step if any process wants to stop; the answer is read later.
 
-    All processes read the same answer after the same step, so they stop together. It
-    travels beside the step, whose metrics are read late as well: nothing waits for it.
+    All processes read the same answer after the same step, so they stop together. The
+    vote is a tiny computation beside the step, and nothing waits for it.
 
     Args:
       cluster: the processes.
-      devices: of the step.
+      devices: those of the step, of all processes.
     """
 
     def __init__(self, cluster: Cluster, devices: Sequence[jax.Device]):
         self._alone = cluster.processes == 1
-        own = [device for device in devices if device.process_index == cluster.process]
-        self._own = len(own)
-        self._any = jax.pmap(
-            lambda stop: lax.pmax(stop, "devices"), "devices", devices=tuple(devices)
-        )
+        mesh = Mesh(np.array(devices), "devices")
+        self._each = NamedSharding(mesh, PartitionSpec("devices"))
+        self._own = len(mesh.local_devices)
+        self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __call__(self, stop: bool) -> Any:
-        """Casts a vote; the answer is read by `bool(Vote.answer(...))` later."""
-        return stop if self._alone else self._any(np.full(self._own, stop, np.int32))
-
-    @staticmethod
-    def answer(vote: Any) -> bool:
-        """Waits for the answer to a vote."""
-        return vote if isinstance(vote, bool) else bool(repair.unreplicate(vote))
+    def __call__(self, stop: bool) -> bool | jax.Array:
+        """Casts this process's vote; `bool` of the result waits for the answer."""
+        if self._alone:
+            return stop
+        own = np.full(self._own, stop)
+        return self._any(jax.make_array_from_process_local_data(self._each, own))

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.run.cluster import Vote
 from experiments.run.heartbeat import Heartbeat
 from experiments.run.progress import Progress
 from experiments.run.sinks import Sinks
@@ -78,7 +77,7 @@ class Journal:
             for row in rows:
                 self._tell(row)
         self.done |= bool(values["done"][0])
-        self.stop |= Vote.answer(step.vote)
+        self.stop |= bool(step.vote)
         self._check(rows, int(values["bad_in_row"][0]))
 
     def _rows(self, start: int, values: dict[str, Any]) -> list[dict[str, Any]]:

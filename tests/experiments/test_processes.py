@@ -1,7 +1,7 @@
-"""Two processes over loopback: the main job, its stops, and what ends it.
+"""Two processes over loopback: the main job, its stops, and how it ends.
 
-Each has two simulated devices; one process with four of them is what they are held
-against, with a thread pool of the same size (NPROC), which decides about bits.
+Each process has two simulated devices. They are compared to one process with four
+devices and a thread pool of the same size (NPROC), which decides the bits.
 """
 
 import json
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,7 @@ ENDLESS = (
 class Processes:
     """`count` processes of one run, as they are started and as they end."""
 
-    def __init__(self, count, workdir, *arguments, devices=2, own=()):
+    def __init__(self, count, workdir, *arguments, devices=2, own=(), under=()):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         self.each = []
@@ -47,7 +48,7 @@ class Processes:
                 f"--process-id={process}",
             )
             command = [
-                *(sys.executable, "-m", "experiments.repair", *arguments),
+                *(*under, sys.executable, "-m", "experiments.repair", *arguments),
                 *(several if count > 1 else ()),
                 *(own[process] if own else ()),
                 f"--workdir={workdir[process] if own else workdir}",
@@ -57,7 +58,7 @@ class Processes:
                 subprocess.Popen(
                     command,
                     cwd=ROOT,
-                    env=environment | {"NPROC": "8"},
+                    env=environment | {"NPROC": "8", "WAIT": "2"},
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
                     text=True,
@@ -130,32 +131,53 @@ def test_two_processes_give_the_bytes_of_one_from_data_to_export(alone, tmp_path
 
 
 @pytest.mark.slow
-def test_each_of_them_is_missed_by_the_other(alone, tmp_path):
-    for victim in (0, 1):
-        workdir = tmp_path / f"run{victim}"
-        two = Processes(2, workdir, *SHORT, *ENDLESS)
-        wait_for_steps(workdir, 12)
-        two.each[victim].kill()
-        began = time.monotonic()
-        codes = (-9, 75) if victim == 0 else (75, -9)
-        told = two.ended(*codes, within=60)
-        assert time.monotonic() - began < 30
-        (line,) = errors_of(told[1 - victim])
-        assert f"process {victim} of this run is gone" in line
-        assert "Traceback" not in told[1 - victim][1]
-
-
-@pytest.mark.slow
-def test_a_process_that_hangs_is_missed_after_half_a_minute(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_dies_or_hangs_ends_the_other(victim, number, tmp_path):
     workdir = tmp_path / "run"
     two = Processes(2, workdir, *SHORT, *ENDLESS)
     wait_for_steps(workdir, 12)
-    two.each[0].send_signal(signal.SIGSTOP)
-    _, errors = two.each[1].communicate(timeout=60)
-    assert two.each[1].returncode == 75
-    assert "process 0 of this run is gone (silent for 3" in errors
-    two.each[0].kill()
-    two.ended(-9, 75)
+    two.each[victim].send_signal(number)
+    began = time.monotonic()
+    _, errors = two.each[1 - victim].communicate(timeout=60)
+    assert two.each[1 - victim].returncode == -signal.SIGABRT
+    assert time.monotonic() - began < 45  # seconds; the heartbeat's 30, and a load
+    assert "JAX distributed service detected fatal errors" in errors
+    assert "Traceback" not in errors
+    two.each[victim].kill()
+    two.each[victim].communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_after_a_kill_both_go_on_under_until_done_to_the_same_bytes(victim, tmp_path):
+    """The killed process (137) and the one that JAX ends (134) are started again."""
+    longer = (*SHORT, *ENDLESS, "--config.max_iter=160")
+    Processes(1, tmp_path / "alone", *longer, devices=4).ended(0)
+    workdir = tmp_path / "run"
+    two = Processes(2, workdir, *longer, under=[ROOT / "scripts" / "until_done.sh"])
+    wait_for_steps(workdir, 12)
+    script = two.each[victim].pid
+    children = Path(f"/proc/{script}/task/{script}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
+    told = two.ended(0, 0)
+    codes = {victim: 137, 1 - victim: 134}
+    for process, (_, errors) in enumerate(told):
+        assert f"exit code {codes[process]}: starting again in 2 s" in errors
+    assert "going on after" in told[0][0]
+    assert_same(workdir, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_alone_ends_the_other(tmp_path):
+    workdir = tmp_path / "run"
+    two = Processes(
+        2, (workdir, workdir), *SHORT, own=((), ("--config.data=/nowhere",))
+    )
+    began = time.monotonic()
+    told = two.ended(-signal.SIGABRT, 2, within=100)
+    assert time.monotonic() - began < 75  # seconds; the heartbeat's 30 after a start
+    assert errors_of(told[1]) == ["error: no such image folder: /nowhere"]
 
 
 @pytest.mark.slow

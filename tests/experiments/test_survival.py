@@ -35,21 +35,6 @@ SHORT = (
     "--config.picture_every=1000",
     "--config.measure_images=1",
 )
-# Runs the main job, and sends this process a signal at given images.
-PROGRAM = """
-import os, signal, sys
-from experiments import repair, status
-from sinder_jax import cli
-step = repair.Runner.step
-sent = []
-def interrupted(self, batch):
-    if int(sys.argv[1]) in batch.positions and not sent:
-        sent.append(True)
-        os.kill(os.getpid(), signal.SIGTERM)
-    return step(self, batch)
-repair.Runner.step = interrupted
-cli.exit_on_error(lambda: repair.main(sys.argv[2:]))
-"""
 
 
 def run(workdir, *arguments, code=0):
@@ -305,7 +290,8 @@ def start(workdir, *arguments, devices=2, stop_at=-1, **options):
     }
     return subprocess.Popen(
         [
-            *(sys.executable, "-c", PROGRAM, str(stop_at), *arguments),
+            *(sys.executable, "-m", "tests.support.stopped_at", str(stop_at)),
+            *arguments,
             f"--workdir={workdir}",
         ],
         env=environment,

@@ -5,10 +5,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 import bucket
-from experiments.run import sharing
+from experiments.run import cluster, sharing
 from sinder_jax.storage import paths
 
 
@@ -29,15 +27,16 @@ def together(folders, within=0.3):
         barrier.wait(30)
         return got
 
+    class Threads(cluster.Cluster):
+        def from_first(self, tree):
+            return exchange(self.process, tree)[0]
+
+        def gather(self, yes):
+            return exchange(self.process, yes)
+
     def process(number):
         try:
-            sharing.check(
-                folders[number],
-                process=number,
-                broadcast=lambda value: exchange(number, value)[0],
-                gather=lambda value: exchange(number, value),
-                within=within,
-            )
+            sharing.check(folders[number], Threads(number, count), within=within)
         except ValueError as error:
             return str(error)
 
@@ -81,14 +80,8 @@ def test_a_folder_that_process_0_cannot_write_to_keeps_nobody_waiting(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_text", fail)
-    with pytest.raises(ValueError, match="0, 1 cannot see"):
-        sharing.check(
-            tmp_path,
-            process=0,
-            broadcast=lambda x: x,
-            gather=lambda x: [x, False],
-            within=60,
-        )
+    errors = together([tmp_path, tmp_path], within=60)
+    assert all("0, 1 cannot see" in error for error in errors)
 
 
 def test_processes_see_each_other_in_a_bucket(tmp_path, monkeypatch):
