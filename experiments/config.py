@@ -2,12 +2,14 @@
 
     --config=giant.py --config.lr=0.01 --load, override--> a locked ConfigDict
 
-A bare name means `experiments/configs/`. A config is flat; a value keeps the type that
-the file gave it.
+A bare name means `experiments/configs/`. A config is flat, and a value keeps the type
+that the file gave it. `ml_collections.config_flags` would override as well, but reads
+the flags of `sys.argv` rather than those of a `main(argv)`, and suggests no key for a
+misspelt one.
 """
 
-import ast
 import difflib
+import math
 import os
 import runpy
 from collections.abc import Iterable
@@ -26,9 +28,9 @@ def load(name: str) -> ConfigDict:
       name: a path, or the bare name of a file in `experiments/configs/`.
 
     Raises:
-      FileNotFoundError: there is no such file; lists the configs that come along.
-      ValueError: the file defines no `get_config`, cannot be run, or its keys and their
-        types are not those of the configs that come along.
+      FileNotFoundError: there is no such file; lists the configs of the project.
+      ValueError: the file defines no `get_config`, fails, or has other keys or types
+        than `giant.py`.
     """
     path = Path(name)
     if not path.exists() and os.sep not in name:
@@ -37,8 +39,7 @@ def load(name: str) -> ConfigDict:
         known = ", ".join(sorted(file.name for file in CONFIGS.glob("[!_]*.py")))
         raise FileNotFoundError(f"no config {name}; give a path or one of {known}")
     config = _run(path)
-    misfits = _misfits(config, _run(CONFIGS / "giant.py"))
-    if misfits:
+    if misfits := _misfits(config, _run(CONFIGS / "giant.py")):
         raise ValueError(f"{path}: {misfits}; see the configs of {CONFIGS}")
     return config.lock()
 
@@ -47,20 +48,17 @@ def _run(path: Path) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = None if get_config is None else get_config()
-    # The file may be the user's own, and so is whatever it raises.
+    # The file may be the user's own and raise anything.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} cannot be used: {reason}") from error
     if not isinstance(config, ConfigDict):
-        raise ValueError(
-            f"{path} defines no get_config() that returns a ConfigDict, so it is not a "
-            "config"
-        )
+        raise ValueError(f"{path} defines no get_config() that returns a ConfigDict")
     return config
 
 
 def _misfits(config: ConfigDict, like: ConfigDict) -> str:
-    """Keys of `config` that are missing, surplus, or of another type than in `like`."""
+    """Keys of `config` that are missing, unknown, or of another type than in `like`."""
     found = [f"{key} is missing" for key in like if key not in config]
     found += [f"{key} is unknown" for key in config if key not in like]
     found += [
@@ -88,31 +86,29 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> None:
             )
         if key not in config:
             near = difflib.get_close_matches(key, config.keys(), n=3, cutoff=0.5)
-            hint = (
-                f"did you mean {' or '.join(near)}?"
-                if near
-                else (f"it has {', '.join(sorted(config.keys()))}")
-            )
+            known = f"it has {', '.join(sorted(config.keys()))}"
+            hint = f"did you mean {' or '.join(near)}?" if near else known
             raise ValueError(f"the config has no key {key}: {hint}")
-        if not equals:
-            text = next(arguments, "")
-        config[key] = _value(key, text, config[key])
+        text = text if equals else next(arguments, "")
+        try:
+            config[key] = _value(text, config[key])
+        except ValueError as error:
+            raise ValueError(f"--config.{key} must be {error}, got {text!r}") from None
 
 
-def _value(key: str, text: str, old: Any) -> Any:
-    """`text` as a value of the type of `old`."""
+def _value(text: str, old: Any) -> Any:
+    """`text` as a value of the type of `old`; else raises what it must be."""
     if isinstance(old, str):
         return text
     if isinstance(old, bool):
         if text.lower() not in ("true", "false"):
-            raise ValueError(f"--config.{key} must be true or false, got {text!r}")
+            raise ValueError("true or false")
         return text.lower() == "true"
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = None
-    numbers = (int, float) if isinstance(old, float) else (int,)
-    if isinstance(value, bool) or not isinstance(value, numbers):
-        kind = "number" if isinstance(old, float) else "whole number"
-        raise ValueError(f"--config.{key} must be a {kind} like {old}, got {text!r}")
-    return type(old)(value)
+        value = type(old)(text)
+    except ValueError:
+        value = math.nan
+    if isinstance(value, float) and not math.isfinite(value):
+        kind = "a number" if isinstance(old, float) else "a whole number"
+        raise ValueError(f"{kind} like {old}")
+    return value

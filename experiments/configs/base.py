@@ -3,64 +3,22 @@ r"""SINDER on DINOv2 ViT-B/14, with the authors' settings for the giant.
     python -m experiments.repair --config=base.py --workdir=runs/base \
         --config.checkpoint=dinov2_vitb14 --config.data=/data/imagenet/train
 
-The checkpoint is made by `python -m convert to-jax dinov2_vitb14_pretrain.pth
-dinov2_vitb14`. For the model with registers add its checkpoint and
---config.model=dinov2_vitb14_reg. The authors repaired the giant only; nothing here is
-tuned for this size.
+Hardware: any JAX device; kernels and factors are far smaller than the giant's. Hours
+and result: not run on the published weights; nothing here is tuned for this size.
+Source: arXiv:2407.16826, whose authors repaired the giant only.
+
+`python -m convert to-jax dinov2_vitb14_pretrain.pth dinov2_vitb14` makes the
+checkpoint. For the model with registers give its checkpoint and
+--config.model=dinov2_vitb14_reg.
 """
 
 from ml_collections import ConfigDict
 
+from experiments.configs import giant
+
 
 def get_config() -> ConfigDict:
-    """Every setting of the run; the same keys in all configs of this folder."""
-    config = ConfigDict()
-
-    # Model and data.
-    config.model = "dinov2_vitb14"  # a torch.hub name; the checkpoint must be of it
-    config.checkpoint = ""  # from `python -m convert to-jax`, or a hub file itself
-    config.interpolate_antialias = True  # the authors'; plain hub models say False
-    # A folder, gs://…, list:FILE, tfds:NAME[/SPLIT] (tfds:imagenet2012), or "sample":
-    # the photographs in scikit-image; see `sinder_jax.data.listing`.
-    config.data = ""
-    config.num_images = 30_000  # every max(1, files // num_images)-th file is used
-    config.shuffle_seed = 0  # of the order; 0: as they are listed, no shuffling
-    config.image_size = 518  # pixels, the short side
-    config.resize = "crop"  # to the middle square; "keep": 7 shapes, one image a step
-    config.images_per_step = 0  # 0: one per device; with 1 it is the authors' step
-    config.read_threads = 4  # in each process that reads
-    config.read_workers = 0  # processes that read; 0: threads of this one
-    config.split_model = False  # True: kernels split over the devices, not copied
-
-    # Directions.
-    config.method = "analytic"  # or "monte_carlo", the authors' way
-    config.num_probes = 100_000  # per block, for monte_carlo
-    config.seed = 0  # of the probes
-
-    # The repair (`sinder_jax.repair.RepairOptions`).
-    config.lr = 0.005  # SGD; ε is in units of the singular values
-    config.momentum = 0.9
-    config.mask_thr = 4.0  # outlier: |cos| this many standard deviations above the mean
-    config.min_outliers = 3  # fewer are no defect
-    config.window = 3  # neighbors of a patch: 3 x 3 or 5 x 5
-    config.temperature = 0.1  # τ of the learning target
-    config.active_blocks = 10  # blocks updated, the defect's and those before; 0: all
-    config.reduce = "sum"  # over the images of a step whose window has the block
-    config.matmul_precision = (
-        "high"  # TF32 on a GPU, as the authors; "highest": float32
-    )
-    config.max_iter = 30_000  # images
-    config.history = 1_000  # last images that the stopping rule looks at ...
-    config.stop_share = 0.75  # ... and the share of them without a defect that ends it
-    config.max_bad_steps = 100  # images in a row that are not finite end the run
-
-    # What is written, counted in images.
-    config.log_every = 100
-    config.picture_every = 1_000
-    config.checkpoint_every = 500
-    config.keep_states = 2  # the newest ones
-    config.keep_every = 0  # and all whose number is a multiple of this; 0: none
-    config.measure_images = 8  # of each kind, for the summary: repaired on, held out
-    config.tensorboard = False  # True: event files in the workdir, by tensorboardX
-    config.wandb_project = ""  # of Weights & Biases; empty: none
+    """The giant's settings, for another model."""
+    config = giant.get_config()
+    config.model = "dinov2_vitb14"
     return config

@@ -3,22 +3,25 @@ r"""SINDER on DINOv2 ViT-g/14: the authors' settings.
     python -m experiments.repair --config=giant.py --workdir=runs/giant \
         --config.checkpoint=dinov2_vitg14 --config.data=/data/imagenet/train
 
-The checkpoint is made by `python -m convert to-jax dinov2_vitg14_pretrain.pth
-dinov2_vitg14`; the data are any folder of photographs, ImageNet's training set for the
-authors. Kernels, factors and the rest of the state are 9.2 GiB in float32, without
-activations (benchmarks/README.md). Never run on the published weights here; the authors
-used 30,000 images at most. Source: arXiv:2407.16826 and the released code.
+Hardware: kernels, factors and the rest of the state take 9.2 GiB in float32, without
+activations (benchmarks/README.md). Hours and result: never run on the published weights
+here; the authors used at most 30,000 images. Source: arXiv:2407.16826 and its released
+code.
+
+`python -m convert to-jax dinov2_vitg14_pretrain.pth dinov2_vitg14` makes the
+checkpoint. The data are any folder of photographs; the authors took ImageNet's training
+set. The other configs of this folder start from this one.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Every setting of the run; the same keys in all configs of this folder."""
+    """Every setting of a run."""
     config = ConfigDict()
 
     # Model and data.
-    config.model = "dinov2_vitg14"  # a torch.hub name; the checkpoint must be of it
+    config.model = "dinov2_vitg14"  # a published name; the checkpoint must match it
     config.checkpoint = ""  # from `python -m convert to-jax`, or a hub file itself
     config.interpolate_antialias = True  # the authors'; plain hub models say False
     # A folder, gs://…, list:FILE, tfds:NAME[/SPLIT] (tfds:imagenet2012), or "sample":
@@ -42,20 +45,18 @@ def get_config() -> ConfigDict:
     config.lr = 0.005  # SGD; ε is in units of the singular values
     config.momentum = 0.9
     config.mask_thr = 4.0  # outlier: |cos| this many standard deviations above the mean
-    config.min_outliers = 3  # fewer are no defect
+    config.min_outliers = 3  # with fewer a block has no defect
     config.window = 3  # neighbors of a patch: 3 x 3 or 5 x 5
     config.temperature = 0.1  # τ of the learning target
-    config.active_blocks = 10  # blocks updated, the defect's and those before; 0: all
+    config.active_blocks = 10  # blocks updated: the defect's and those before; 0: all
     config.reduce = "sum"  # over the images of a step whose window has the block
-    config.matmul_precision = (
-        "high"  # TF32 on a GPU, as the authors; "highest": float32
-    )
+    config.matmul_precision = "high"  # the authors' TF32 on a GPU; "highest": float32
     config.max_iter = 30_000  # images
     config.history = 1_000  # last images that the stopping rule looks at ...
     config.stop_share = 0.75  # ... and the share of them without a defect that ends it
-    config.max_bad_steps = 100  # images in a row that are not finite end the run
+    config.max_bad_steps = 100  # non-finite images in a row that end the run
 
-    # What is written, counted in images.
+    # Output, counted in images.
     config.log_every = 100
     config.picture_every = 1_000
     config.checkpoint_every = 500

@@ -9,7 +9,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import config as config_files
+from experiments import visualize
 from experiments.run import inputs
+from experiments.study.subjects import Options
 from sinder_jax import repair, vit
 
 FILES = sorted(file.name for file in config_files.CONFIGS.glob("[!_]*.py"))
@@ -99,6 +101,18 @@ def test_giant_holds_the_authors_settings():
     assert {key: config[key] for key in authors} == authors
 
 
+def test_giant_s_settings_are_the_defaults_elsewhere():
+    giant = config_files.load("giant.py")
+    step = dataclasses.asdict(repair.RepairOptions())
+    assert step.pop("matmul_precision") == "highest"  # the authors' is "high"
+    assert step == {key: giant[key] for key in step}
+    analysis = dataclasses.asdict(Options())
+    assert {"mask_thr", "window", "image_size"} <= analysis.keys() & set(giant.keys())
+    assert all(analysis[key] == giant[key] for key in analysis if key in giant)
+    drawn = visualize._parser().parse_args(["a.png", "--checkpoint=model"])
+    assert drawn.mask_thr == giant.mask_thr
+
+
 @pytest.mark.parametrize("name", HUB_FILES)
 def test_the_other_sizes_differ_from_giant_in_the_model_only(name):
     giant, config = config_files.load("giant.py"), config_files.load(name)
@@ -120,6 +134,21 @@ def test_tiny_needs_neither_weights_nor_photographs():
 def test_a_bare_name_means_the_configs_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert config_files.load(name).model == "dinov2_vitg14"
+
+
+def test_a_config_of_one_s_own_starts_from_giant_s(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from experiments.configs import giant\n\n\n"
+        "def get_config():\n"
+        "    config = giant.get_config()\n"
+        "    config.lr = 0.25\n"
+        "    return config\n"
+    )
+    mine, giant = (
+        config_files.load(name) for name in (str(tmp_path / "mine.py"), "giant.py")
+    )
+    assert mine.lr == 0.25
+    assert {key for key in giant if mine[key] != giant[key]} == {"lr"}
 
 
 def test_a_path_means_itself(tmp_path, monkeypatch):
@@ -228,8 +257,11 @@ def test_overrides_of_several_keys_are_all_applied():
         (["--config.lr"], r"--config\.lr must be a number like 0\.005, got ''"),
         (["--config.lr=True"], r"--config\.lr must be a number"),
         (["--config.lr=1+1j"], r"--config\.lr must be a number"),
+        (["--config.lr=nan"], r"--config\.lr must be a number"),
+        (["--config.lr=inf"], r"--config\.lr must be a number"),
         (["--config.max_iter=1.5"], r"max_iter must be a whole number like 30000"),
         (["--config.max_iter=1e4"], r"max_iter must be a whole number"),
+        (["--config.max_iter=True"], r"max_iter must be a whole number"),
         (["--config.max_iter=__import__('os')"], r"must be a whole number"),
         (["--config.interpolate_antialias=1"], r"must be true or false, got '1'"),
         (["--config.interpolate_antialias"], r"must be true or false, got ''"),
@@ -262,6 +294,7 @@ def test_a_wrong_override_raises(arguments, message):
         ("read_threads=-1", "read_threads must be from 0"),
         ("seed=-1", "seed must be from 0"),
         ("seed=99999999999999999999", "seed must be from 0 to 2147483647"),
+        (f"seed={10**400}", "seed must be from 0 to 2147483647"),
         ("max_iter=3000000000", "max_iter must be from 0 to 2147483647"),
         ("max_bad_steps=0", "max_bad_steps must be from 1"),
         ("log_every=0", "log_every must be from 1"),
