@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import observe
 from sinder_jax import factor, param_tree, repair, vit
+from sinder_jax.analysis.tokens import last_patches
 
 
 def random_params(config: vit.ViTConfig, seed: int = 0) -> dict:
@@ -73,7 +73,7 @@ def main() -> None:
     params = random_params(config)
     image = np.random.default_rng(1).standard_normal((1, args.size, args.size, 3))
     image = image.astype(np.float32)
-    patches = observe.last_patches(config, params, image[0])
+    patches = last_patches(config, params, image[0])
     directions = np.zeros((config.depth, config.embed_dim), np.float32)
     directions[-1] = outlier_direction(np.asarray(patches, np.float64))
 

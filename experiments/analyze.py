@@ -72,10 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.study.cache import Cache
     from experiments.study.steps import Steps, compute
     from experiments.study.study import Study
-    from sinder_jax import plots
 
     # First whatever can be told to be wrong before the long part begins.
-    plots.check_installed()
     options, antialias, checkpoint = _settings(args, overrides)
     names = figures.check_names(
         args.figures.split(","), photos=bool(args.images), compare=bool(args.compare)
@@ -303,10 +301,10 @@ def claim(out: Path, subject: "Subject", *, overwrite: bool) -> None:
 def write_figure(out: Path, one: "Drawn") -> None:
     """Writes NAME.png, NAME.pdf and NAME.npz."""
     from experiments.study.cache import write_arrays
-    from sinder_jax import plots
+    from sinder_jax.plots import style
 
     for kind in ("png", "pdf"):
-        write(out / f"{one.name}.{kind}", plots.encode(one.figure, kind))
+        write(out / f"{one.name}.{kind}", style.encode(one.figure, kind))
     # No slashes: an array's name is that of a member of the archive.
     arrays = {name.replace("/", "_"): array for name, array in one.arrays.items()}
     write_arrays(out / f"{one.name}.npz", arrays)
@@ -315,7 +313,7 @@ def write_figure(out: Path, one: "Drawn") -> None:
 def make_report(summary: dict[str, Any], drawn: "Sequence[Drawn]") -> str:
     """The text of report.html."""
     from experiments.study import report
-    from sinder_jax import plots
+    from sinder_jax.plots import style
 
     return report.page(
         summary,
@@ -324,7 +322,7 @@ def make_report(summary: dict[str, Any], drawn: "Sequence[Drawn]") -> str:
                 one.name,
                 one.title,
                 one.caption,
-                plots.encode(one.figure, "svg"),
+                style.encode(one.figure, "svg"),
                 float(one.figure.get_size_inches()[0]),
             )
             for one in drawn

@@ -30,7 +30,7 @@ from experiments.run.progress import Progress, duration
 from experiments.run.runner import Runner, choose_devices
 from experiments.run.stopping import Stopped, Stopping
 from experiments.run.workdir import Workdir
-from sinder_jax import cli, families, param_tree, pictures, repair
+from sinder_jax import cli, families, param_tree, repair
 from sinder_jax.data import batches
 from sinder_jax.data.listing import Photograph
 
@@ -277,10 +277,10 @@ def loop(
             if passes(config.picture_every, position, batch) and not journal.done:
                 now = runner.params()
                 if workdir.writes:
-                    picture = course.observer.closing_figure(watched[:1], now)
+                    picture = course.observer.picture(watched[:1], now)
                     boards.picture("tokens", picture, position)
                     with workdir.output(f"pictures/image_{position:08d}.png") as path:
-                        pictures.save_png(path, picture)
+                        results.save_png(path, picture)
         if pending is not None:
             journal.read(pending)
     save(job, runner)
@@ -325,8 +325,7 @@ def finish(job: Job, course: Course, heartbeat: Heartbeat, began: float) -> None
         original.provenance,
     )
     with workdir.output("before_after.png") as path:
-        figure = course.observer.closing_figure(watch(job), repaired)
-        pictures.save_png(path, figure)
+        results.save_png(path, course.observer.picture(watch(job), repaired))
     measures = {
         name: course.observer.measure(photographs, repaired, config.measure_images)
         for name, photographs in (

@@ -17,7 +17,8 @@ import numpy as np
 from sinder_jax import cli
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
-    from sinder_jax import pictures, vit
+    from sinder_jax import vit
+    from sinder_jax.analysis import defective
 
     Model = tuple[vit.ViTConfig, dict[str, Any]]  # as `checkpoint.load` returns it
 
@@ -57,8 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
 
-    from sinder_jax import families, loss, pictures
+    from sinder_jax import families, loss
     from sinder_jax.data import decode
+    from sinder_jax.plots import pictures, style
+    from sinder_jax.storage import files as stored
 
     # First whatever can be told to be wrong before the long part begins.
     loss.check_loss_options(mask_thr=args.mask_thr, window=3, temperature=1.0)
@@ -91,7 +94,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         except FloatingPointError as error:
             raise FloatingPointError(f"{file}: {error}") from None
-        pictures.save_png(target, pictures.token_figure(np.asarray(image), rows))
+        figure = pictures.token_rows([(np.asarray(image), rows)])
+        stored.write(target, style.encode(figure, "png"))
         print(f"{file}: {summary(rows)}: {target}", flush=True)
         written += 1
 
@@ -203,7 +207,7 @@ def load_models(paths: Sequence[str]) -> "list[Model]":
 
 def observer(
     models: "Sequence[Model]", *, mask_thr: float
-) -> "Callable[[np.ndarray], list[pictures.TokenMaps]]":
+) -> "Callable[[np.ndarray], list[defective.TokenMaps]]":
     """Prepares a look at the tokens that leave the last block of each model.
 
     Args:
@@ -212,20 +216,20 @@ def observer(
 
     Returns:
       A function from a normalized image [height, width, 3] to the `TokenMaps` of each
-      model; see `observe.token_maps` for what it raises.
+      model; see `defective.token_maps` for what it raises.
     """
     import jax
 
-    from experiments import observe
     from sinder_jax import defects
+    from sinder_jax.analysis import defective, tokens
 
     direction = defects.singular_defect_directions(*models[0])[-1]
     placed = [(config, jax.device_put(params)) for config, params in models]
 
     def observe_image(image):
         return [
-            observe.token_maps(
-                observe.last_patches(config, params, image),
+            defective.token_maps(
+                tokens.last_patches(config, params, image),
                 direction,
                 mask_thr=mask_thr,
             )
@@ -235,11 +239,11 @@ def observer(
     return observe_image
 
 
-def summary(rows: "dict[str, pictures.TokenMaps]") -> str:
+def summary(rows: "dict[str, defective.TokenMaps]") -> str:
     """Says in one line how many outliers and how large norms each model has."""
-    from sinder_jax import pictures
+    from sinder_jax.analysis import defective
 
-    return " -> ".join(pictures.caption(maps) for maps in rows.values())
+    return " -> ".join(defective.describe(maps) for maps in rows.values())
 
 
 if __name__ == "__main__":

@@ -9,30 +9,26 @@ import importlib.util
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+from PIL import Image
 
 import convert
 from convert import source
 from convert.files import writing
-from experiments import observe
+from experiments.run import sinks
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
-from sinder_jax import (
-    checkpoint,
-    delta,
-    factor,
-    families,
-    param_tree,
-    pictures,
-    vit,
-)
+from sinder_jax import checkpoint, delta, factor, families, param_tree, vit
+from sinder_jax.analysis import defective
+from sinder_jax.analysis.tokens import last_patches
 from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store, delta_file
+from sinder_jax.storage import array_store, delta_file, files
 
 
 def export(
@@ -121,21 +117,22 @@ class Observer:
         self._config, self._original = config, params
         self._direction, self._mask_thr, self._size = direction, mask_thr, size
 
-    def figure(self, photograph: Photograph, params: Any) -> pictures.RGB:
-        """The photograph's tokens before and now, see `pictures.before_after`."""
-        before = self._look(photograph, self._original)
-        now = self._look(photograph, params)
-        maps = [
-            observe.token_maps(look.tokens, self._direction, mask_thr=self._mask_thr)
-            for look in (before, now)
-        ]
-        return pictures.before_after(before.pixels, *maps)
+    def picture(self, photographs: Sequence[Photograph], params: Any) -> sinks.RGB:
+        """Draws the photographs' tokens before and now, see `pictures.token_rows`."""
+        from sinder_jax.plots import pictures, style  # matplotlib: not for --help
 
-    def closing_figure(
-        self, photographs: Sequence[Photograph], params: Any
-    ) -> pictures.RGB:
-        """Several photographs below each other."""
-        return pictures.stack([self.figure(one, params) for one in photographs])
+        looks = []
+        for photograph in photographs:
+            models = {"before": self._original, "now": params}
+            seen = {name: self._look(photograph, each) for name, each in models.items()}
+            maps = {
+                name: defective.token_maps(
+                    look.tokens, self._direction, mask_thr=self._mask_thr
+                )
+                for name, look in seen.items()
+            }
+            looks.append((seen["now"].pixels, maps))
+        return style.pixels(pictures.token_rows(looks))
 
     def measure(
         self, photographs: Sequence[Photograph], params: Any, most: int
@@ -154,7 +151,7 @@ class Observer:
         each = {}
         for one in spread(photographs, most):
             before, now = self._look(one, self._original), self._look(one, params)
-            each[one.name] = observe.measure(
+            each[one.name] = defective.measure(
                 before.tokens, now.tokens, self._direction, mask_thr=self._mask_thr
             )
         if not each:
@@ -189,7 +186,13 @@ class Observer:
         photo = photograph.read()
         crop = decode.training_crop(photo, self._size, patch_size=config.patch_size)
         image = decode.normalize(crop, families.of(config).statistics)
-        return Look(np.asarray(crop), observe.last_patches(config, params, image))
+        return Look(np.asarray(crop), last_patches(config, params, image))
+
+
+def save_png(path: Path, rgb: sinks.RGB) -> None:
+    """Writes a picture as PNG, whole or not at all."""
+    with files.replacing(path) as partial:
+        Image.fromarray(rgb).save(partial, format="PNG")
 
 
 def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:

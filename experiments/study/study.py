@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from experiments import observe
 from experiments.study.cache import Arrays, Cache, Step
 from experiments.study.subjects import Options, Photo, Subject
 from sinder_jax import defects, families, loss, vit
@@ -24,7 +23,9 @@ from sinder_jax.analysis.pca import pca_basis, pca_rgb
 from sinder_jax.analysis.tokens import (
     angles,
     growth,
+    last_patches,
     learning_targets,
+    patch_tokens,
     random_directions,
     token_norms,
 )
@@ -296,7 +297,7 @@ class Study:
         if self._held[0] != (subject.name, photo.name):
             self._held = (None, None)  # before the next ones need the room
             image = _normalized(subject.config, photo)
-            tokens = _all_tokens(subject.config, subject.placed, image)
+            tokens = patch_tokens(subject.config, subject.placed, image)
             _check_finite(photo, tokens[-1])
             self._held = ((subject.name, photo.name), tokens)
         return self._held[1]
@@ -319,7 +320,7 @@ class Study:
 
     @staticmethod
     def _seen(config: vit.ViTConfig, params: Any, photo: Photo) -> Arrays:
-        tokens = observe.last_patches(config, params, _normalized(config, photo))
+        tokens = last_patches(config, params, _normalized(config, photo))
         _check_finite(photo, tokens)
         norms, pca = token_norms(tokens), _pca_rgb(tokens)
         return {"norms": np.asarray(norms), "pca": np.asarray(pca)}
@@ -339,20 +340,6 @@ def _check_finite(photo: Photo, tokens: Array) -> None:
 # --- Of tokens ------------------------------------------------------------------------
 
 _pca_rgb = jax.jit(pca_rgb)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _all_tokens(
-    config: vit.ViTConfig, params: Any, image: Float[Array, "height width 3"]
-) -> Float[Array, "L H W D"]:
-    tokens: Any = vit.ViT(config).apply(
-        {"params": params},
-        image[None],
-        blocks=tuple(range(config.depth)),
-        method="intermediates",
-    )
-    grid = vit.patch_grid(config, *image.shape[:2])
-    return jnp.concatenate([vit.split_tokens(config, x, *grid)[2] for x in tokens])
 
 
 @jax.jit

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.study.cache import Arrays
 from experiments.study.study import HIGHEST, TEMPERATURES, Study
 from experiments.study.subjects import Photo, Subject
-from sinder_jax import plots
-from sinder_jax.analysis import tokens
+from sinder_jax.analysis import defective, tokens
+from sinder_jax.plots import token_plots
 
 
 class Drawn(NamedTuple):
@@ -30,7 +31,7 @@ class Drawn(NamedTuple):
     name: str
     title: str
     caption: str
-    figure: plots.Figure
+    figure: Figure
     arrays: Arrays
 
 
@@ -74,7 +75,7 @@ def draw_norms(study: Study) -> Iterator[Drawn]:
         f"Norms of the patch tokens after every block, {_count(study)} together, on a "
         "logarithmic axis. Dots are the tokens that are detected along ν_i (equation "
         "5). A singular defect shows as dots far above the violins from one block on.",
-        plots.norms(values, marked),
+        token_plots.norms(values, marked),
         keyed(values, "norms") | keyed(marked, "detected"),
     )
 
@@ -125,7 +126,7 @@ def _violins(
         f"{name}-{photo.name}",
         f"{title}, {photo.name}",
         reading,
-        plots.angles(values, marked, direction=direction),
+        token_plots.angles(values, marked, direction=direction),
         keyed(values, what) | keyed(marked, "detected"),
     )
 
@@ -180,7 +181,7 @@ def draw_theory(study: Study) -> Iterator[Drawn]:
         "direction ν_i that the weights predict; near 0 from the block on where the "
         "defect appears. Green band and vermilion dashes: how little the photographs "
         "differ. Gray: a random direction.",
-        plots.theory(
+        token_plots.theory(
             *(
                 arrays[name]
                 for name in (
@@ -216,7 +217,7 @@ def draw_pca(study: Study) -> Iterator[Drawn]:
             "The three leading principal components of the last block's patch tokens "
             "as red, green and blue, each picture by its own components (appendix A). "
             "Defective tokens are isolated patches of glaring color.",
-            plots.pca(photo.pixels, pictures),
+            token_plots.pca(photo.pixels, pictures),
             {"photograph": photo.pixels} | keyed(pictures, "pca"),
         )
 
@@ -236,7 +237,7 @@ def draw_blocks(study: Study) -> Iterator[Drawn]:
             "shown below. There, from above: PCA of the tokens, angle to ν_i (dark "
             f"means small), tokens detected at μ = {study.options.mask_thr:g}, and the "
             "learning target (equation 7) of every token at three temperatures.",
-            plots.blocks(
+            token_plots.blocks(
                 _flat(look["angles"]),
                 _flat(detected),
                 chosen,
@@ -262,18 +263,24 @@ def draw_clamp(study: Study) -> Iterator[Drawn]:
     for photo in study.photos:
         look = study.cache(study.look(study.first, photo))
         pictures = {"not clamped": look["pca"]}
-        norms = {"not clamped": look["norms"][-1].ravel()}
+        norms = {"not clamped": look["norms"][-1]}
         for gamma in study.options.gammas:
             clamped = study.cache(study.clamped(gamma, photo))
             pictures[f"γ = {gamma:g}"] = clamped["pca"]
-            norms[f"γ = {gamma:g}"] = clamped["norms"].ravel()
+            norms[f"γ = {gamma:g}"] = clamped["norms"]
+        large = {name: defective.large_norms(each) for name, each in norms.items()}
+        norms = {name: each.ravel() for name, each in norms.items()}
         yield Drawn(
             f"clamp-{photo.name}",
             f"Clamping the singular values of linear layers, {photo.name}",
             "Every linear layer's singular values cut off at γ: PCA and norms of the "
             "last block's patch tokens, on one scale. As γ falls, so do the norms of "
             "defective tokens (dots: above 3 x the median).",
-            plots.clamping(pictures, norms),
+            token_plots.clamping(
+                pictures,
+                norms,
+                {name: np.ravel(mask) for name, mask in large.items()},
+            ),
             keyed(pictures, "pca") | keyed(norms, "norms"),
         )
 
@@ -296,7 +303,9 @@ def draw_growth(study: Study) -> Iterator[Drawn]:
             "How much the attention and the FFN of each block add to a token's part "
             f"along ν of the last block: mean over the {mask.sum()} {which}. The sum "
             "of all is the black line.",
-            plots.growth(*(sign * part for part in parts), sign * found["start"][mask]),
+            token_plots.growth(
+                *(sign * part for part in parts), sign * found["start"][mask]
+            ),
             found | {"tokens": mask},
         )
 

@@ -14,11 +14,13 @@ from experiments.study.cache import Arrays
 from experiments.study.study import NUM_RANDOM, Study
 from experiments.study.subjects import Photo, Subject
 from sinder_jax.analysis import tokens
-
-LARGE_NORM = 3.0  # times the median: the second sign of a defective token
-ALONG = (
-    45.0  # degrees: nearer to a line, more of a token's square lies along it than off
+from sinder_jax.analysis.defective import (
+    LARGE_NORM,
+    is_defective,
+    large_norms,
+    norm_ratio,
 )
+
 NOWHERE = -1
 
 Numbers = dict[str, Any]
@@ -84,20 +86,13 @@ def _of_forecast(found: Arrays) -> Numbers:
 
 
 def _of_photo(study: Study, subject: Subject, photo: Photo) -> Numbers:
-    """One photograph. A defective token lies along ν_i and is large besides.
-
-    Along ν_i: detected by equation 5, or nearer than `ALONG`, for where every fourth
-    token is defective none is an outlier. Direction alone would not do: at 4 standard
-    deviations, about two of 1,369 normally distributed cosines are outliers.
-    """
+    """The numbers of one photograph, by the tokens that `is_defective` marks."""
     look = study.cache(study.look(subject, photo))
-    detected, norms = study.detected(look), look["norms"]
-    medians = np.median(norms, axis=(1, 2), keepdims=True)
-    large = norms > LARGE_NORM * medians
-    angles = look["angles"]
-    counts = ((detected | (angles < ALONG)) & large).sum(axis=(1, 2))
+    norms, angles, detected = look["norms"], look["angles"], study.detected(look)
+    large = np.asarray(large_norms(norms))
+    counts = np.asarray(is_defective(norms, angles, detected)).sum(axis=(1, 2))
     start, end = longest_run(counts >= study.options.min_outliers)
-    ratios = (norms / medians).max(axis=(1, 2))
+    ratios = np.asarray(norm_ratio(norms))
     found = {
         "file": str(photo.path),
         "patches": norms[0].size,

@@ -10,7 +10,7 @@ import numpy as np
 from experiments.study.cache import Arrays
 from experiments.study.study import Study
 from experiments.study.token_figures import Drawn, keyed
-from sinder_jax import plots
+from sinder_jax.plots import weight_plots
 
 
 def draw_forecast(study: Study) -> Iterator[Drawn]:
@@ -34,7 +34,7 @@ def draw_forecast(study: Study) -> Iterator[Drawn]:
         "direction than the next one. Below, through which singular values of the "
         "defect's block the gain along ν passes; two kernels in a row carry the same "
         "share.",
-        plots.forecast(
+        weight_plots.forecast(
             gaps, int(first["block"]), labels, first["blamed_share"].tolist()
         ),
         keyed(gaps, "gaps") | {name: x for name, x in first.items() if name != "gaps"},
@@ -64,7 +64,7 @@ def draw_spectra(study: Study) -> Iterator[Drawn]:
         "The largest singular value of every kernel; the ratio of the two largest of "
         "each block's linear map; and the shares of its eigenvalues inside the unit "
         "circle (tokens shrink) and of negative real part (tokens are reversed).",
-        plots.spectra(
+        weight_plots.spectra(
             leading, found["ratios"], found["share_inside"], found["share_negative"]
         ),
         found,
@@ -79,7 +79,7 @@ def draw_eigenvalues(study: Study) -> Iterator[Drawn]:
         "Eigenvalues of the blocks' linear maps",
         "Eigenvalues of the linear maps of single blocks in the complex plane, with "
         "the unit circle.",
-        plots.eigenvalues(found["eigenvalues"], study.blocks),
+        weight_plots.eigenvalues(found["eigenvalues"], study.blocks),
         {"eigenvalues": found["eigenvalues"], "blocks": np.array(study.blocks)},
     )
 
@@ -92,6 +92,6 @@ def draw_changes(study: Study) -> Iterator[Drawn]:
         "Learned minus original singular values",
         "What the repair changed of the three leading singular values of every "
         "trainable kernel, each held against the original's singular vectors.",
-        plots.changes({name: values[:, :3] for name, values in found.items()}),
+        weight_plots.changes({name: values[:, :3] for name, values in found.items()}),
         found,
     )

@@ -1,12 +1,13 @@
-"""What tokens say, given directions: angles, outliers, and where a token grew.
+"""Patch tokens and directions: angles, learning targets, and where a token grew.
 
+    image --patch_tokens, last_patches--> tokens [H, W, D] after chosen blocks
     tokens [B, H, W, D] --empirical_direction--> direction, its spread over images
-    tokens + direction --angles--> degrees --separation--> how well it tells defects
-    tokens + direction --detect, learning_targets--> equations (5) and (7)
+    tokens + direction --angles--> degrees --separation--> how well they tell defects
+    tokens + direction --learning_targets--> equation (7)
     images + direction --growth--> what attention and FFN of each block add along it
 
-Every function but `separation` can be jitted. None multiplies matrices at an
-accelerator's default precision.
+`defective` says which tokens are defective. Every function but `separation` can be
+jitted. None multiplies matrices at an accelerator's default precision.
 """
 
 import functools
@@ -18,13 +19,53 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.stats
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from sinder_jax import loss, vit
 from sinder_jax.loss import normalize
 from sinder_jax.param_tree import Params
 
 AnyArray = Array | np.ndarray
+
+
+@functools.partial(jax.jit, static_argnames=("config", "blocks"))
+def patch_tokens(
+    config: vit.ViTConfig,
+    params: Params,
+    image: Float[AnyArray, "height width 3"],
+    blocks: tuple[int, ...] | None = None,
+) -> Float[Array, "k H W D"]:
+    """Returns the patch tokens of one image after some blocks, before the final norm.
+
+    Args:
+      config: the architecture; static under `jax.jit`.
+      params: the params tree.
+      image: normalized pixels.
+      blocks: counted from 0; None: all.
+
+    Raises:
+      ValueError: a side of the image is no multiple of the patch size.
+
+    Example:
+      >>> from sinder_jax import planted
+      >>> made = planted.planted_model(0)
+      >>> image = jax.random.normal(jax.random.key(0), (56, 84, 3))
+      >>> patch_tokens(made.config, made.params, image, (0, 11)).shape
+      (2, 4, 6, 128)
+    """
+    blocks = tuple(range(config.depth)) if blocks is None else blocks
+    tokens: Any = vit.ViT(config).apply(
+        {"params": params}, image[None], blocks=blocks, method="intermediates"
+    )
+    grid = vit.patch_grid(config, *image.shape[:2])
+    return jnp.concatenate([vit.split_tokens(config, x, *grid)[2] for x in tokens])
+
+
+def last_patches(
+    config: vit.ViTConfig, params: Params, image: Float[AnyArray, "height width 3"]
+) -> Float[Array, "H W D"]:
+    """Returns the patch tokens after the last block, see `patch_tokens`."""
+    return patch_tokens(config, params, image, (config.depth - 1,))[0]
 
 
 def token_norms(
@@ -38,37 +79,6 @@ def token_norms(
       Array([5., 2.], dtype=float32)
     """
     return jnp.linalg.norm(jnp.asarray(tokens), axis=-1)
-
-
-def norm_ratio(
-    norms: Float[AnyArray, "*grid"],
-) -> Float[Array, ""]:
-    """Returns the largest norm over the median norm, at least 1.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> norm_ratio(jnp.array([[1.0, 2.0, 2.0], [2.0, 3.0, 50.0]]))
-      Array(25., dtype=float32)
-    """
-    norms = jnp.asarray(norms)
-    return jnp.max(norms) / jnp.median(norms)
-
-
-def count_large_norms(
-    norms: Float[AnyArray, "*grid"], factor: float = 3.0
-) -> Int[Array, ""]:
-    """Counts the tokens whose norm is above `factor` times the median norm.
-
-    A second way to see defects, which needs no direction. With several images, call it
-    for each: the median is that of everything given.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> count_large_norms(jnp.array([[1.0, 2.0, 2.0], [2.0, 7.0, 50.0]]))
-      Array(2, dtype=int32)
-    """
-    norms = jnp.asarray(norms)
-    return jnp.sum(norms > factor * jnp.median(norms))
 
 
 def cosine(
@@ -229,51 +239,7 @@ def separation(
     return float(above / (count * others))
 
 
-# --- Outliers and learning targets ----------------------------------------------------
-
-
-class Detection(NamedTuple):
-    """Outliers of one image along a direction (equation 5).
-
-    Attributes:
-      logits: -|cos(token, direction)|, from -1 (defective) to 0.
-      mask: True where a token is an outlier; never on the border.
-    """
-
-    logits: Float[Array, "H W"]
-    mask: Bool[Array, "H W"]
-
-
-def detect(
-    tokens: Float[AnyArray, "H W D"],
-    direction: Float[AnyArray, " D"],
-    *,
-    mask_thr: float = 4.0,
-    window: int = 3,
-) -> Detection:
-    """Detection logits and mask as the repair sees them (figure 6, third row).
-
-    Args:
-      tokens: patch tokens of one image after a block.
-      direction: of that block.
-      mask_thr: μ, in standard deviations below the mean logit; above 0.
-      window: 3 or 5; patches nearer than window//2 to the border are never outliers.
-
-    Raises:
-      ValueError: an option out of range.
-
-    Example:
-      >>> import jax
-      >>> tokens = jax.random.normal(jax.random.key(0), (8, 8, 256))
-      >>> found = detect(tokens.at[3, 4, 0].set(200.0), jax.numpy.eye(256)[0])
-      >>> int(found.mask.sum()), bool(found.mask[3, 4]), found.logits[3, 4].round(2)
-      (1, True, Array(-1., dtype=float32))
-    """
-    loss.check_loss_options(mask_thr=mask_thr, window=window, temperature=1.0)
-    logits = loss.outlier_logits(jnp.asarray(tokens), jnp.asarray(direction))
-    return Detection(
-        logits, loss.outlier_mask(logits, mask_thr=mask_thr, window=window)
-    )
+# --- Learning targets -----------------------------------------------------------------
 
 
 def learning_targets(

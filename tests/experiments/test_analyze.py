@@ -28,7 +28,7 @@ from experiments.study.subjects import Options, Photo, Subject, read_photos
 from photos import crop, normalize
 from sinder_jax import checkpoint, cli, param_tree, planted, vit
 from sinder_jax.analysis import spectra
-from sinder_jax.analysis.tokens import detect
+from sinder_jax.analysis.defective import detect
 from sinder_jax.data import decode, listing
 
 SMALL = vit.ViTConfig(embed_dim=32, depth=3, num_heads=2, ffn_layer="mlp", img_size=56)

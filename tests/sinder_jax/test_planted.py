@@ -9,9 +9,10 @@ from PIL import Image
 
 import photos
 from experiments import config as config_files
-from experiments import observe
 from experiments.run import inputs
 from sinder_jax import defects, param_tree, planted, repair, vit
+from sinder_jax.analysis import defective
+from sinder_jax.analysis.tokens import last_patches
 from sinder_jax.data import decode, listing
 
 TINY = config_files.load("tiny.py")
@@ -92,13 +93,11 @@ def test_the_authors_probes_find_the_planted_direction_too():
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", [*PHOTOGRAPHS, "noise", "black", "gray", "white"])
 def test_every_image_has_defects_in_the_last_block(name, seed):
-    tokens = observe.last_patches(model(seed).config, device_params(seed), pixels(name))
-    # The border is left out by `outliers`, so these are interior ones.
-    mask = np.asarray(
-        observe.outliers(tokens, found(seed).directions[-1], mask_thr=TINY.mask_thr)
-    )
-    norms = np.linalg.norm(tokens, axis=-1)
-    large = norms > 3 * np.median(norms)
+    tokens = last_patches(model(seed).config, device_params(seed), pixels(name))
+    # Outliers are never on the border, so these are interior tokens.
+    direction = found(seed).directions[-1]
+    mask = np.asarray(defective.detect(tokens, direction, mask_thr=TINY.mask_thr).mask)
+    large = np.asarray(defective.large_norms(np.linalg.norm(tokens, axis=-1)))
     assert 3 <= mask.sum() <= planted.NUM_SPOTS
     assert 3 <= large.sum() <= planted.NUM_SPOTS
     assert (mask | ~large).all()  # nothing is thrown but along the direction
@@ -148,6 +147,6 @@ def test_without_the_planted_unit_nothing_is_found():
     assert (cosine < np.cos(np.radians(45))).all()
     params = jax.device_put(made.params)
     for name in PHOTOGRAPHS:
-        tokens = observe.last_patches(made.config, params, pixels(name))
+        tokens = last_patches(made.config, params, pixels(name))
         norms = np.linalg.norm(tokens, axis=-1)
         assert norms.max() < 3 * np.median(norms)

@@ -96,3 +96,12 @@ def stacked(
 def detailed_steps(arrays: Mapping[str, np.ndarray]) -> list[int]:
     """The steps whose mask, target and gradients were recorded."""
     return sorted(int(k[4 : k.index("/")]) for k in arrays if k.endswith("/mask"))
+
+
+@functools.cache
+def patches(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Patch tokens [H, W, D] of the defect's block, and the block's direction."""
+    arrays, meta = load(name)
+    block, shape = meta["log"][0]["layer"], arrays["step0/mask"].shape
+    tokens = arrays[f"tokens/block_{block}"][0, 1 + meta["num_register_tokens"] :]
+    return tokens.reshape(*shape, -1), arrays["singular_defects"][block]

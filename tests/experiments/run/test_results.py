@@ -1,8 +1,6 @@
-"""experiments/results.py and observe.py: tokens to numbers, pictures and files."""
+"""run/results.py: measures over photographs, pictures and the files of a repair."""
 
-import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 
 import jax
@@ -12,14 +10,12 @@ import pytest
 from PIL import Image
 
 import convert
-from experiments import observe
 from experiments.run import results
 from experiments.run.workdir import Workdir
 from photos import crop, normalize
 from samples import read_state_dict
-from sinder_jax import checkpoint, loss, param_tree, vit
-from sinder_jax.analysis import pca
-from sinder_jax.analysis.tokens import token_norms
+from sinder_jax import checkpoint, param_tree, vit
+from sinder_jax.analysis import defective
 from sinder_jax.data import listing
 
 CONFIG = vit.ViTConfig(64, 3, 1, "mlp", img_size=56)
@@ -78,79 +74,6 @@ def tokens_of(params, file: listing.File) -> jax.Array:
     return tokens[0, 1:].reshape(8, 8, 64)
 
 
-# --- observe: tokens ------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("registers", [0, 4])
-def test_last_patches_are_the_tokens_behind_class_and_registers(registers):
-    config = dataclasses.replace(CONFIG, num_register_tokens=registers)
-    params = jax.device_put(weights(config, 0))
-    image = np.random.default_rng(3).normal(size=(56, 84, 3)).astype(np.float32)
-    patches = observe.last_patches(config, params, image)
-    (tokens,) = vit.ViT(config).apply(
-        {"params": params},
-        jnp.asarray(image[None]),
-        blocks=(2,),
-        method="intermediates",
-    )
-    assert tokens.shape == (1, 1 + registers + 24, 64)
-    # The same program compiled twice may fuse differently: float32 rounding.
-    np.testing.assert_allclose(
-        patches, tokens[0, 1 + registers :].reshape(4, 6, 64), rtol=1e-4, atol=1e-4
-    )
-
-
-def test_outliers_are_those_of_the_loss(direction):
-    tokens = np.random.default_rng(4).normal(size=(9, 7, 64)).astype(np.float32)
-    tokens[4, 3] += 20 * np.asarray(direction)
-    tokens[0, 3] += 20 * np.asarray(direction)  # on the border, never one
-    mask = observe.outliers(jnp.asarray(tokens), direction, mask_thr=3.0)
-    _, aux = loss.neighbor_loss(jnp.asarray(tokens), direction, mask_thr=3.0)
-    np.testing.assert_array_equal(mask, aux.mask)
-    assert np.argwhere(mask).tolist() == [[4, 3]]
-
-
-def test_maps_are_those_of_analysis(direction):
-    tokens = np.random.default_rng(4).normal(size=(9, 7, 64)).astype(np.float32)
-    tokens = jnp.asarray(tokens).at[4, 3].add(20 * direction)
-    maps = observe.token_maps(tokens, direction, mask_thr=3.0)
-    np.testing.assert_array_equal(maps.norms, token_norms(tokens))
-    np.testing.assert_array_equal(maps.pca, pca.pca_rgb(tokens))
-    assert maps.mask.sum() == 1 and maps.mask[4, 3]
-    with pytest.raises(FloatingPointError, match="not finite"):
-        observe.token_maps(tokens.at[0, 0, 0].set(jnp.inf), direction, mask_thr=3.0)
-
-
-# --- observe: numbers -----------------------------------------------------------------
-
-
-def test_measures_of_tokens_made_by_hand():
-    """A flat field of norm 2; one token thrown along the direction, one across it."""
-    direction = jnp.asarray(np.eye(8, dtype=np.float32)[0])
-    before = np.zeros((6, 6, 8), np.float32)
-    before[..., 1] = 2.0
-    after = before.copy()
-    before[2, 2, 0] = 10.0  # norm √104, an outlier
-    before[3, 4, 1] = 7.0  # large, but not along the direction
-    before[0, 3, 0] = 20.0  # on the border: never an outlier, but large
-    after[3, 4, 1] = 5.0  # still there, no more than 3 x the median
-    after[1, 1, 2] = 2.0  # a sound token turned by 45 degrees
-    numbers = observe.measure(
-        jnp.asarray(before), jnp.asarray(after), direction, mask_thr=1.0
-    )
-    assert numbers == {
-        "outliers_before": 1,
-        "large_norms_before": 3,
-        "norm_ratio_before": pytest.approx(np.sqrt(404) / 2, rel=1e-6),
-        "outliers_after": 0,
-        "large_norms_after": 0,
-        "norm_ratio_after": pytest.approx(2.5, rel=1e-6),
-        # 33 of 36 were sound; one of them has the cosine of 45 degrees.
-        "cosine_of_sound_tokens": pytest.approx((32 + np.sqrt(0.5)) / 33, rel=1e-6),
-    }
-    json.dumps(numbers)  # plain numbers
-
-
 # --- results: several photographs -----------------------------------------------------
 
 
@@ -158,7 +81,7 @@ def test_measures_of_photographs_are_means_and_maxima(two_models, direction, pho
     measured = observer(two_models, direction).measure(photos, two_models[1], 6)
     readable = [file for i, file in enumerate(photos) if i != 3]
     each = [
-        observe.measure(
+        defective.measure(
             *(tokens_of(params, file) for params in two_models), direction, mask_thr=1.5
         )
         for file in readable
@@ -243,12 +166,31 @@ def test_no_more_photographs_are_decoded_than_needed(photos, monkeypatch):
 
 def test_a_figure_shows_photograph_before_and_now(two_models, direction, photos):
     look = observer(two_models, direction)
-    figure = look.figure(photos[0], two_models[1])
-    assert figure.dtype == np.uint8 and figure.ndim == 3 and figure.shape[2] == 3
-    assert not np.array_equal(figure, look.figure(photos[0], two_models[0]))
-    two = look.closing_figure([photos[0], photos[1]], two_models[1])
-    assert two.shape[0] > 2 * figure.shape[0] and two.shape[1] == figure.shape[1]
-    np.testing.assert_array_equal(two[: figure.shape[0]], figure)
+    one = look.picture(photos[:1], two_models[1])
+    assert one.dtype == np.uint8 and one.ndim == 3 and one.shape[2] == 3
+    assert not np.array_equal(one, look.picture(photos[:1], two_models[0]))
+    two = look.picture(photos[:2], two_models[1])
+    assert two.shape == (2 * one.shape[0], *one.shape[1:])
+
+
+def test_a_picture_is_written_as_png_whole_or_not_at_all(tmp_path, monkeypatch):
+    rgb = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    results.save_png(tmp_path / "a.png", rgb[::-1])
+    results.save_png(tmp_path / "a.png", rgb)
+    with Image.open(tmp_path / "a.png") as saved:
+        assert saved.format == "PNG"
+        np.testing.assert_array_equal(np.asarray(saved), rgb)
+
+    def full_disk(self, file, **options):
+        Path(file).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    content = (tmp_path / "a.png").read_bytes()
+    monkeypatch.setattr(Image.Image, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        results.save_png(tmp_path / "a.png", rgb[::-1])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_bytes() == content
 
 
 # --- results: the repaired model ------------------------------------------------------

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from sinder_jax.analysis import pca
+from sinder_jax.analysis.defective import large_norms, norm_ratio
 from sinder_jax.analysis.tokens import (
     angles,
     cosine,
-    count_large_norms,
-    norm_ratio,
     token_norms,
 )
 
@@ -42,19 +41,6 @@ def test_token_norms_match_float64(shape):
     got = token_norms(tokens)
     assert got.shape == shape[:-1] and got.dtype == jnp.float32
     np.testing.assert_allclose(got, expected, rtol=1e-6)  # a sum of 48 in float32
-
-
-def test_norm_ratio_and_count_use_the_median_not_the_mean():
-    norms = np.array([[1.0, 2.0, 2.0], [2.0, 2.0, 600.0]], np.float32)  # mean 101
-    assert float(norm_ratio(norms)) == 300.0
-    assert int(count_large_norms(norms)) == 1
-
-
-def test_a_norm_of_exactly_factor_times_the_median_is_not_counted():
-    norms = np.array([2.0, 2.0, 2.0, 6.0, 6.5], np.float32)
-    assert int(count_large_norms(norms)) == 1
-    assert int(count_large_norms(norms, factor=2.9)) == 2
-    assert int(count_large_norms(norms, factor=4.0)) == 0
 
 
 # --- Angles and cosines ---------------------------------------------------------------
@@ -211,7 +197,7 @@ def test_every_function_gives_the_same_under_jit():
     calls = [
         (token_norms, (tokens,)),
         (norm_ratio, (norms,)),
-        (count_large_norms, (norms,)),
+        (large_norms, (norms,)),
         (angles, (tokens, direction)),
         (cosine, (tokens, -tokens)),
         (pca.pca_rgb, (tokens,)),

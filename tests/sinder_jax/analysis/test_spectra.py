@@ -12,11 +12,11 @@ import convert
 import golden
 import photos
 import reference
-from experiments import observe
 from samples import SMALL, error_of, random_params
 from sinder_jax import defects, factor, kernels, planted
 from sinder_jax.analysis import spectra
-from sinder_jax.analysis.tokens import norm_ratio, token_norms
+from sinder_jax.analysis.defective import norm_ratio
+from sinder_jax.analysis.tokens import last_patches, token_norms
 from sinder_jax.data import listing
 
 GAMMAS = (2.0, 1.5, 1.3)  # of figure 5
@@ -247,7 +247,7 @@ def test_clamping_lowers_the_norm_ratio_monotonically():
     pixels = photos.prepared(listing.sample_images()[0], 224)
 
     def ratio(params):
-        tokens = observe.last_patches(made.config, jax.device_put(params), pixels)
+        tokens = last_patches(made.config, jax.device_put(params), pixels)
         return float(norm_ratio(token_norms(tokens)))
 
     gammas = (20.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5, 1.3)  # 9 are planted
