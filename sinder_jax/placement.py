@@ -1,22 +1,25 @@
-"""Where the large arrays of a repair live: whole on every device, or split over them.
+"""Where the arrays of a repair live: whole on every device, or split over them.
 
+    tree --replicate--> a copy on each device     tree --shard--> a part on each device
     stacked arrays --fetch--> those of one block, whole --store--> the part kept here
-    frozen, state --shard--> their kernels and factors split over the axis of a mesh
+    tree, replicated or split --gather--> whole arrays on the host
 
 A split array is gathered block by block before it is used, so no sum over a contraction
-is split and the numbers are those of one device. That needs all devices to ask for the
-same block at the same time: the loops of `search` run in step, as far as the longest.
+is split and the numbers are those of one device. All devices must then ask for the same
+block at the same time: the loops of `search` run in step, for as long as the longest.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+AXIS = "images"
 # Of `Frozen` and `RepairState`: their matrices, stacked over blocks to [L, m, n], are
 # split by the last axis. Vectors, and what is not stacked, are whole everywhere.
 STACKED = ("merged", "factors", "blocks")
@@ -24,22 +27,20 @@ STACKED = ("merged", "factors", "blocks")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """How one device comes by the arrays of a block.
+    """How one device gets the arrays of a block.
 
     Attributes:
-      axis: name of the mapped axis that arrays are split over; None: all are whole.
-      devices: how many there are on it.
+      axis: name of the mesh axis that arrays are split over; None: all are whole.
     """
 
     axis: str | None = None
-    devices: int = 1
 
     def fetch(self, stacked: Any, block: Array) -> Any:
         """One block's arrays, whole, out of arrays stacked over blocks.
 
         Args:
           stacked: arrays [L, ...].
-          block: the same on all devices, where arrays are split.
+          block: if arrays are split, the same on all devices.
         """
         return jax.tree.map(lambda x: self._whole(at(x, block)), stacked)
 
@@ -74,8 +75,36 @@ def at(stacked: Array, block: Array) -> Array:
     return lax.dynamic_index_in_dim(stacked, block, keepdims=False)
 
 
+# --- Several devices ------------------------------------------------------------------
+
+
+def over(devices: Sequence[jax.Device]) -> NamedSharding:
+    """The sharding that gives each device its share of a step's images."""
+    return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+
+def in_order(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
+    """Sorts devices so that each process gets consecutive images."""
+    return tuple(sorted(devices, key=lambda device: (device.process_index, device.id)))
+
+
+def axis_of(sharding: NamedSharding) -> tuple[Any, str]:
+    """Mesh and name of the axis that a sharding of the images splits.
+
+    Raises:
+      ValueError: not a `NamedSharding` whose spec names exactly one axis.
+    """
+    spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
+    if len(spec) != 1 or not isinstance(spec[0], str):
+        raise ValueError(
+            f"got sharding {sharding}, expected that of the images' first axis; pass "
+            "NamedSharding(mesh, PartitionSpec(axis))"
+        )
+    return sharding.mesh, spec[0]
+
+
 def partition(tree: Any, axis: str) -> Any:
-    """The `PartitionSpec` of every array of `Frozen` or `RepairState`."""
+    """The `PartitionSpec` of every array of a split `Frozen` or `RepairState`."""
 
     def spec(path: Any, x: Any) -> PartitionSpec:
         names = {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
@@ -85,23 +114,8 @@ def partition(tree: Any, axis: str) -> Any:
     return jax.tree_util.tree_map_with_path(spec, tree)
 
 
-def axis_of(sharding: NamedSharding) -> tuple[Any, str]:
-    """Mesh and name of the axis that a sharding of the images splits.
-
-    Raises:
-      ValueError: it is no `NamedSharding` whose spec names exactly one axis.
-    """
-    spec = sharding.spec if isinstance(sharding, NamedSharding) else ()
-    if len(spec) != 1 or not isinstance(spec[0], str):
-        raise ValueError(
-            "sharding must be that of the images' first axis, NamedSharding(mesh, "
-            f"PartitionSpec(axis)); got {sharding}."
-        )
-    return sharding.mesh, spec[0]
-
-
 def shard(tree: Any, sharding: NamedSharding) -> Any:
-    """Kernels and factors split over the devices of a mesh, all else on each of them.
+    """Splits kernels and factors over the devices of a mesh; copies all else to each.
 
     Args:
       tree: `Frozen` or `RepairState` from `repair.init`.
@@ -116,33 +130,58 @@ def shard(tree: Any, sharding: NamedSharding) -> Any:
     for spec, x in zip(jax.tree.leaves(specs), jax.tree.leaves(tree), strict=True):
         if spec and x.shape[-1] % devices:
             raise ValueError(
-                f"{devices} devices do not divide the width {x.shape[-1]} of a kernel: "
-                "choose a number that does."
+                f"{devices} devices do not divide the width {x.shape[-1]} of a kernel; "
+                "use a number of devices that does"
             )
-
-    def put(x: Any, spec: PartitionSpec) -> Array:
-        # From a callback: of several processes, each places what its devices keep.
-        host = np.asarray(x)
-        placed = NamedSharding(mesh, spec)
-        return jax.make_array_from_callback(host.shape, placed, lambda at: host[at])
-
-    return jax.tree.map(put, tree, specs)
+    return jax.tree.map(lambda x, spec: _put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
-def unshard(tree: Any) -> Any:
-    """Whole arrays on the host from what `shard` split, gathered block by block.
+def replicate(
+    tree: Any, devices: Sequence[jax.Device] | None = None, *, copy: bool = True
+) -> Any:
+    """Copies every array to each device.
 
-    All processes must call it together.
+    Args:
+      tree: arrays; the same in each process.
+      devices: as for `repair.make_pmapped_step`.
+      copy: if False, a single device may take over the memory of `tree`.
+    """
+    devices = in_order(jax.devices()) if devices is None else devices
+    everywhere = NamedSharding(over(devices).mesh, PartitionSpec())
+    if len(devices) == 1 and not copy:
+        return jax.device_put(tree, everywhere)
+    return jax.tree.map(lambda x: _put(x, everywhere), tree)
+
+
+def _put(x: Any, sharding: NamedSharding) -> Array:
+    host = np.asarray(x)
+    # From a callback: of several processes, each places what its devices keep. In
+    # memory of its own, because a step reuses that of its state.
+    return jax.make_array_from_callback(
+        host.shape, sharding, lambda index: np.array(host[index])
+    )
+
+
+def unreplicate(tree: Any) -> Any:
+    """The copy of each array on this process's first device."""
+    return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+
+
+def gather(tree: Any) -> Any:
+    """Whole arrays on the host, of arrays on one device, replicated or split.
+
+    Split arrays are gathered block by block; all processes must then call together.
     """
 
     def whole(x: Any) -> np.ndarray:
+        if not isinstance(x, jax.Array) or x.is_fully_addressable:
+            return np.asarray(x)
         if x.is_fully_replicated:
             return np.asarray(x.addressable_shards[0].data)
-        everywhere = NamedSharding(x.sharding.mesh, PartitionSpec())
-        gather = jax.jit(at, out_shardings=everywhere)
-        blocks = (
-            gather(x, block).addressable_shards[0].data for block in range(len(x))
-        )
+        sharding: Any = x.sharding
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        fetch = jax.jit(at, out_shardings=everywhere)
+        blocks = (fetch(x, block).addressable_shards[0].data for block in range(len(x)))
         return np.stack([np.asarray(block) for block in blocks])
 
     return jax.tree.map(whole, tree)

@@ -11,19 +11,25 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from sinder_jax import factor, placement
 from sinder_jax.factor import Factors
-from sinder_jax.placement import WHOLE, Placement, shard
+from sinder_jax.placement import (
+    WHOLE,
+    Placement,
+    in_order,
+    replicate,
+    shard,
+    unreplicate,
+)
 from sinder_jax.search import ImageResult, image_results
 from sinder_jax.state import (
     Frozen,
@@ -55,24 +61,22 @@ __all__ = [
     "unreplicate",
 ]
 
-AXIS = "images"
-
 
 class Metrics(NamedTuple):
-    """What a step reports; B images in order, then the state after the step.
+    """What a step reports: B images in order, then the state after the step.
 
     Attributes:
       layer: block of the first defect, -1 without one.
       loss: neighbor loss before the update, nan without a defect.
-      alpha: mean token norm the loss was divided by, nan without a defect.
+      alpha: mean token norm that the loss was divided by, nan without a defect.
       num_outliers: outliers in the defect's block, 0 without a defect.
-      finite: whether tokens, loss and gradient were; a bad image changes nothing.
-      counted: whether the image took part; not when it is invalid or the rule held.
+      finite: True if tokens, loss and gradient were; a bad image changes nothing.
+      counted: True if the image took part: it was valid and the run not yet done.
       num_images: images passed so far.
       skipped: share of the last images without a defect, 0 to 1.
       num_bad: images so far that were not finite.
       bad_in_row: how many of them came last.
-      done: whether the stopping rule holds.
+      done: True if the stopping rule holds.
     """
 
     layer: Int[Array, " B"]
@@ -93,17 +97,27 @@ Step = Callable[..., tuple[RepairState, Metrics]]
 
 @functools.lru_cache
 def make_step(
-    config: ViTConfig, options: RepairOptions, sharding: NamedSharding | None = None
+    config: ViTConfig,
+    options: RepairOptions,
+    sharding: NamedSharding | None = None,
+    *,
+    split: bool = True,
 ) -> Step:
-    """The jitted repair step: of one device, or of a model split over several.
+    """The jitted repair step, on one device or on several.
+
+    The images of a device run one after the other; their ε-gradients are gathered and
+    summed in image order on every device. So 1, 2, 4 and 8 devices that share a step's
+    images give the same bits, for one kind of device (`tests/sinder_jax/test_devices`).
+    The devices may belong to several processes, all of which call the step.
 
     Args:
       config: the architecture.
       options: the options.
-      sharding: None for one device. For a model too large for one: how the images'
-        first axis is split, NamedSharding(mesh, PartitionSpec(axis)); state and frozen
-        are then those that `shard` made, and a device gathers a block before it uses
-        it. The number of images must be a multiple of the devices'.
+      sharding: None for one device. For several, how the images' first axis is split,
+        NamedSharding(mesh, PartitionSpec(axis)); it must divide the number of images.
+      split: with a sharding, whether the model is split over the devices too, for one
+        that is too large for a device: state and frozen are then from `shard`, and a
+        device gathers a block before it uses it. If False, they are from `replicate`.
 
     Returns:
       step(state, frozen, images, valid=None) -> (state, `Metrics`). images [B, height,
@@ -114,43 +128,34 @@ def make_step(
     Raises:
       ValueError: a sharding of another kind.
     """
-    if sharding is not None:
-        return _sharded_step(config, options, *placement.axis_of(sharding))
-
-    def step(state, frozen, images, valid=None):
-        valid = jnp.ones(images.shape[0], bool) if valid is None else valid
-        results = image_results(config, options, state, frozen, images)
-        return _update(options, state, frozen, results, valid)
-
-    return jax.jit(step, donate_argnums=0)
-
-
-def _sharded_step(
-    config: ViTConfig, options: RepairOptions, mesh: Mesh, axis: str
-) -> Step:
-    """`make_step` with the model split over the devices of a mesh."""
-    split = Placement(axis, mesh.shape[axis])
+    mesh, axis = (None, "") if sharding is None else placement.axis_of(sharding)
+    place = Placement(axis) if mesh is not None and split else WHOLE
 
     def own_step(state, frozen, images, valid):
-        results = image_results(config, options, state, frozen, images, split)
-        results, valid = lax.all_gather((results, valid), axis, tiled=True)
-        return _update(options, state, frozen, results, valid, split)
+        results = image_results(config, options, state, frozen, images, place)
+        if mesh is not None:
+            results, valid = lax.all_gather((results, valid), axis, tiled=True)
+        return _update(options, state, frozen, results, valid, place)
 
     def step(state, frozen, images, valid=None):
-        if images.shape[0] % split.devices:
-            raise ValueError(
-                f"{images.shape[0]} images a step are no multiple of the "
-                f"{split.devices} devices."
-            )
         valid = jnp.ones(images.shape[0], bool) if valid is None else valid
-        states = placement.partition(state, axis)
-        specs = (states, placement.partition(frozen, axis))
-        images_spec = PartitionSpec(axis)
+        if mesh is None:
+            return own_step(state, frozen, images, valid)
+        if images.shape[0] % mesh.shape[axis]:
+            raise ValueError(
+                f"got {images.shape[0]} images a step for {mesh.shape[axis]} devices; "
+                "use a multiple of the devices"
+            )
+        everywhere, share = PartitionSpec(), PartitionSpec(axis)
+        states, frozens = (
+            placement.partition(tree, axis) if split else everywhere
+            for tree in (state, frozen)
+        )
         return jax.shard_map(
             own_step,
             mesh=mesh,
-            in_specs=(*specs, images_spec, images_spec),
-            out_specs=(states, PartitionSpec()),
+            in_specs=(states, frozens, share, share),
+            out_specs=(states, everywhere),
             check_vma=False,
         )(state, frozen, images, valid)
 
@@ -162,12 +167,7 @@ def make_pmapped_step(
     options: RepairOptions,
     devices: Sequence[jax.Device] | None = None,
 ) -> Step:
-    """The repair step on several devices, with one or more images each.
-
-    The images of a device run one after the other; their ε-gradients are gathered and
-    summed in image order on every device: 1, 2, 4 and 8 devices that share a step's
-    images give the same bits, for one kind of device (`tests/test_devices.py`). The
-    devices may belong to several processes, all of which call the step.
+    """`make_step` on several devices that hold the whole model, by device and image.
 
     Args:
       config: the architecture.
@@ -177,23 +177,25 @@ def make_pmapped_step(
     Returns:
       step(state, frozen, images, valid=None) as in `make_step`, with state and frozen
       from `replicate`, images [devices, per_device, height, width, 3] and valid
-      [devices, per_device], of several processes each giving those of its own devices;
-      metrics are those of all devices, with the leading axes [devices, per_device],
-      or [devices] where they describe the state.
+      [devices, per_device]; of several processes, each passes those of its own devices.
+      Metrics are those of all devices, with the leading axes [devices, per_device], or
+      [devices] where they describe the state.
     """
-    return _pmapped_step(config, options, _chosen(devices))
+    devices = in_order(jax.devices()) if devices is None else devices
+    return _pmapped_step(config, options, tuple(devices))
 
 
 @functools.lru_cache
 def _pmapped_step(
     config: ViTConfig, options: RepairOptions, devices: tuple[jax.Device, ...]
 ) -> Step:
-    def step(state, frozen, images, valid):
-        results = image_results(config, options, state, frozen, images)
-        results, valid = lax.all_gather((results, valid), AXIS, tiled=True)
-        return _update(options, state, frozen, results, valid)
+    sharding = placement.over(devices)
+    step = make_step.__wrapped__(config, options, sharding, split=False)
 
-    pmapped = jax.pmap(step, AXIS, devices=devices, donate_argnums=0)
+    def by_image(x):
+        x = np.asarray(x)
+        flat = x.reshape(-1, *x.shape[2:])
+        return jax.make_array_from_process_local_data(sharding, flat)
 
     def by_device(x):
         shape = (len(devices), -1) if x.ndim else (len(devices),)
@@ -201,38 +203,10 @@ def _pmapped_step(
 
     def call(state, frozen, images, valid=None):
         valid = np.ones(images.shape[:2], bool) if valid is None else valid
-        state, metrics = pmapped(state, frozen, images, valid)
+        state, metrics = step(state, frozen, by_image(images), by_image(valid))
         return state, jax.tree.map(by_device, unreplicate(metrics))
 
     return call
-
-
-def in_order(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
-    """Devices with those of a process together: it gives them consecutive images."""
-    return tuple(sorted(devices, key=lambda device: (device.process_index, device.id)))
-
-
-def _chosen(devices: Sequence[jax.Device] | None) -> tuple[jax.Device, ...]:
-    return in_order(jax.devices()) if devices is None else tuple(devices)
-
-
-def replicate(tree: Any, devices: Sequence[jax.Device] | None = None) -> Any:
-    """A copy of every array on each device, on a new leading axis.
-
-    Args:
-      tree: of several processes, the same in each.
-      devices: as for `make_pmapped_step`.
-    """
-    devices = _chosen(devices)
-    own = sum(device.process_index == jax.process_index() for device in devices)
-    return jax.pmap(lambda _, x: x, in_axes=(0, None), devices=devices)(
-        np.zeros(own), tree
-    )
-
-
-def unreplicate(tree: Any) -> Any:
-    """One copy of what `replicate` spread, from this process's first device."""
-    return jax.tree.map(lambda x: x.addressable_shards[0].data[0], tree)
 
 
 # --- The update -----------------------------------------------------------------------
@@ -251,8 +225,9 @@ def _update(
     used = counted & results.finite & (results.layer >= 0)
     gradients, touched = _reduce(options.reduce, results, used)
     # PyTorch leaves a parameter without gradient alone, momentum included: select.
-    trace = optax.trace(decay=options.momentum)
-    velocity, _ = trace.update(gradients, optax.TraceState(trace=state.momentum))
+    velocity = jax.tree.map(
+        lambda g, m: g + options.momentum * m, gradients, state.momentum
+    )
     momentum = _select(touched, velocity, state.momentum)
     stepped = jax.tree.map(lambda e, m: e - options.lr * m, state.eps, momentum)
     eps = _select(touched, stepped, state.eps)

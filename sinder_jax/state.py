@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct, traverse_util
 
-from sinder_jax import defects, factor, kernels, loss, param_tree
+from sinder_jax import defects, factor, kernels, loss, param_tree, placement
 from sinder_jax.factor import Factors
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
@@ -102,8 +102,6 @@ class Frozen:
       factors: U, σ and V of the trainable kernels.
       directions: singular defect directions of the original model [L, D], unit or zero
         rows.
-
-    Replicated over devices, every array has one more leading axis.
     """
 
     params: Params
@@ -243,6 +241,7 @@ def merged_params(frozen: Frozen, state: RepairState) -> dict[str, Any]:
     """The repaired model: a params tree of host arrays with ε folded in.
 
     Kernels of a block whose ε is all zero, and all that is not trained, have the bits
-    of the original.
+    of the original. The arrays may be on one device, replicated or split; if they are
+    split over several processes, all processes must call together.
     """
-    return kernels.join(jax.device_get(frozen.params), jax.device_get(state.merged))
+    return kernels.join(placement.gather(frozen.params), placement.gather(state.merged))

@@ -1,7 +1,7 @@
 """The number of devices does not change a bit: in a process with eight simulated ones.
 
-1, 2, 4 and 8 of them share the same eight images a step, by `pmap` and with the model
-split over them.
+1, 2, 4 and 8 of them share the same eight images a step, each with the whole model or
+with the model split over them.
 """
 
 import json
@@ -21,73 +21,6 @@ from benchmarks import giant_step
 from samples import error_of
 from sinder_jax import planted, repair, vit
 
-PROGRAM = """
-import hashlib, json, sys
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-import convert, golden
-from sinder_jax import planted, repair, vit
-
-NAME, STEPS = sys.argv[1], int(sys.argv[2])
-if NAME == "planted":
-    import photos
-    from sinder_jax.data import listing
-    made = planted.planted_model(1)
-    config, params = made.config, made.params
-    directions, options = None, repair.RepairOptions(lr=0.02)
-    files = listing.sample_images()[:8]
-    images = np.stack([photos.prepared(file, 224) for file in files])
-else:
-    arrays, meta = golden.load(NAME)
-    config = vit.ViTConfig(**golden.architecture(meta))
-    _, params = convert.from_torch(golden.state(arrays), config.num_heads)
-    directions = arrays["singular_defects"]
-    options = repair.RepairOptions(**golden.options(meta))
-    images = np.moveaxis(arrays["images"], 1, 3)
-    images = np.ascontiguousarray(images[np.arange(8) % len(images)])
-FROZEN, STATE = repair.init(config, params, options, directions)
-
-def copies():  # a step is given the memory of its state
-    return FROZEN, jax.tree.map(lambda x: x.copy(), STATE)
-
-def one():
-    frozen, state = copies()
-    return frozen, state, repair.make_step(config, options), lambda x: x
-
-def mapped(count):
-    devices = jax.devices()[:count]
-    frozen, state = (repair.replicate(tree, devices) for tree in copies())
-    step = repair.make_pmapped_step(config, options, devices)
-    def call(state, frozen, images):
-        return step(state, frozen, images.reshape(count, -1, *images.shape[1:]))
-    return frozen, state, call, repair.unreplicate
-
-def split(count):
-    mesh = Mesh(np.array(jax.devices()[:count]), ("images",))
-    sharding = NamedSharding(mesh, PartitionSpec("images"))
-    frozen, state = (repair.shard(tree, sharding) for tree in copies())
-    return frozen, state, repair.make_step(config, options, sharding), lambda x: x
-
-def hashes(frozen, state, step, whole):
-    told, defects = [], 0
-    for k in range(STEPS):
-        state, metrics = step(state, frozen, np.roll(images, k, axis=0))
-        defects += int(np.sum(np.asarray(metrics.layer) >= 0))
-        now = whole(state)
-        leaves = [*jax.tree.leaves(now.eps), *jax.tree.leaves(now.momentum)]
-        leaves += jax.tree.leaves(now.merged)
-        digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in leaves))
-        told.append(digest.hexdigest())
-    return told, defects
-
-ways = {"1": one}
-for count in (2, 4, 8):
-    ways[f"{count} mapped"] = lambda count=count: mapped(count)
-    ways[f"{count} split"] = lambda count=count: split(count)
-print(json.dumps({name: hashes(*make()) for name, make in ways.items()}))
-"""
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -99,7 +32,7 @@ def test_any_number_of_devices_gives_the_same_bits(name, steps):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "PYTHONPATH": f"{places.SUPPORT}{os.pathsep}{places.ROOT}",
     }
-    command = [sys.executable, "-c", PROGRAM, name, str(steps)]
+    command = [sys.executable, "-m", "step_hashes", name, str(steps)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
