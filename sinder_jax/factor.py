@@ -222,11 +222,9 @@ def spectral_variables(
     """
     check_eps(factors, eps)
     frozen, _ = kernels.split(config, params)
-    s = {f"blocks/{name}/s": factors.sigma[name] + eps[name] for name in eps}
-    uv = {f"blocks/{name}/u": u for name, u in factors.u.items()}
-    uv |= {f"blocks/{name}/v": v for name, v in factors.v.items()}
+    s = {name: factors.sigma[name] + eps[name] for name in eps}
     return {
-        "params": param_tree.unflatten(s),
-        "factors": param_tree.unflatten(uv),
+        "params": {"blocks": kernels.nest(s=s)},
+        "factors": {"blocks": kernels.nest(u=factors.u, v=factors.v)},
         "frozen": frozen,
     }

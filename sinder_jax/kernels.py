@@ -127,6 +127,25 @@ def matrix(
     return np.asarray(view(config, params, block, name), np.float64).T
 
 
+def nest(**by_leaf: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree below `blocks` whose layers hold the given leaves.
+
+    Args:
+      **by_leaf: for each leaf, its values by kernel name.
+
+    Example:
+      >>> nest(u={"attn/v": 1}, s={"attn/v": 2})
+      {'attn': {'v': {'u': 1, 's': 2}}}
+    """
+    return param_tree.unflatten(
+        {
+            f"{name}/{leaf}": value
+            for leaf, by_name in by_leaf.items()
+            for name, value in by_name.items()
+        }
+    )
+
+
 # --- Between a params tree and its trainable kernels --------------------------------
 
 

@@ -3,22 +3,20 @@
     tokens --while_loop over stacked blocks, no gradient--> defect block, mask, inputs
     defect --neighbor loss--> d_tokens --back through the active blocks--> ∂loss/∂ε
 
-No block behind the defect is computed and no gradient in front of the window. The
-search keeps what the last blocks computed on the way, so that the way back runs no
-block a second time.
+No block after the defect is computed, and no gradient before the window. The search
+keeps what the last blocks computed, so that the way back runs no block a second time.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from sinder_jax import kernels, layers, loss, vit
+from sinder_jax import kernels, layers, loss, param_tree, vit
 from sinder_jax.placement import WHOLE, Placement
 from sinder_jax.state import Frozen, Kernels, RepairOptions, RepairState
 from sinder_jax.vit import ViTConfig
@@ -27,7 +25,7 @@ Weights = dict[str, Any]  # of one block, by collection
 
 
 class Search(NamedTuple):
-    """How far the search for the first defect came.
+    """How far the search for the first defect has come.
 
     Attributes:
       block: blocks run so far.
@@ -36,8 +34,8 @@ class Search(NamedTuple):
         a `vit.BlockTrace` of [A, 1, T, ...].
       mask: outliers of the last block [H, W].
       num_outliers: how many.
-      found: whether they make a defect.
-      finite: whether all tokens so far were finite.
+      found: True if they make a defect.
+      finite: True if all tokens so far were finite.
     """
 
     block: Array
@@ -55,7 +53,7 @@ class ImageResult(NamedTuple):
     Attributes:
       layer, loss, alpha, num_outliers, finite: as in `Metrics`.
       gradients: ∂loss/∂ε by kernel [L, S], zero outside the window.
-      window: the blocks that the gradient is for [L].
+      window: True for the blocks that the gradient is for [L].
     """
 
     layer: Array
@@ -75,7 +73,7 @@ def image_results(
     images: Float[Array, "B height width 3"],
     placement: Placement = WHOLE,
 ) -> ImageResult:
-    """Every image's result, stacked; one image after the other (never `vmap`)."""
+    """The results of all images, stacked; one image after the other (never `vmap`)."""
     model = vit.ViT(config, precision=options.matmul_precision)
     grid = vit.patch_grid(config, *images.shape[1:3])
     walk = _Walk(config, options, state, frozen, placement, grid)
@@ -93,8 +91,8 @@ def image_results(
 class _Walk:
     """The way of one image through the blocks, there and back.
 
-    Where arrays are split over devices, all devices walk in step, each with an image of
-    its own, and one that has arrived waits for the others.
+    If arrays are split over devices, all devices walk in step, each with an image of
+    its own, and a device that has arrived waits for the others.
     """
 
     config: ViTConfig
@@ -126,7 +124,7 @@ class _Walk:
 
     def _start(self, tokens: Array) -> Search:
         zero = jnp.zeros((), jnp.int32)
-        trace = jax.eval_shape(lambda block, x: self._trace(block, x), zero, tokens)[1]
+        trace = jax.eval_shape(lambda x: self._block(self._weights(zero), x), tokens)[1]
         return Search(
             block=zero,
             tokens=tokens,
@@ -143,9 +141,9 @@ class _Walk:
         return (search.block < self.config.depth) & ~search.found & search.finite
 
     def _advance(self, weights: Weights, block: Array, search: Search) -> Search:
-        """One block further."""
+        """Runs one more block and looks for a defect in its output."""
         options = self.options
-        tokens, trace = self._apply(weights, _at(self.state.eps, block), search.tokens)
+        tokens, trace = self._block(weights, search.tokens)
         traces = jax.tree.map(
             lambda kept, new: kept.at[block % self.window].set(new),
             search.traces,
@@ -164,7 +162,7 @@ class _Walk:
     # --- And back ---------------------------------------------------------------------
 
     def result(self, search: Search) -> ImageResult:
-        """Loss and gradients at the defect, or the values of an image without one."""
+        """Loss and gradients at the defect, or what an image without one reports."""
 
         def no_defect():
             nan = jnp.full((), jnp.nan)
@@ -212,7 +210,7 @@ class _Walk:
     def _gradients(
         self, search: Search, d_tokens: Float[Array, "1 T D"]
     ) -> tuple[Kernels, Bool[Array, " L"]]:
-        """∂loss/∂ε, back from the defect through the active blocks; which they are."""
+        """∂loss/∂ε by kernel, and which blocks are in the window."""
         depth, layer = self.config.depth, search.block - 1
         last = jnp.where(search.found, layer, -1)
         first = jnp.where(search.found, jnp.maximum(layer + 1 - self.window, 0), depth)
@@ -221,51 +219,49 @@ class _Walk:
         def step(weights, block, carry):
             d_tokens, gradients = carry
             trace = jax.tree.map(lambda kept: kept[block % self.window], search.traces)
-            d_eps, d_tokens = self._back_through(weights, block, trace, d_tokens)
-            return d_tokens, {
-                name: gradients[name].at[block].set(d_eps[name]) for name in gradients
-            }
+            d_eps, d_tokens = self._back_through(weights, trace, d_tokens)
+            set_block = functools.partial(jax.tree.map, lambda g, d: g.at[block].set(d))
+            return d_tokens, set_block(gradients, d_eps)
 
         def body(carry):
             block, passed = carry
             active = (first <= block) & (block <= last)
             return block - 1, self._if(active, step, block, passed)
 
-        zeros = jax.tree.map(jnp.zeros_like, self.state.eps)
+        zeros = kernels.nest(eps=jax.tree.map(jnp.zeros_like, self.state.eps))
         _, (_, gradients) = lax.while_loop(
             lambda carry: carry[0] >= until,
             body,
             (self.placement.largest(last), (d_tokens, zeros)),
         )
-        blocks = jnp.arange(depth)
-        return gradients, (first <= blocks) & (blocks <= last)
+        flat, blocks = param_tree.flatten(gradients), jnp.arange(depth)
+        by_name = {name: flat[f"{name}/eps"] for name in self.state.eps}
+        return by_name, (first <= blocks) & (blocks <= last)
 
     def _back_through(
-        self,
-        weights: Weights,
-        block: Array,
-        trace: vit.BlockTrace,
-        d_out: Float[Array, "1 T D"],
-    ) -> tuple[Kernels, Float[Array, "1 T D"]]:
-        """∂loss/∂ε of a block and ∂loss/∂input, stage by stage from what it computed.
+        self, weights: Weights, trace: vit.BlockTrace, d_out: Float[Array, "1 T D"]
+    ) -> tuple[Weights, Float[Array, "1 T D"]]:
+        """∂loss/∂ε and ∂loss/∂input of a block, stage by stage from its trace.
 
-        The values of the stages are known, so that of each only the way back is left:
-        XLA drops the products that would compute them again.
+        The values of the stages are known, so that only the way back through each of
+        them is left: XLA drops the products that would compute the values again.
         """
-        eps = _at(self.state.eps, block)
         d_eps = []
 
-        def stage(method, d_out, *inputs, known=None):
+        def stage(method, d_out, *inputs, **known):
             def value(eps, *inputs):
-                return self._apply(weights, eps, *inputs, method=method, known=known)
+                return self._block(
+                    weights | known | {"params": eps}, *inputs, method=method
+                )
 
-            _, vjp = jax.vjp(value, eps, *inputs)
+            _, vjp = jax.vjp(value, weights["params"], *inputs)
             d_stage, *d_inputs = vjp(d_out)
             d_eps.append(d_stage)
             return d_inputs
 
+        output = kernels.nest(y={kernels.names(self.config)[-1]: trace.ffn})
         d_attended, d_ffn = stage("add", d_out, trace.attended, trace.ffn)
-        (d_hidden,) = stage("contract", d_ffn, trace.hidden, known=trace.ffn)
+        (d_hidden,) = stage("contract", d_ffn, trace.hidden, known=output)
         (d_expanded,) = stage("expand", d_hidden, trace.attended)
         d_x, d_mixed = stage("attend", d_attended + d_expanded, trace.x, trace.mixed)
         (d_qkv,) = stage("mix", d_mixed, trace.qkv)
@@ -276,7 +272,7 @@ class _Walk:
     # --- Blocks ---------------------------------------------------------------------
 
     def _if(self, condition: Array, step: Any, block: Array, passed: Any) -> Any:
-        """`step` of this block, unless this device only keeps step with others."""
+        """`step` of this block, unless this device only keeps step with the others."""
         weights = self._weights(block)
         if self.placement.axis is None:
             return step(weights, block, passed)
@@ -286,59 +282,23 @@ class _Walk:
         return self.placement.largest(goes_on.astype(jnp.int32)) > 0
 
     def _weights(self, block: Array) -> Weights:
-        """All that a block reads, whole, but its ε: collections of `vit.Block`."""
+        """All that a block reads, whole: the collections of `vit.Block`."""
         factors = self.frozen.factors
-        parts = {"u": factors.u, "sigma": factors.sigma, "v": factors.v}
         stacked = {
-            "merged": {f"{name}/kernel": x for name, x in self.state.merged.items()},
-            "factors": {
-                f"{name}/{part}": x
-                for part, by_name in parts.items()
-                for name, x in by_name.items()
-            },
+            "merged": kernels.nest(kernel=self.state.merged),
+            "factors": kernels.nest(u=factors.u, sigma=factors.sigma, v=factors.v),
             "frozen": self.frozen.params["blocks"],
         }
-        weights = self.placement.fetch(stacked, block)
-        for collection in ("merged", "factors"):
-            weights[collection] = _nested(weights[collection])
-        return weights
+        eps = WHOLE.fetch(kernels.nest(eps=self.state.eps), block)
+        return self.placement.fetch(stacked, block) | {"params": eps}
 
-    def _trace(self, block: Array, tokens: Array) -> tuple[Array, vit.BlockTrace]:
-        eps = _at(self.state.eps, block)
-        return self._apply(self._weights(block), eps, tokens)
-
-    def _apply(
-        self,
-        weights: Weights,
-        eps: Kernels,
-        *inputs: Array,
-        method: str | None = None,
-        known: Array | None = None,
+    def _block(
+        self, weights: Weights, *inputs: Array, method: str | None = None
     ) -> Any:
-        """A stage of a block, or the whole block with its trace.
-
-        `known` is the FFN's output, where it has been computed before.
-        """
-        module = vit.Block(
-            self.config, layers.MergedDense, self.options.matmul_precision
-        )
-        variables = {
-            "params": _nested({f"{name}/eps": e for name, e in eps.items()}),
-            **weights,
-        }
-        if known is not None:
-            last = kernels.names(self.config)[-1]
-            variables["known"] = _nested({f"{last}/y": known})
-        return module.apply(variables, *inputs, method=method)
+        """Runs a stage of a block, or the whole block, which also returns its trace."""
+        precision = self.options.matmul_precision
+        block = vit.Block(self.config, layers.MergedDense, precision)
+        return block.apply(weights, *inputs, method=method)
 
     def _patches(self, tokens: Array) -> Float[Array, "H W D"]:
         return vit.split_tokens(self.config, tokens, *self.grid)[2][0]
-
-
-def _at(stacked: Any, block: Array) -> Any:
-    """One block's arrays out of arrays stacked over blocks, whole everywhere."""
-    return WHOLE.fetch(stacked, block)
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    return traverse_util.unflatten_dict(dict(flat), sep="/")

@@ -21,7 +21,7 @@ def assert_same_bytes(got, want):
 
 def test_examples_in_the_docstrings_run():
     result = doctest.testmod(kernels)
-    assert result.attempted >= 4 and result.failed == 0
+    assert result.attempted >= 5 and result.failed == 0
 
 
 @every_model

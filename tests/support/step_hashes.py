@@ -2,7 +2,7 @@
 
     python -m step_hashes planted|RECORDING STEPS
 
-JSON by way, "1", "2 mapped", "2 split", ...: the hashes, and how many defects there were.
+JSON by way, "1", "2 mapped", "2 split", ...: the hashes, and the number of defects.
 """
 
 import functools
