@@ -22,44 +22,20 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sinder_jax import factor, placement
 from sinder_jax.factor import Factors
-from sinder_jax.placement import (
-    WHOLE,
-    Placement,
-    in_order,
-    replicate,
-    shard,
-    unreplicate,
-)
+from sinder_jax.placement import WHOLE, Placement
+from sinder_jax.placement import replicate as replicate
+from sinder_jax.placement import shard as shard
+from sinder_jax.placement import unreplicate as unreplicate
 from sinder_jax.search import ImageResult, image_results
-from sinder_jax.state import (
-    Frozen,
-    Kernels,
-    RepairOptions,
-    RepairState,
-    from_saved,
-    init,
-    merged_params,
-    to_saved,
-)
+from sinder_jax.state import Frozen as Frozen
+from sinder_jax.state import Kernels
+from sinder_jax.state import RepairOptions as RepairOptions
+from sinder_jax.state import RepairState as RepairState
+from sinder_jax.state import from_saved as from_saved
+from sinder_jax.state import init as init
+from sinder_jax.state import merged_params as merged_params
+from sinder_jax.state import to_saved as to_saved
 from sinder_jax.vit import ViTConfig
-
-__all__ = [
-    "Frozen",
-    "Metrics",
-    "RepairOptions",
-    "RepairState",
-    "from_saved",
-    "in_order",
-    "init",
-    "is_done",
-    "make_pmapped_step",
-    "make_step",
-    "merged_params",
-    "replicate",
-    "shard",
-    "to_saved",
-    "unreplicate",
-]
 
 
 class Metrics(NamedTuple):
@@ -172,7 +148,7 @@ def make_pmapped_step(
     Args:
       config: the architecture.
       options: the options.
-      devices: None means all, see `in_order`.
+      devices: None means all, in the order of `placement.in_order`.
 
     Returns:
       step(state, frozen, images, valid=None) as in `make_step`, with state and frozen
@@ -181,7 +157,7 @@ def make_pmapped_step(
       Metrics are those of all devices, with the leading axes [devices, per_device], or
       [devices] where they describe the state.
     """
-    devices = in_order(jax.devices()) if devices is None else devices
+    devices = placement.in_order(jax.devices()) if devices is None else devices
     return _pmapped_step(config, options, tuple(devices))
 
 
@@ -218,35 +194,39 @@ def _update(
     frozen: Frozen,
     results: ImageResult,
     valid: Bool[Array, " B"],
-    place: Placement = WHOLE,
+    place: Placement,
 ) -> tuple[RepairState, Metrics]:
     """State and metrics after a step, from the results of its images in order."""
     state, counted = _count(options, state, results, valid)
     used = counted & results.finite & (results.layer >= 0)
     gradients, touched = _reduce(options.reduce, results, used)
+
     # PyTorch leaves a parameter without gradient alone, momentum included: select.
-    velocity = jax.tree.map(
-        lambda g, m: g + options.momentum * m, gradients, state.momentum
+    def update(gradient, velocity, eps):
+        moved = gradient + options.momentum * velocity
+        velocity = jnp.where(touched[:, None], moved, velocity)
+        return velocity, jnp.where(touched[:, None], eps - options.lr * velocity, eps)
+
+    updated = {
+        name: update(gradients[name], state.momentum[name], eps)
+        for name, eps in state.eps.items()
+    }
+    eps = {name: new for name, (_, new) in updated.items()}
+    state = dataclasses.replace(
+        state,
+        eps=eps,
+        momentum={name: velocity for name, (velocity, _) in updated.items()},
+        merged=_merge_touched(frozen.factors, eps, state.merged, touched, place),
     )
-    momentum = _select(touched, velocity, state.momentum)
-    stepped = jax.tree.map(lambda e, m: e - options.lr * m, state.eps, momentum)
-    eps = _select(touched, stepped, state.eps)
-    merged = _merge_touched(frozen.factors, eps, state.merged, touched, place)
-    state = dataclasses.replace(state, eps=eps, momentum=momentum, merged=merged)
-    metrics = Metrics(
-        results.layer,
-        results.loss,
-        results.alpha,
-        results.num_outliers,
-        results.finite,
-        counted,
-        state.num_images,
-        jnp.mean(~state.had_defect),
-        state.num_bad,
-        state.bad_in_row,
-        is_done(options, state),
+    return state, Metrics(
+        *results[:5],  # up to `finite`
+        counted=counted,
+        num_images=state.num_images,
+        skipped=jnp.mean(~state.had_defect),
+        num_bad=state.num_bad,
+        bad_in_row=state.bad_in_row,
+        done=is_done(options, state),
     )
-    return state, metrics
 
 
 def is_done(options: RepairOptions, state: RepairState) -> Bool[Array, ""]:
@@ -265,9 +245,8 @@ def _count(
 ) -> tuple[RepairState, Bool[Array, " B"]]:
     """Passes the images one by one through the stopping rule.
 
-    An image after the one at which the rule began to hold does not count, an invalid
-    one only moves the position on, one that is not finite counts as one that had a
-    defect.
+    Images after the one at which the rule began to hold do not count; an invalid image
+    only advances the position; one that is not finite counts as having a defect.
     """
 
     def step(state, image):
@@ -300,7 +279,9 @@ def _count(
 def _reduce(
     reduce: str, results: ImageResult, used: Bool[Array, " B"]
 ) -> tuple[Kernels, Bool[Array, " L"]]:
-    """Gradients summed in image order over the images whose window has the block.
+    """Sums the gradients of each block over the images whose window contains it.
+
+    In the order of the images, so that the sum does not depend on the devices.
 
     Returns:
       (gradients by kernel [L, S], touched [L]: blocks in the window of any used image).
@@ -323,18 +304,10 @@ def _reduce(
     return total, images > 0
 
 
-def _select(blocks: Bool[Array, " L"], new: Kernels, old: Kernels) -> Kernels:
-    return {name: jnp.where(blocks[:, None], new[name], old[name]) for name in old}
-
-
 def _merge_touched(
-    factors: Factors,
-    eps: Kernels,
-    merged: Kernels,
-    touched: Array,
-    place: Placement = WHOLE,
+    factors: Factors, eps: Kernels, merged: Kernels, touched: Array, place: Placement
 ) -> Kernels:
-    """`merged` with the kernels of the touched blocks built anew from their ε.
+    """`merged` with the kernels of the touched blocks rebuilt from their ε.
 
     A block whose ε is still all zero keeps its original bits.
     """
@@ -345,16 +318,13 @@ def _merge_touched(
     def merge(position, merged):
         block = order[position]
         whole = place.fetch({"u": factors.u, "v": factors.v}, block)
-        rebuilt = {
-            name: factor.merge_kernel(
-                whole["u"][name],
-                factors.sigma[name][block] + eps[name][block],
-                whole["v"][name],
-            )
-            for name in merged
-        }
+
+        def rebuilt(name):
+            s = factors.sigma[name][block] + eps[name][block]
+            return factor.merge_kernel(whole["u"][name], s, whole["v"][name])
+
         return {
-            name: place.store(merged[name], block, rebuilt[name]) for name in merged
+            name: place.store(merged[name], block, rebuilt(name)) for name in merged
         }
 
     return lax.fori_loop(0, jnp.sum(changed), merge, merged)

@@ -1,4 +1,4 @@
-"""What a repair is told, what it reads and what it changes; its start and its resume.
+"""The options of a repair, what it reads and what it changes; how to start and resume.
 
 config, params, options --init--> Frozen (read), RepairState (changed)
 RepairState --to_saved--> stored without its kernels --from_saved--> RepairState
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct, traverse_util
+from flax import struct
 
 from sinder_jax import defects, factor, kernels, loss, param_tree, placement
 from sinder_jax.factor import Factors
@@ -21,26 +21,28 @@ from sinder_jax.vit import ViTConfig
 
 REDUCTIONS = ("sum", "mean")
 PRECISIONS = ("highest", "high", "default")
+TRAINED = ("eps", "momentum")
+COUNTS = ("num_images", "num_counted", "num_bad", "bad_in_row")
 Kernels = dict[str, Any]  # by `kernels.names`, blocks on the leading axis
 
 
 @dataclasses.dataclass(frozen=True)
 class RepairOptions:
-    """What defines the trajectory of a repair; the defaults are the authors'.
+    """Everything that determines the course of a repair; the defaults are the authors'.
 
     Attributes:
       lr: SGD's learning rate; ε is in units of the singular values.
       momentum: PyTorch's convention, velocity = momentum·velocity + gradient.
       mask_thr: a patch is an outlier this many standard deviations off the mean.
-      min_outliers: a block has a defect from this many outliers on (`skip_less_than`).
+      min_outliers: a block with this many outliers has a defect (`skip_less_than`).
       window: side of the neighbor window in patches, 3 or 5 (the authors' `kernel`).
       temperature: τ of the learning target.
-      active_blocks: how many blocks up to and including the defect's are updated; None
-        means all (the authors' `limit_layers`, whose 0 means all).
+      active_blocks: how many blocks are updated, the last of them the defect's; None
+        means all up to it (the authors' `limit_layers`, whose 0 means all).
       reduce: a block's gradient is the "sum" or the "mean" over the images of a step
         whose window contains it.
-      matmul_precision: of every product of model and step: "highest", "high" (TF32 on a
-        GPU, the authors' setting) or "default".
+      matmul_precision: of every matrix product: "highest", "high" (TF32 on a GPU, the
+        authors' setting) or "default".
       max_iter: stop after this many images.
       history: number of last images the stopping rule looks at.
       stop_share: stop when this share of them had no defect, above 0 to 1.
@@ -66,31 +68,22 @@ class RepairOptions:
         loss.check_loss_options(
             mask_thr=self.mask_thr, window=self.window, temperature=self.temperature
         )
-        if not self.lr > 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}.")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
+        active, precision = self.active_blocks, self.matmul_precision
+        rules = {
+            "lr": (self.lr > 0, "above 0"),
+            "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
+            "active_blocks": (active is None or active >= 1, "at least 1 or None"),
+            "reduce": (self.reduce in REDUCTIONS, f"one of {REDUCTIONS}"),
+            "matmul_precision": (precision in PRECISIONS, f"one of {PRECISIONS}"),
+            "stop_share": (0 < self.stop_share <= 1, "in (0, 1]"),
+        }
         for name in ("min_outliers", "max_iter", "history"):
-            if getattr(self, name) < 1:
+            rules[name] = (getattr(self, name) >= 1, "at least 1")
+        for name, (is_allowed, allowed) in rules.items():
+            if not is_allowed:
                 raise ValueError(
-                    f"{name} must be at least 1, got {getattr(self, name)}."
+                    f"{name} must be {allowed}, got {getattr(self, name)!r}"
                 )
-        if self.active_blocks is not None and self.active_blocks < 1:
-            raise ValueError(
-                f"active_blocks must be at least 1, or None for all blocks; got "
-                f"{self.active_blocks}."
-            )
-        if self.reduce not in REDUCTIONS:
-            raise ValueError(
-                f"reduce must be one of {REDUCTIONS}, got {self.reduce!r}."
-            )
-        if self.matmul_precision not in PRECISIONS:
-            raise ValueError(
-                f"matmul_precision must be one of {PRECISIONS}, got "
-                f"{self.matmul_precision!r}."
-            )
-        if not 0 < self.stop_share <= 1:
-            raise ValueError(f"stop_share must be in (0, 1], got {self.stop_share}.")
 
 
 @struct.dataclass
@@ -124,7 +117,7 @@ class RepairState:
         as "had one".
       num_counted: how many images entered `had_defect`.
       num_bad: images whose loss or gradient was not finite.
-      bad_in_row: how many of them came last, without a good one between.
+      bad_in_row: how many of them came last, in a row.
     """
 
     eps: Kernels
@@ -166,55 +159,50 @@ def init(
     if directions.shape != (config.depth, config.embed_dim):
         raise ValueError(
             f"directions must be [{config.depth}, {config.embed_dim}], a row for each "
-            f"block; got {list(directions.shape)}."
+            f"block; got {list(directions.shape)}"
         )
-    if not bool(jnp.all(jnp.isfinite(directions))):
-        raise ValueError("directions hold values that are not finite.")
     factors = factor.factorize(config, params) if factors is None else factors
     rest, stacks = kernels.split(config, params)
     factor.check_factors(stacks, factors)
-    if not all(param_tree.is_finite(np.asarray(x)) for x in jax.tree.leaves(factors)):
-        raise ValueError("factors hold values that are not finite.")
+    for name, tree in (("directions", directions), ("factors", factors)):
+        if not all(param_tree.is_finite(np.asarray(x)) for x in jax.tree.leaves(tree)):
+            raise ValueError(f"{name} hold values that are not finite")
     frozen = Frozen(
         params=jax.tree.map(jnp.asarray, rest),
         factors=jax.tree.map(jnp.asarray, factors),
         directions=loss.normalize(directions),
     )
-    zero = {name: jnp.zeros(s.shape, jnp.float32) for name, s in factors.sigma.items()}
+    eps = {name: jnp.zeros(s.shape, jnp.float32) for name, s in factors.sigma.items()}
     state = RepairState(
-        eps=zero,
-        momentum=jax.tree.map(jnp.zeros_like, zero),
+        eps=eps,
+        momentum=jax.tree.map(jnp.zeros_like, eps),
         # The step is given this memory (donation), so it must be a copy.
         merged={name: jnp.array(stack) for name, stack in stacks.items()},
-        num_images=jnp.zeros((), jnp.int32),
         had_defect=jnp.ones(options.history, bool),
-        num_counted=jnp.zeros((), jnp.int32),
-        num_bad=jnp.zeros((), jnp.int32),
-        bad_in_row=jnp.zeros((), jnp.int32),
+        **{name: jnp.zeros((), jnp.int32) for name in COUNTS},
     )
     return frozen, state
 
 
 def to_saved(state: RepairState) -> dict[str, Any]:
-    """What must be stored to go on from a state: all but the merged kernels.
+    """All of a state but the merged kernels, which follow from the rest.
 
     ε and momentum are nested by the parts of their names, as in the params tree.
     """
     saved = {
-        field.name: getattr(state, field.name) for field in dataclasses.fields(state)
+        field.name: getattr(state, field.name)
+        for field in dataclasses.fields(state)
+        if field.name != "merged"
     }
-    del saved["merged"]
-    for name in ("eps", "momentum"):
-        saved[name] = traverse_util.unflatten_dict(saved[name], sep="/")
-    return saved
+    return saved | {name: param_tree.unflatten(saved[name]) for name in TRAINED}
 
 
 def from_saved(
     config: ViTConfig, params: Params, frozen: Frozen, saved: Mapping[str, Any]
 ) -> RepairState:
-    """The state of `to_saved`, bit for bit, its kernels merged from the original ones.
+    """The state that `to_saved` took apart, bit for bit; merges its kernels anew.
 
-    They are merged on the default device, as the step does, and kept where `frozen` is.
+    They are merged on the default device, as in the step, and kept where `frozen` is.
 
     Args:
       config: the architecture.
@@ -226,8 +214,8 @@ def from_saved(
       ValueError: ε or momentum does not fit the factors.
     """
     fields = dict(saved)
-    for name in ("eps", "momentum"):
-        fields[name] = traverse_util.flatten_dict(saved[name], sep="/")
+    for name in TRAINED:
+        fields[name] = param_tree.flatten(saved[name])
         factor.check_eps(frozen.factors, fields[name])
     _, stacks = kernels.split(config, params)
     fields["merged"] = {name: np.array(stack) for name, stack in stacks.items()}
