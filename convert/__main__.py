@@ -136,19 +136,19 @@ COMMANDS = {
         ],
     ),
     "inspect": Command(
-        "describe a model or a patch and check its integrity",
+        "describe a model or a delta and check its integrity",
         "convert.inspection",
         "inspect",
         [
             Argument(
-                "path", "SRC", f"checkpoint directory, {SOURCE}, or a patch", PATH
+                "path", "SRC", f"checkpoint directory, {SOURCE}, or a delta", PATH
             ),
             NUM_HEADS,
         ],
     ),
     "diff": Command(
-        "what a repair changed, as a patch under 1 MB",
-        "convert.patches",
+        "what a repair changed, as a delta under 1 MB",
+        "convert.deltas",
         "diff",
         [
             Argument(
@@ -157,7 +157,7 @@ COMMANDS = {
                 "two models in any layout, or the workdir of experiments.repair",
                 PATH | {"nargs": "+"},
             ),
-            Argument("destination", "PATCH", "new .safetensors file", PATH),
+            Argument("destination", "DELTA", "new .safetensors file", PATH),
             Argument(
                 "--residual",
                 "X",
@@ -168,15 +168,15 @@ COMMANDS = {
             ),
             NUM_HEADS,
         ],
-        usage="%(prog)s [-h] [options] (BASE REPAIRED | RUN) PATCH",
+        usage="%(prog)s [-h] [options] (BASE REPAIRED | RUN) DELTA",
     ),
     "apply": Command(
-        "repair a model by a patch, in the model's own layout",
-        "convert.patches",
+        "repair a model by a delta, in the model's own layout",
+        "convert.deltas",
         "apply",
         [
             Argument("base", "BASE", "the model to repair", PATH),
-            Argument("patch_path", "PATCH", "file written by diff", PATH),
+            Argument("delta_path", "DELTA", "file written by diff", PATH),
             Argument(
                 "destination",
                 "DST",

@@ -1,4 +1,4 @@
-"""`inspect`: what a model or a patch is, where it comes from, whether it is whole."""
+"""`inspect`: what a model or a delta is, where it comes from, whether it is whole."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,8 +16,8 @@ from sinder_jax.storage import delta_file
 
 def inspect(path: Path, num_heads: int | None = None) -> None:
     """Prints what a model is, where it comes from, and whether its bytes are whole."""
-    if _is_patch(path):
-        _inspect_patch(path)
+    if _is_delta(path):
+        _inspect_delta(path)
         return
     model = source.open_model(path, num_heads)
     tops: dict[str, np.ndarray] = {}
@@ -91,16 +91,16 @@ def _verified(model: Model, digest_stated: bool) -> str:
     return f"{whole}; SHA-256 {digest}"
 
 
-def _is_patch(path: Path) -> bool:
+def _is_delta(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     return reading.open_state_dict(path).metadata.get("format") == delta_file.FORMAT
 
 
-def _inspect_patch(path: Path) -> None:
+def _inspect_delta(path: Path) -> None:
     repair, metadata = delta_file.load(path)
     lines = {
-        "patch for": report.title(repair.config),
+        "delta for": report.title(repair.config),
         "base digest": repair.base,
         "size": f"{path.stat().st_size:,} bytes",
         "verified": "all of it against the digest in the file; "
@@ -110,7 +110,7 @@ def _inspect_patch(path: Path) -> None:
     }
     for name, value in lines.items():
         print(f"{name + ':':<15}{value}")
-    for line in report.about_patch(repair):
+    for line in report.about_delta(repair):
         print(line)
 
 

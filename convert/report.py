@@ -1,4 +1,4 @@
-"""What the commands say of a model or a patch: proof, notes, origin."""
+"""What the commands say of a model or a delta: proof, notes, origin."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -91,8 +91,8 @@ def losses(model: Model, layout: str) -> Iterator[str]:
         )
 
 
-def about_patch(made: delta.Patch) -> Iterator[str]:
-    """What a patch changes, and how much."""
+def about_delta(made: delta.Delta) -> Iterator[str]:
+    """What a delta changes, and how much."""
     blocks = delta.touched(made)
     largest = {name: float(np.abs(e).max()) for name, e in made.eps.items()}
     told = ", ".join(f"{name} {x:.3g}" for name, x in largest.items())

@@ -316,7 +316,7 @@ def finish(job: Job, course: Course, heartbeat: Heartbeat, began: float) -> None
     if not workdir.writes:
         return
     files = results.export(workdir, original.model, repaired, original.provenance)
-    files += results.export_patch(
+    files += results.export_delta(
         workdir,
         original.model,
         original.params,

@@ -2,7 +2,7 @@
 
 params now --Observer--> pictures before / now, measures of photographs
 params now --export--> repaired/, repaired.safetensors, repaired.pth
-ε --export_patch--> repaired.patch.safetensors
+ε --export_delta--> repaired.patch.safetensors
 """
 
 import importlib.util
@@ -61,7 +61,7 @@ def export(
     return ["repaired", *names]
 
 
-def export_patch(
+def export_delta(
     workdir: Workdir,
     config: vit.ViTConfig,
     params: Any,

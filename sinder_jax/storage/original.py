@@ -6,7 +6,6 @@ Every start and every process of a run reads the stored factors, as does `conver
 ε belongs to that basis, and another machine's SVD may turn it.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -55,7 +54,7 @@ def save(path: StrPath, original: Original, gaps: Sequence[float] = ()) -> None:
         "directions": directions,
     }
     header = {
-        "config": dataclasses.asdict(model.config),
+        "config": model.config.as_dict(),
         "gaps": list(gaps),
         "provenance": dict(model.provenance),
     }

@@ -292,7 +292,7 @@ def test_another_base_is_refused(repair, tmp_path, capsys):
     run("diff", base, other, tmp_path / "made.safetensors")
     target = tmp_path / "done.safetensors"
     line = refusal(capsys, "apply", other, tmp_path / "made.safetensors", target)
-    assert "a patch fits the very weights" in line and not target.exists()
+    assert "a delta fits only the very weights" in line and not target.exists()
     small = stored(
         tmp_path / "r", "checkpoint", SMALL["mlp"], random_params(SMALL["mlp"])
     )
@@ -300,6 +300,8 @@ def test_another_base_is_refused(repair, tmp_path, capsys):
         capsys, "apply", small, tmp_path / "made.safetensors", tmp_path / "x"
     )
     assert "architectures differ in" in line and not (tmp_path / "x").exists()
+    line = refusal(capsys, "diff", base, small, tmp_path / "x.safetensors")
+    assert "architectures differ in embed_dim (64 and 128)" in line
 
 
 @pytest.mark.parametrize("name", golden.REPAIRED)

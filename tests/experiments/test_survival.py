@@ -140,7 +140,7 @@ def test_stopped_while_it_exports_it_exports_the_next_time(
     with monkeypatch.context() as patched:
         patched.setattr(
             repair.results,
-            "export_patch",
+            "export_delta",
             lambda *_: os.kill(os.getpid(), signal.SIGTERM),
         )
         run(workdir, *SHORT, code=cli.TRY_AGAIN)

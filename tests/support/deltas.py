@@ -56,14 +56,14 @@ def random_eps(factors, sizes=SIZES):
     }
 
 
-def random_patch(config):
+def random_delta(config):
     params, factors = random_model(config)
     return delta.from_eps(config, params, factors, random_eps(factors))
 
 
 @functools.cache
 def extracted(config):
-    """(params, repaired params, patch, report) of a random repair."""
+    """(params, repaired params, delta, report) of a random repair."""
     params, factors = random_model(config)
     repaired = factor.merge(params, factors, random_eps(factors))
     return params, repaired, *delta.extract(config, params, repaired)
@@ -90,7 +90,7 @@ def assert_same_bytes(got, want):
         assert np.asarray(got[path]).tobytes() == np.asarray(want[path]).tobytes(), path
 
 
-def assert_same_patch(got, want):
+def assert_same_delta(got, want):
     assert (got.config, got.base) == (want.config, want.base)
     assert_same_bytes(got.eps, want.eps)
     assert_same_bytes(got.probe, want.probe)

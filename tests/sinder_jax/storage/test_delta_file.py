@@ -1,4 +1,4 @@
-"""Patch files: what was saved is what is loaded, to the last bit, or an error."""
+"""Delta files: what was saved is what is loaded, to the last bit, or an error."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from deltas import SWIGLU, assert_same_patch, random_patch
+from deltas import SWIGLU, assert_same_delta, random_delta
 from sinder_jax import delta, kernels, param_tree, planted, vit
 from sinder_jax.storage import delta_file
 
@@ -16,16 +16,16 @@ METADATA = {"note": "ε of the demo", "options": '{"lr": 0.005}'}
 
 @pytest.fixture
 def saved(tmp_path):
-    """(path, patch) of a patch file."""
+    """(path, delta) of a delta file."""
     path = tmp_path / "giant.safetensors"
-    delta_file.save(path, random_patch(SWIGLU), METADATA)
-    return path, random_patch(SWIGLU)
+    delta_file.save(path, random_delta(SWIGLU), METADATA)
+    return path, random_delta(SWIGLU)
 
 
-def test_a_saved_patch_is_loaded_bit_for_bit(saved):
+def test_a_saved_delta_is_loaded_bit_for_bit(saved):
     path, want = saved
     got, metadata = delta_file.load(path)
-    assert_same_patch(got, want)
+    assert_same_delta(got, want)
     assert metadata.pop("writer").startswith("sinder_jax")
     assert metadata == METADATA
     assert os.listdir(path.parent) == [path.name]
@@ -39,7 +39,7 @@ def test_what_was_loaded_can_be_saved_again_byte_for_byte(saved, tmp_path):
     delta_file.save(tmp_path / "again.safetensors", *delta_file.load(path))
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     again, metadata = delta_file.load(tmp_path / "again.safetensors")
-    assert_same_patch(again, want)
+    assert_same_delta(again, want)
     assert metadata == delta_file.load(path)[1]
 
 
@@ -59,7 +59,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="No space"):
-        delta_file.save(tmp_path / "a.safetensors", random_patch(SWIGLU))
+        delta_file.save(tmp_path / "a.safetensors", random_delta(SWIGLU))
     assert not os.listdir(tmp_path)
 
 
@@ -84,7 +84,7 @@ def test_every_flipped_bit_is_detected_or_harmless(saved):
             assert str(path) in str(error) and "\n" not in str(error)
             detected += 1
         else:
-            assert_same_patch(got, want)
+            assert_same_delta(got, want)
             assert found == metadata
     # a space in the header's padding may become another JSON space, hardly more
     assert detected >= 195
@@ -95,21 +95,21 @@ def test_a_truncated_file_is_refused(saved):
     content = path.read_bytes()
     for length in (0, 4, 8, 100, len(content) // 2, len(content) - 1):
         path.write_bytes(content[:length])
-        with pytest.raises(ValueError, match="no patch"):
+        with pytest.raises(ValueError, match="not a delta"):
             delta_file.load(path)
     path.write_bytes(content + b"\0")
-    with pytest.raises(ValueError, match="no patch"):
+    with pytest.raises(ValueError, match="not a delta"):
         delta_file.load(path)
 
 
-def test_what_is_no_patch_is_refused(tmp_path):
+def test_what_is_no_delta_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         delta_file.load(tmp_path / "missing.safetensors")
-    with pytest.raises(ValueError, match="is no file"):
+    with pytest.raises(ValueError, match="is not a file"):
         delta_file.load(tmp_path)
     text = tmp_path / "readme.safetensors"
     text.write_text("a text")
-    with pytest.raises(ValueError, match="no patch"):
+    with pytest.raises(ValueError, match="not a delta"):
         delta_file.load(text)
     model = tmp_path / "model.safetensors"
     weights = {"norm.weight": np.ones(3, np.float32)}
@@ -123,7 +123,7 @@ def test_a_large_file_is_refused_unread(tmp_path):
     path = tmp_path / "model.safetensors"
     with open(path, "wb") as file:
         file.truncate(4 * 2**30)  # takes no space on the disk
-    with pytest.raises(ValueError, match="4,096 MiB and a patch at most 64"):
+    with pytest.raises(ValueError, match="4,096 MiB and a delta at most 64"):
         delta_file.load(path)
 
 
@@ -182,7 +182,7 @@ def test_content_that_does_not_fit_is_refused(saved, case):
 
 
 def test_metadata_must_be_text_under_free_names(tmp_path):
-    path, found = tmp_path / "a.safetensors", random_patch(SWIGLU)
+    path, found = tmp_path / "a.safetensors", random_delta(SWIGLU)
     with pytest.raises(ValueError, match="must not be named base, format"):
         delta_file.save(path, found, {"format": "x", "base": "y"})
     broken = found._replace(base="unknown")
@@ -191,12 +191,12 @@ def test_metadata_must_be_text_under_free_names(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def patch_bytes(config, path):
-    """Size of a patch with every ε of a model."""
+def delta_bytes(config, path):
+    """Size of a delta with every ε of a model."""
     shape = (config.depth, config.embed_dim)
     names = kernels.names(config)
     probe = (config.depth, delta.NUM_PROBES)
-    full = delta.Patch(
+    full = delta.Delta(
         config,
         {name: np.ones(shape, np.float32) for name in names},
         "0" * 64,
@@ -209,11 +209,11 @@ def patch_bytes(config, path):
     return path.stat().st_size
 
 
-def test_patches_are_small(tmp_path):
-    assert patch_bytes(planted.CONFIG, tmp_path / "tiny.safetensors") < 100_000
+def test_deltas_are_small(tmp_path):
+    assert delta_bytes(planted.CONFIG, tmp_path / "tiny.safetensors") < 100_000
     giant = vit.CONFIGS["dinov2_vitg14"]
     assert 4 * giant.depth * giant.embed_dim == 245_760
-    assert patch_bytes(giant, tmp_path / "giant.safetensors") < 1_000_000
+    assert delta_bytes(giant, tmp_path / "giant.safetensors") < 1_000_000
     for name, config in vit.CONFIGS.items():  # every S is D
         shapes = param_tree.flatten(param_tree.shapes(config))
         for kernel in kernels.names(config):

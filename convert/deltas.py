@@ -1,7 +1,7 @@
 """`diff` and `apply`: what a repair changed, and a model repaired by it.
 
-base, repaired --diff--> patch      run --diff--> patch
-base, patch --apply--> the repaired model, in the base's own layout
+base, repaired --diff--> delta      run --diff--> delta
+base, delta --apply--> the repaired model, in the base's own layout
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import numpy as np
 
 from convert import report, source, stream
 from convert.files import sha256, writing
-from sinder_jax import checkpoint, delta, param_tree
+from sinder_jax import checkpoint, delta, param_tree, vit
 from sinder_jax import model as models
 from sinder_jax.model import Model
 from sinder_jax.storage import array_store, delta_file, original, run_files
@@ -27,7 +27,7 @@ def diff(
     num_heads: int | None = None,
     residual: float = delta.ROUNDING,
 ) -> None:
-    """Writes what a repair changed as a patch; prints what was found.
+    """Writes what a repair changed as a delta; prints what was found.
 
     Args:
       paths: a base and its repaired model, in any layout, or the workdir of a run.
@@ -36,13 +36,13 @@ def diff(
       residual: how much of a kernel may be left out, relative to its norm.
     """
     if len(paths) > 2:
-        raise ValueError("diff takes BASE REPAIRED PATCH, or RUN PATCH.")
+        raise ValueError("diff takes BASE REPAIRED DELTA, or RUN DELTA.")
     if not 0 < residual < 1:
         raise ValueError(f"residual is {residual}: a part of 1 is meant, such as 1e-3.")
     _check_is_safetensors(destination)
     checkpoint.check_destination(destination)
     if len(paths) == 1:
-        made, provenance = _patch_of_run(paths[0])
+        made, provenance = _delta_of_run(paths[0])
     else:
         base, repaired = (source.open_model(path, num_heads) for path in paths)
         made, found = _extract(base, repaired, residual)
@@ -50,7 +50,7 @@ def diff(
         for line in _reported(found):
             print(f"note: {line}")
     delta_file.save(destination, made, {"provenance": json.dumps(provenance)})
-    for line in report.about_patch(made):
+    for line in report.about_delta(made):
         print(line)
     size = destination.stat().st_size
     print(f"{destination}: {size:,} bytes, for the model with digest {made.base}.")
@@ -58,12 +58,13 @@ def diff(
 
 def _check_is_safetensors(path: Path) -> None:
     if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: a patch is a .safetensors file.")
+        raise ValueError(f"{path}: a delta is a .safetensors file.")
 
 
 def _extract(
     base: Model, repaired: Model, residual: float
-) -> tuple[delta.Patch, delta.Report]:
+) -> tuple[delta.Delta, delta.Report]:
+    _check_architectures(base.config, repaired.config)
     has_mask_token = [
         model.torch is None or not model.torch.fills_mask_token
         for model in (base, repaired)
@@ -72,14 +73,13 @@ def _extract(
         base.config,
         base.params,
         repaired.params,
-        repaired_config=repaired.config,
         compare_mask_token=all(has_mask_token),
         residual=residual,
         progress=_Progress(),
     )
 
 
-def _patch_of_run(workdir: Path) -> tuple[delta.Patch, dict[str, Any]]:
+def _delta_of_run(workdir: Path) -> tuple[delta.Delta, dict[str, Any]]:
     """ε of the newest state of a run, which is its last one where it has ended."""
     frozen, states = workdir / run_files.FROZEN, workdir / run_files.STATES
     if not (frozen.is_dir() and states.is_dir()):
@@ -102,7 +102,7 @@ def _patch_of_run(workdir: Path) -> tuple[delta.Patch, dict[str, Any]]:
 
 def apply(
     base: Path,
-    patch_path: Path,
+    delta_path: Path,
     destination: Path,
     scale: float = 1.0,
     num_heads: int | None = None,
@@ -110,8 +110,8 @@ def apply(
     """Writes a repaired model in the layout of its base; prints what was checked.
 
     Args:
-      base: the model that the patch was made for, in any layout.
-      patch_path: from `diff`.
+      base: the model that the delta was made for, in any layout.
+      delta_path: from `diff`.
       destination: a file or, where the base is one, a directory that does not exist.
       scale: the share of the change that is applied, above 0 to 1.
       num_heads: None: what the files say, or embed_dim // 64.
@@ -120,19 +120,20 @@ def apply(
     as_directory = base.is_dir()
     check = checkpoint.check_destination if as_directory else writing.check_destination
     check(destination)
-    repair, _ = delta_file.load(patch_path)
+    repair, _ = delta_file.load(delta_path)
     model = source.open_model(base, num_heads)
     report.print_notes(model)
-    delta.check_base(repair, model.config, model.digest)
+    _check_architectures(repair.config, model.config)
+    delta.check_base(repair, model.digest)
     step = (
-        f"apply {patch_path.name}, SHA-256 {sha256.of_file(patch_path)}, scale "
+        f"apply {delta_path.name}, SHA-256 {sha256.of_file(delta_path)}, scale "
         f"{scale:g}, {array_store.tool()}"
     )
 
     progress = _Progress()
 
     def leaf(path: str) -> np.ndarray:
-        return delta.patched_leaf(repair, path, model.leaf(path), scale, progress)
+        return delta.repaired_leaf(repair, path, model.leaf(path), scale, progress)
 
     repaired = dataclasses.replace(
         model.with_step(step), leaf=leaf, known_digest=None, sha256={}
@@ -147,11 +148,16 @@ def apply(
             as_directory=as_directory,
             files=model.torch.extra,
         )
-    for line in report.about_patch(repair):
+    for line in report.about_delta(repair):
         print(line)
     report.print_proof(
         destination, model.config, model.num_tensors, found, f", {model.layout} layout"
     )
+
+
+def _check_architectures(base: vit.ViTConfig, other: vit.ViTConfig) -> None:
+    if different := models.differences(base, other):
+        raise ValueError(f"the architectures differ in {different}")
 
 
 class _Progress:
