@@ -137,16 +137,20 @@ FAMILIES: dict[str, Family] = {
 
 
 class Published(NamedTuple):
-    """A model that can be had by name.
+    """A model that can be fetched by name.
 
     Attributes:
       name: such as "dinov2_vitg14_reg".
-      url: address of its PyTorch file.
+      alias: the name as in that of its file, "dinov2_vitg14_reg4".
+      hub_url: where the files of its family are.
+      file: address of its PyTorch file below `hub_url`.
       fields: of its `ViTConfig`.
     """
 
     name: str
-    url: str
+    alias: str
+    hub_url: str
+    file: str
     fields: dict[str, Any]
 
 
@@ -163,19 +167,19 @@ def published() -> dict[str, Published]:
 
 def _publish(name: str, family: Family, letter: str, variant: Variant) -> Published:
     patch = family.patch_size
-    resampling = variant._asdict()
-    suffix, file_suffix = resampling.pop("suffix"), resampling.pop("file_suffix")
     fields = {
         **family.sizes[letter]._asdict(),
-        **resampling,
+        **variant._asdict(),
         "img_size": family.image_size,
         "patch_size": patch,
         "family": name,
     }
-    file = family.hub_file.format(size=letter, patch=patch, suffix=file_suffix)
+    suffix, file_suffix = fields.pop("suffix"), fields.pop("file_suffix")
     return Published(
         family.model_name.format(size=letter, patch=patch, suffix=suffix),
-        f"{family.hub_url}/{file}",
+        family.model_name.format(size=letter, patch=patch, suffix=file_suffix),
+        family.hub_url,
+        family.hub_file.format(size=letter, patch=patch, suffix=file_suffix),
         fields,
     )
 

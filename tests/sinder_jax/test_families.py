@@ -36,10 +36,9 @@ def test_the_published_models_are_dinov2_s_eight():
     names = [f"dinov2_vit{x}14{reg}" for reg in ("", "_reg") for x in "sbgl"]
     assert sorted(families.published()) == sorted(names)
     giant = families.published()["dinov2_vitg14_reg"]
-    assert giant.url == (
-        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitg14/"
-        "dinov2_vitg14_reg4_pretrain.pth"
-    )
+    assert giant.alias == "dinov2_vitg14_reg4"
+    assert giant.hub_url == "https://dl.fbaipublicfiles.com/dinov2"
+    assert giant.file == "dinov2_vitg14/dinov2_vitg14_reg4_pretrain.pth"
     assert vit.CONFIGS["dinov2_vitg14_reg"] == vit.ViTConfig(
         1536, 40, 24, "swiglu", 518, 14, 4, True, 0.0
     )
