@@ -1,18 +1,17 @@
-"""Time and memory of converting a model of a published size, phase by phase.
+"""Time and memory of converting a random model of a published size.
 
     python -m benchmarks.convert_giant [--model=dinov2_vitg14] [--folder=DIR]
 
-Makes a random model in hub layout as .safetensors, then, each in a process of its own:
-reads its bytes and writes them again (the baseline), converts it to a checkpoint, and
-the checkpoint to each layout and kind of file. Beside that the phases by themselves:
-reading, transposing, digests, writing. Prints one JSON object: seconds, ratios to the
-baseline, and peak memory in units of the file. DIR needs six times the model.
+Writes a random model in hub layout as .safetensors. Then, each in its own process,
+copies the file (the baseline), converts it to a checkpoint, and converts the checkpoint
+to every layout and file type. Also times reading, transposing, digests and writing
+alone. Prints one JSON object: seconds, ratios to the baseline, and peak memory in units
+of the file size. DIR needs room for six models.
 """
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,17 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.process import peak_bytes
+
 BLOCK = 16 * 2**20
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 def make_source(path: Path, model: str) -> None:
-    """A random model of the size of `model` in hub layout, leaf by leaf."""
+    """Writes a random model of the size of `model` in hub layout, leaf by leaf."""
     from convert import layouts
     from convert.files import writing
     from convert.files.tensors import Spec
@@ -51,7 +46,7 @@ def make_source(path: Path, model: str) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """The baseline: reads a file and writes it again, down to the disk."""
+    """The baseline: copies a file and flushes it to the disk."""
     with source.open("rb") as file, target.open("wb") as out:
         while data := file.read(BLOCK):
             out.write(data)
@@ -59,7 +54,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def phases(source: Path, target: Path) -> dict[str, float]:
-    """Seconds of reading, transposing, digests and writing, each by itself."""
+    """Seconds of reading, transposing, hashing and writing, each alone."""
     from convert.files import reading
     from convert.layouts import table as tables
     from convert.state_dict import TorchModel
@@ -94,7 +89,7 @@ def phases(source: Path, target: Path) -> dict[str, float]:
 
 
 def task(name: str, folder: Path) -> dict:
-    """One conversion in this process: seconds and peak memory in bytes."""
+    """Runs one conversion in this process; returns seconds and peak memory in bytes."""
     from convert import __main__ as convert
 
     source, checkpoint = folder / "hub.safetensors", folder / "checkpoint"
@@ -123,7 +118,7 @@ def task(name: str, folder: Path) -> dict:
 
 
 def run(name: str, folder: Path) -> dict:
-    """`task` in a process of its own, whose memory is nobody else's."""
+    """Runs `task` in its own process, so that peak memory is that of the task."""
     command = [sys.executable, "-m", "benchmarks.convert_giant", f"--task={name}"]
     ended = subprocess.run(
         [*command, f"--folder={folder}"], check=True, capture_output=True, text=True
@@ -132,7 +127,7 @@ def run(name: str, folder: Path) -> dict:
 
 
 def main() -> None:
-    """Runs the benchmark, or one task of it, and prints numbers as JSON."""
+    """Runs the benchmark, or one of its tasks, and prints the numbers as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="dinov2_vitg14")
     parser.add_argument("--folder", type=Path)

@@ -1,11 +1,11 @@
-"""Images a second: from a JPEG to what a step reads, by threads and by processes.
+"""Images per second from JPEG files to batches, by threads and by processes.
 
     python -m benchmarks.decode [--seconds=10] [--size=518] [--folder=/data/train]
 
-Without a folder of yours, the photographs inside scikit-image are cut to 500 x 375
-pixels, about ImageNet's mean, and saved as JPEGs of quality 95. `one after the other`
-is the work of one core; the rest is `data.stream` with threads or worker processes that
-have one thread each, taken after what was read ahead at the start.
+Without --folder, the photographs inside scikit-image are cropped to 500 x 375 pixels,
+about ImageNet's mean size, and saved as JPEGs of quality 95. `one after the other` uses
+one core; the other rates are those of `batches.stream` with threads, or with worker
+processes of one thread each, after a warm-up.
 """
 
 import argparse
@@ -29,7 +29,7 @@ FAMILY = families.named(families.DEFAULT)
 
 
 def write_photographs(folder: Path) -> None:
-    """Writes JPEGs of ImageNet's kind: the middle of each photograph of the sample."""
+    """Writes the middle of each sample photograph as a JPEG of ImageNet's size."""
     for file in listing.sample_images():
         image = decode.read_rgb(file)
         scale = max(WIDTH / image.width, HEIGHT / image.height)
@@ -41,7 +41,7 @@ def write_photographs(folder: Path) -> None:
 
 
 def rate(call: Callable[[], Any], seconds: float) -> float:
-    """Calls a second, over at least so many seconds."""
+    """Calls per second, measured for at least `seconds`."""
     start, count = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         call()
@@ -52,7 +52,7 @@ def rate(call: Callable[[], Any], seconds: float) -> float:
 def stream_rate(
     photographs: Sequence[listing.Photograph], size: int, seconds: float, **options: int
 ) -> float:
-    """Images a second of a stream, once the first batches are passed."""
+    """Images per second of a stream, without its first batches."""
     stream = batches.stream(
         photographs,
         size,
@@ -61,7 +61,9 @@ def stream_rate(
         batch_size=BATCH,
         **options,
     )
-    for _ in range(4 + 2 * options.get("num_workers", 0)):  # read ahead, or starting
+    for _ in range(
+        4 + 2 * options.get("num_workers", 0)
+    ):  # read ahead while the workers start
         next(stream)
     images = rate(lambda: next(stream), seconds) * BATCH
     stream.close()
@@ -69,7 +71,7 @@ def stream_rate(
 
 
 def rates(folder: Path, size: int, seconds: float) -> dict[str, Any]:
-    """Images a second from the photographs of a folder, by who reads them."""
+    """Images per second from a folder, for each way of reading."""
     photographs = listing.open_photographs(str(folder))
     several = sorted({1, 2, os.cpu_count() or 1})
 
@@ -105,7 +107,7 @@ def rates(folder: Path, size: int, seconds: float) -> dict[str, Any]:
 
 
 def bench_decode(rounds: int, quick: bool) -> dict[str, Any]:
-    """The rates for JPEGs of ImageNet's kind, two seconds each and round."""
+    """Measures JPEGs of ImageNet's size, each rate for two seconds per round."""
     with tempfile.TemporaryDirectory() as folder:
         write_photographs(Path(folder))
         return rates(Path(folder), 518, 0.5 if quick else 2.0 * rounds)
@@ -114,9 +116,11 @@ def bench_decode(rounds: int, quick: bool) -> dict[str, Any]:
 def main() -> None:
     """Prints the rates as JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each rate")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="duration of each measurement"
+    )
     parser.add_argument("--size", type=int, default=518, help="pixels")
-    parser.add_argument("--folder", type=Path, help="of photographs")
+    parser.add_argument("--folder", type=Path, help="your photographs")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if args.folder is None:

@@ -1,13 +1,12 @@
-"""What the compiled repair step holds in a device's memory, without a single weight.
+"""Device memory of the compiled repair step, without any weights.
 
     python -m benchmarks.memory [--model=dinov2_vitg14] [--size=518] [--images=1]
         [--devices=1]
 
-The step is compiled from shapes alone, so this takes seconds and little memory for any
-model. Sizes are the compiler's own buffer assignment: `arguments` (kernels, factors,
-the rest of model and state; updated in place) and `work space` (what is computed and
-thrown away within a step). With --devices above 1 the model is split over as many
-simulated devices, and the sizes are of one of them.
+Compiles the step from shapes alone, which takes seconds and little memory for any
+model, and prints the compiler's own buffer sizes: `arguments` (model and state, updated
+in place) and `work space` (temporary arrays). With --devices above 1 the model is split
+over simulated devices, and the sizes are those of one device.
 """
 
 import argparse
@@ -29,7 +28,7 @@ AXIS = "images"
 def shapes(
     config: vit.ViTConfig, options: repair.RepairOptions
 ) -> tuple[repair.RepairState, repair.Frozen]:
-    """State and frozen model as shapes, as `repair.init` would give them."""
+    """The shapes of the state and the frozen model that `repair.init` returns."""
     params = param_tree.shapes(config)
     frozen, stacks = jax.eval_shape(
         lambda params: kernels.split(config, params), params
@@ -67,13 +66,13 @@ def shapes(
 def of_step(
     config: vit.ViTConfig, size: int, images: int = 1, devices: int = 1
 ) -> dict[str, float]:
-    """Memory of one device in GiB, and the seconds that compiling took.
+    """Memory of one device in GiB, and the compile time in seconds.
 
     Args:
       config: the architecture.
       size: side of the images in pixels.
-      images: how many a step takes on a device, one after the other.
-      devices: over how many the model is split; as many must exist.
+      images: images per step and device.
+      devices: number of devices that the model is split over.
     """
     options = repair.RepairOptions()
     tree = shapes(config, options)
@@ -107,8 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
     parser.add_argument("--model", default="dinov2_vitg14", choices=vit.CONFIGS)
     parser.add_argument("--size", type=int, default=518, help="pixels")
-    parser.add_argument("--images", type=int, default=1, help="a step and device")
-    parser.add_argument("--devices", type=int, default=1, help="that share the model")
+    parser.add_argument(
+        "--images", type=int, default=1, help="images per step and device"
+    )
+    parser.add_argument(
+        "--devices", type=int, default=1, help="devices that share the model"
+    )
     args = parser.parse_args()
     if args.devices > 1:
         jax.config.update("jax_num_cpu_devices", args.devices)

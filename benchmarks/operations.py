@@ -1,9 +1,9 @@
-"""Floating-point operations of a repair step, counted from the shapes.
+"""Counts the floating-point operations of a repair step from the shapes.
 
     config, tokens, block of the defect --> GFLOP of our step, of the authors'
 
-A multiplication and an addition count as two; only matrix products count.
-`tests/test_operations.py` holds the counts to PyTorch's own counter.
+A multiplication and an addition count as two; only matrix products count. The tests
+compare the counts with PyTorch's own counter.
 """
 
 from typing import NamedTuple
@@ -12,12 +12,13 @@ from sinder_jax import vit
 
 
 class Step(NamedTuple):
-    """GFLOP of our step, by what they are for.
+    """GFLOP of the parts of our step.
 
     Attributes:
       search: forward through the blocks up to the defect.
-      inputs: gradients by the inputs of the active blocks, attention's weights again.
-      eps: gradients by ε.
+      inputs: gradients with respect to the inputs of the active blocks, including
+        attention weights computed again.
+      eps: gradients with respect to ε.
       merge: rebuilding the kernels of the active blocks, once for all images.
     """
 
@@ -28,7 +29,7 @@ class Step(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it, for one image."""
+        """The whole step, for one image."""
         return sum(self)
 
 
@@ -37,7 +38,7 @@ class _Block(NamedTuple):
 
     kernels: tuple[tuple[int, int], ...]  # (in, out) of v, proj, and the two of the FFN
     qk: float
-    attention: float  # one of its products
+    attention: float  # one of its two products
 
 
 def _block(config: vit.ViTConfig, tokens: int) -> _Block:
@@ -56,19 +57,19 @@ def _product(rows: int, inner: int, columns: int) -> float:
 def our_step(
     config: vit.ViTConfig, tokens: int, block: int, active_blocks: int = 10
 ) -> Step:
-    """One image whose first defect is in `block`.
+    """Our step for one image whose first defect is in `block`.
 
     Args:
       config: the architecture.
       tokens: T, class token and registers included.
       block: from 0.
-      active_blocks: of the repair's options.
+      active_blocks: as in `repair.RepairOptions`.
     """
     part = _block(config, tokens)
     active = min(active_blocks, block + 1)
     dense = sum(_product(tokens, *kernel) for kernel in part.kernels) + part.qk
     merge = sum(_product(i, min(i, o), o) for i, o in part.kernels)
-    # Both sides of a square kernel; the short side twice of another.
+    # Both sides of a square kernel; twice the short side of any other.
     eps = sum(2 * _product(tokens, min(i, o), min(i, o)) for i, o in part.kernels)
     return Step(
         search=(block + 1) * (dense + 2 * part.attention),
@@ -79,7 +80,7 @@ def our_step(
 
 
 def authors_step(config: vit.ViTConfig, tokens: int, block: int) -> float:
-    """GFLOP of the authors' step: every block rebuilt, and all of them backwards."""
+    """GFLOP of the authors' step: rebuilds and differentiates every block it runs."""
     part = _block(config, tokens)
     width = config.embed_dim
     dense = sum(_product(tokens, *kernel) for kernel in part.kernels) + part.qk
@@ -90,6 +91,6 @@ def authors_step(config: vit.ViTConfig, tokens: int, block: int) -> float:
 
     trained = sum(rebuild(*kernel) for kernel in part.kernels)
     forward = dense + 2 * part.attention + trained + 2 * rebuild(width, width)
-    # By inputs and by kernels, those of q and k too, then back through the rebuilding.
+    # Gradients of inputs and kernels, q and k included, then through the rebuilding.
     backward = 2 * dense + 4 * part.attention + trained
     return (block + 1) * (forward + backward)

@@ -1,16 +1,16 @@
-"""What TF32 or bfloat16 would cost a repair in accuracy, emulated on any device.
+"""Emulates TF32 and bfloat16 on any device to measure a repair's accuracy in them.
 
     python -m benchmarks.precision [--golden=FOLDER] [--out=FILE]
 
     recorded model --float32--> reference run --compare--> a row of the table
     recorded model --some numbers rounded--> run --------^
 
-A CPU multiplies in float32 whatever `matmul_precision` says. So the products of the
-traced step are found by the precision they ask for, and their operands are rounded to
-the nearest even: 10 bits of mantissa are TF32, 7 are bfloat16. Sums stay float32, and
-so does all that is no product (norms, softmax, loss, SGD). Hardware that cuts bits off
-instead is up to twice as far away. The runs are the recorded ones (`tests/golden`); the
-reference is our own float32, within 1.4e-4 of the recorded ε (`tests/test_repair.py`).
+A CPU multiplies in float32 whatever `matmul_precision` says. So this finds the products
+of the traced step by the precision that they request and rounds their operands to the
+nearest even: to 10 bits of mantissa for TF32, 7 for bfloat16. Sums stay float32, as do
+norms, softmax, loss and SGD. Hardware that truncates instead is up to twice as far off.
+The runs are the recorded ones (`tests/golden`); the reference is our own float32 run,
+within 1.4e-4 of the recorded ε.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from sinder_jax.placement import WHOLE
 from tests.support import golden
 
 TF32, BFLOAT16 = 10, 7  # bits of mantissa
-MARKED = (lax.Precision.HIGH,) * 2  # what the products to be emulated ask for
+MARKED = (lax.Precision.HIGH,) * 2  # precision requested by the products to emulate
 
 # --- Products in another arithmetic ---------------------------------------------------
 
@@ -43,17 +43,17 @@ Arithmetic = Callable[[Product, Any, Any], Any]  # product, a, b -> result
 
 
 def keep(bits: int, x: Any) -> Any:
-    """`x` with `bits` of mantissa, rounded to the nearest even."""
+    """Rounds `x` to `bits` of mantissa, to the nearest even."""
     return lax.reduce_precision(x, exponent_bits=8, mantissa_bits=bits)
 
 
 def rounded(bits: int) -> Arithmetic:
-    """A product of operands with `bits` of mantissa, summed in float32."""
+    """Products of operands with `bits` of mantissa, summed in float32."""
     return lambda product, a, b: product(keep(bits, a), keep(bits, b))
 
 
 def three_passes(product: Product, a: Any, b: Any) -> Any:
-    """Operands as sums of two bfloat16, without the product of the small parts."""
+    """Operands split into two bfloat16 parts; skips the product of the small parts."""
     high_a, high_b = keep(BFLOAT16, a), keep(BFLOAT16, b)
     low_a, low_b = keep(BFLOAT16, a - high_a), keep(BFLOAT16, b - high_b)
     return product(high_a, high_b) + (product(high_a, low_b) + product(low_a, high_b))
@@ -62,12 +62,12 @@ def three_passes(product: Product, a: Any, b: Any) -> Any:
 def emulated(
     function: Callable[..., Any], arithmetic: Arithmetic, chosen: Callable[[Any], bool]
 ) -> Callable[..., Any]:
-    """`function`, jitted, with `arithmetic` in the products that are `chosen`.
+    """Jits `function` with `arithmetic` in the products that `chosen` selects.
 
     Args:
-      function: of trees of arrays; traced at the first call.
-      arithmetic: how those products are computed.
-      chosen: of the equation of a product (`dot_general`), whether it is one of them.
+      function: takes and returns trees of arrays; traced at the first call.
+      arithmetic: how the selected products are computed.
+      chosen: takes the equation of a product (`dot_general`), returns True to select.
     """
 
     def replaced(equation: Any) -> Any:
@@ -78,7 +78,7 @@ def emulated(
         return call.replace(invars=equation.invars, outvars=equation.outvars)
 
     def within(value: Any) -> Any:
-        """A parameter of an equation: loops, branches and calls hold programs."""
+        """Rewrites an equation's parameter: loops, branches and calls hold programs."""
         if isinstance(value, core.Jaxpr):  # since JAX 0.12 a ClosedJaxpr is one, too
             return value.replace(eqns=[rewritten(equation) for equation in value.eqns])
         if isinstance(value, core.ClosedJaxpr):
@@ -100,7 +100,7 @@ def emulated(
 
 
 def avals(equation: Any) -> list[Any]:
-    """Shapes and dtypes of the operands of an equation."""
+    """Shapes and dtypes of an equation's operands."""
     return [operand.aval for operand in equation.invars]
 
 
@@ -108,18 +108,18 @@ def avals(equation: Any) -> list[Any]:
 
 
 class Variant(NamedTuple):
-    """What is not float32 in a run.
+    """What differs from float32 in a run.
 
     Attributes:
-      name: for the table.
-      products: which ones. "none"; those of "matmul_precision", of model and step; of
-        these all "but patches" (the embedding); "everything", merging and cosines too;
-        those of the "search", of these the "query-key" ones or the ones in blocks
-        "before" the window of the deepest defect; those of the "way back".
-      arithmetic: theirs.
-      stored: what is kept in bfloat16: "query-key" kernels, "factors" U and V or
+      name: name in the table.
+      products: which products: "none"; "matmul_precision", those of model and step;
+        "but patches", the same without the patch embedding; "everything", merging and
+        cosines too; "search", and of these only "query-key" or those in blocks "before"
+        the window of the deepest defect; "way back", those of the backward pass.
+      arithmetic: how these products are computed.
+      stored: what is stored in bfloat16: "query-key" kernels, "factors" (U and V) or
         "kernels" (merged).
-      adds: whether a kernel is merged as W + V·diag(ε)·Uᵀ, not as V·diag(σ + ε)·Uᵀ.
+      adds: True to merge a kernel as W + V·diag(ε)·Uᵀ instead of V·diag(σ + ε)·Uᵀ.
     """
 
     name: str
@@ -151,7 +151,7 @@ VARIANTS = (
 
 
 class Case(NamedTuple):
-    """A recorded model and its repair, before the first step."""
+    """A recorded model and its repair before the first step."""
 
     config: vit.ViTConfig
     options: repair.RepairOptions
@@ -164,7 +164,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def load(name: str) -> Case:
-    """The case of a recording of a repair."""
+    """Loads a recorded repair."""
     arrays, meta = golden.load(name)
     config = vit.ViTConfig(**golden.architecture(meta))
     _, params = convert.from_torch(golden.state(arrays), config.num_heads)
@@ -177,14 +177,14 @@ def load(name: str) -> Case:
 
 
 def marked(walk: Any) -> Any:
-    """A walk of `search` whose products are marked."""
+    """A walk of `search` that marks its products for emulation."""
     options = dataclasses.replace(walk.options, matmul_precision="high")
     return dataclasses.replace(walk, options=options)
 
 
 @contextlib.contextmanager
 def changed_library(case: Case, variant: Variant) -> Iterator[None]:
-    """While a step is traced: its products marked, its kernels merged as told."""
+    """Patches the library while a step is traced, as the variant demands."""
     advance, back = search._Walk._advance, search._Walk._back_through
 
     def marked_advance(walk, *args):
@@ -198,7 +198,7 @@ def changed_library(case: Case, variant: Variant) -> Iterator[None]:
     def marked_back(walk, *args):
         return back(marked(walk), *args)
 
-    def added(factors, eps, *_):  # a block whose ε is zero adds zero: it keeps its bits
+    def added(factors, eps, *_):  # a block whose ε is zero adds zero
         product = functools.partial(jnp.einsum, "lis,ls,los->lio", precision="highest")
         return {
             name: kernel + product(factors.v[name], eps[name], factors.u[name])
@@ -217,7 +217,7 @@ def changed_library(case: Case, variant: Variant) -> Iterator[None]:
 
 
 def is_chosen(config: vit.ViTConfig, products: str, equation: Any) -> bool:
-    """Whether the product of an equation is one of the variant's `products`."""
+    """True if the equation's product is one of the variant's `products`."""
     shapes, width = [x.shape for x in avals(equation)], config.embed_dim
     if products == "everything":
         return True
@@ -230,9 +230,11 @@ def is_chosen(config: vit.ViTConfig, products: str, equation: Any) -> bool:
 
 @functools.cache
 def make_step(name: str, variant: Variant) -> Callable[..., Any]:
-    """step(state, frozen, image [1, height, width, 3]) -> state, metrics, search.
+    """`repair.make_step` for one image, emulated.
 
-    `repair.make_step` for one image, emulated; it also tells what the search found.
+    Returns:
+      step(state, frozen, image [1, height, width, 3]) -> (state, metrics, search); the
+      last is what the search found.
     """
     case = load(name)
     options = case.options
@@ -259,18 +261,18 @@ def make_step(name: str, variant: Variant) -> Callable[..., Any]:
 
 
 class Run(NamedTuple):
-    """A repair, one image a step, and the kernels it left."""
+    """A finished repair, one image per step."""
 
     metrics: list[repair.Metrics]
     searches: list[search.Search]
     state: repair.RepairState
-    left: int  # images with a defect afterwards, in float32
+    left: int  # images that still have a defect, in float32
 
 
 def stored(
     what: str, frozen: repair.Frozen, state: repair.RepairState
 ) -> tuple[repair.Frozen, repair.RepairState]:
-    """Frozen model and state with one part rounded to bfloat16."""
+    """Rounds one part of the frozen model or the state to bfloat16."""
     half = functools.partial(jax.tree.map, functools.partial(keep, BFLOAT16))
     if what == "kernels":
         state = dataclasses.replace(state, merged=half(state.merged))
@@ -287,7 +289,7 @@ def stored(
 
 @functools.cache
 def run(name: str, variant: Variant) -> Run:
-    """The repair of a recording."""
+    """Repeats a recorded repair with a variant's number formats."""
     case, metrics, searches = load(name), [], []
     step = make_step(name, variant._replace(name="", stored="none"))
     frozen, state = stored(variant.stored, case.frozen, case.state)
@@ -304,16 +306,16 @@ def run(name: str, variant: Variant) -> Run:
 
 
 def relative(actual: Any, expected: Any, unit: Any = None) -> float:
-    """Norm of the difference over the norm of `unit`, which is `expected` if None."""
+    """Norm of the difference over the norm of `unit` (None: of `expected`)."""
     norm = np.linalg.norm(expected if unit is None else unit)
     return float(np.linalg.norm(np.asarray(actual) - expected) / norm)
 
 
 def compared(name: str, variant: Variant) -> dict[str, Any]:
-    """A row: how far a variant's run is from float32, by the largest relative errors.
+    """A row of the table: the largest relative errors against the float32 run.
 
-    Loss and α are compared at the steps with a defect in the same block, tokens at the
-    defect of the first step, ε and kernels at the end, one by one.
+    Compares loss and α at the steps whose defect is in the same block, tokens at the
+    defect of the first step, and ε and kernels one by one after the last step.
     """
     case, ours, exact = load(name), run(name, variant), run(name, FLOAT32)
     steps = list(zip(ours.metrics, exact.metrics, strict=True))
@@ -348,7 +350,7 @@ def compared(name: str, variant: Variant) -> dict[str, Any]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table."""
+    """Formats the rows as a table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     for each in rows:
         cells = each.values()
@@ -360,7 +362,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precision")
     parser.add_argument("--golden", type=Path, default=golden.FOLDER)
-    parser.add_argument("--out", type=Path, help="file for the table")
+    parser.add_argument("--out", type=Path, help="file to write the table to")
     args = parser.parse_args()
     golden.FOLDER = args.golden
     rows = [

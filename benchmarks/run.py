@@ -1,11 +1,11 @@
-"""The benchmark suite: every number beside a baseline of the same run.
+"""The benchmark suite: every number with a baseline from the same run.
 
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
 Names: repair, depth, images, directions, factorize, memory, features, convert, decode;
-none means all. Results are printed as a Markdown table and, with --out, written as JSON
-and Markdown. `--quick` takes small models, to see that everything runs. What is
-compared is timed in turn, A B A B …, and told as medians and ratios of medians.
+without a name all of them run. Prints Markdown tables; --out also writes them to a
+folder, with all numbers as JSON. --quick uses small models, to check that everything
+runs. Competitors are timed in turn, A B A B …, and compared by their medians.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import decode, giant_step, memory, operations, synthetic
+from benchmarks import decode, memory, operations, process, synthetic
 from sinder_jax import defects, factor, families, kernels, repair, vit
 
 Numbers = dict[str, Any]
@@ -35,7 +34,7 @@ PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "torch")
 
 
 def in_turn(rounds: int, **calls: Callable[[], Any]) -> dict[str, list[float]]:
-    """Seconds of each call, by name, in `rounds` rounds after one not counted."""
+    """Seconds of each call, by name, in `rounds` rounds after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for count in range(rounds + 1):
         for name, call in calls.items():
@@ -46,8 +45,8 @@ def in_turn(rounds: int, **calls: Callable[[], Any]) -> dict[str, list[float]]:
     return seconds
 
 
-def told(seconds: dict[str, list[float]], baseline: str) -> Numbers:
-    """Medians, and how many times faster than the baseline each is."""
+def summary(seconds: dict[str, list[float]], baseline: str) -> Numbers:
+    """Medians, and how many times as fast as the baseline each call is."""
     medians = {name: float(np.median(each)) for name, each in seconds.items()}
     return {
         "seconds": medians,
@@ -60,19 +59,13 @@ def told(seconds: dict[str, list[float]], baseline: str) -> Numbers:
     }
 
 
-def peak_gib() -> float:
-    """Largest resident memory of this process so far."""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30
-
-
 class Case:
-    """A repair whose first defect is in a given block, for us and for the baseline.
+    """A repair with its first defect in a given block, for us and for the baseline.
 
     Args:
       config: the architecture.
       size: side of the image in pixels.
-      block: the block of the defect.
+      block: block of the defect, from 0.
     """
 
     def __init__(self, config: vit.ViTConfig, size: int, block: int):
@@ -80,11 +73,13 @@ class Case:
         rng = np.random.default_rng(1)
         self.image = rng.standard_normal((size, size, 3)).astype(np.float32)
         self.options = repair.RepairOptions()
-        self.directions = synthetic.defect_directions(self.model, self.image, block)
+        self.directions = synthetic.defect_directions(
+            config, self.model.params, self.image, block
+        )
         self.losses: dict[str, list[float]] = {}
 
     def ours(self, images: int = 1) -> Callable[[], None]:
-        """A call that takes one of our steps, compiled before."""
+        """A function that takes one of our steps, compiled in advance."""
         model = self.model
         frozen, state = repair.init(
             model.config, model.params, self.options, self.directions, model.factors
@@ -103,7 +98,7 @@ class Case:
         return call
 
     def baseline(self, rebuild: str) -> Callable[[], None]:
-        """A call that takes one of the authors' steps in PyTorch."""
+        """A function that takes one of the authors' steps in PyTorch."""
         from benchmarks import torch_baseline
 
         model = self.model
@@ -125,7 +120,7 @@ class Case:
 
 
 def giant_width(depth: int, quick: bool) -> tuple[vit.ViTConfig, int]:
-    """Architecture and image side: the giant's width, or a small one."""
+    """Architecture and image side: as wide as the giant, or small."""
     if quick:
         return vit.ViTConfig(128, depth, 2, "swiglu", img_size=112), 112
     config = vit.ViTConfig(1536, depth, 24, "swiglu", interpolate_antialias=True)
@@ -133,18 +128,18 @@ def giant_width(depth: int, quick: bool) -> tuple[vit.ViTConfig, int]:
 
 
 def bench_repair(rounds: int, quick: bool) -> Numbers:
-    """A repair step against the authors', one image, defect in the last block."""
+    """Compares a repair step with the authors': one image, defect in the last block."""
     config, size = giant_width(16, quick)
     case = Case(config, size, config.depth - 1)
     calls = {"baseline": case.baseline("dense"), "ours": case.ours()}
-    numbers = told(in_turn(rounds, **calls), "baseline")
+    numbers = summary(in_turn(rounds, **calls), "baseline")
     both = zip(case.losses["ours"], case.losses["dense"], strict=True)
     numbers["largest relative difference of the losses"] = max(
         abs(ours - theirs) / theirs for ours, theirs in both
     )
     numbers["first losses"] = {name: x[0] for name, x in case.losses.items()}
     numbers["compile seconds"] = case.compile_seconds
-    numbers["peak GiB of both"] = peak_gib()
+    numbers["peak GiB of both"] = process.peak_bytes() / 2**30
     del calls
     cheap = in_turn(1, cheap=case.baseline("scaled"))["cheap"][0]
     numbers["seconds"]["baseline, (U·s)·Vᵀ"] = cheap
@@ -157,7 +152,7 @@ def bench_repair(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_images(rounds: int, quick: bool) -> Numbers:
-    """A step of several images against as many of one: they share the merging."""
+    """Compares steps of one, two and four images, which share the merging."""
     config, size = giant_width(12, quick)
     case = Case(config, size, config.depth - 1)
     seconds = {}
@@ -169,9 +164,9 @@ def bench_images(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_directions(rounds: int, quick: bool) -> Numbers:
-    """Analytic directions of a whole model; the authors' way from two blocks of it."""
+    """Times the analytic directions, and the authors' Monte-Carlo way on two blocks."""
     config = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitg14"]
-    params = giant_step.random_params(config)
+    params = synthetic.random_params(config)
     probes = 2_000 if quick else 100_000
     start = time.perf_counter()
     defects.singular_defects(config, params)
@@ -194,10 +189,10 @@ def bench_directions(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_factorize(rounds: int, quick: bool) -> Numbers:
-    """Factors of two blocks, against one float64 SVD after the other."""
+    """Compares the factors of two blocks with float64 SVDs, one after the other."""
     name = "dinov2_vits14" if quick else "dinov2_vitg14"
     config = dataclasses.replace(vit.CONFIGS[name], depth=2)
-    params = giant_step.random_params(config)
+    params = synthetic.random_params(config)
     _, stacks = kernels.split(config, params)
 
     def svds() -> None:
@@ -205,7 +200,7 @@ def bench_factorize(rounds: int, quick: bool) -> Numbers:
             np.linalg.svd(np.asarray(kernel, np.float64), full_matrices=False)
 
     seconds = in_turn(rounds, SVDs=svds, ours=lambda: factor.factorize(config, params))
-    numbers = told(seconds, "SVDs")
+    numbers = summary(seconds, "SVDs")
     blocks = vit.CONFIGS[name].depth
     numbers["seconds of all blocks"] = {
         name: x / config.depth * blocks for name, x in numbers["seconds"].items()
@@ -214,24 +209,24 @@ def bench_factorize(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_depth(rounds: int, quick: bool) -> Numbers:
-    """What a block costs to search, and so a step at any depth, ours and theirs.
+    """Extrapolates both steps to the giant's depth from the cost of a block.
 
-    A giant's own steps need more memory than both side by side leave. Ours is the
-    search, which grows with the block of the defect, and the rest, which does not; the
-    authors' step is a multiple of one block's.
+    Two whole giants do not fit into memory side by side. Our step is the search, which
+    grows with the block of the defect, plus a constant; the authors' step costs the
+    same for every block.
     """
     config, size = giant_width(15, quick)
     theirs, _ = giant_width(8, quick)
     case = Case(config, size, config.depth - 1)
     whole = case.ours()
-    case.directions = np.zeros_like(case.directions)  # finds nothing: the search alone
+    case.directions = np.zeros_like(case.directions)  # no defect: only the search runs
     calls = {
         "ours": whole,
         "search": case.ours(),
         "baseline": Case(theirs, size, theirs.depth - 1).baseline("dense"),
     }
-    numbers = told(in_turn(rounds, **calls), "baseline")
-    del numbers["times faster than baseline"]  # of another depth
+    numbers = summary(in_turn(rounds, **calls), "baseline")
+    del numbers["times faster than baseline"]  # their depths differ
     seconds = numbers["seconds"]
     search = seconds["search"] / config.depth
     baseline = seconds["baseline"] / theirs.depth
@@ -247,7 +242,7 @@ def bench_depth(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_memory(rounds: int, quick: bool) -> Numbers:
-    """Memory of a device and compile time, for each of the hub's models."""
+    """Device memory and compile time of a step, for each of the hub's models."""
     del rounds
     models = ["dinov2_vits14"] if quick else [x for x in vit.CONFIGS if "reg" not in x]
     return {
@@ -257,7 +252,7 @@ def bench_memory(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_features(rounds: int, quick: bool) -> Numbers:
-    """Features of images against PyTorch's fused attention, kernels as they are."""
+    """Compares the forward pass with PyTorch's, which uses its fused attention."""
     import torch
 
     import convert
@@ -265,7 +260,7 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
 
     config = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitl14"]
     size = 112 if quick else 518
-    params = giant_step.random_params(config)
+    params = synthetic.random_params(config)
     arrays = convert.to_torch(config, params)
     state = {key: torch.from_numpy(array) for key, array in arrays.items()}
     image = np.random.default_rng(1).standard_normal((1, size, size, 3))
@@ -286,13 +281,13 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
     seconds = in_turn(
         rounds, PyTorch=theirs, ours=lambda: jax.block_until_ready(apply(params, x))
     )
-    numbers = told(seconds, "PyTorch")
+    numbers = summary(seconds, "PyTorch")
     numbers["images/s"] = {k: 1 / x for k, x in numbers["seconds"].items()}
     return numbers
 
 
 def bench_convert(rounds: int, quick: bool) -> Numbers:
-    """Every conversion against copying the file, each in its own process."""
+    """Compares every conversion with copying the file, each in its own process."""
     model = "dinov2_vits14" if quick else "dinov2_vitg14"
     command = [sys.executable, "-m", "benchmarks.convert_giant", f"--model={model}"]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -313,7 +308,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
 
 
 def environment() -> Numbers:
-    """The machine, the versions and the date."""
+    """Machine, versions and date."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -324,7 +319,7 @@ def environment() -> Numbers:
 
 
 def markdown(results: dict[str, Numbers]) -> str:
-    """The numbers of a run as a table: name, what, value."""
+    """A table with the columns benchmark, what, value."""
     lines = ["| benchmark | what | value |", "|---|---|---|"]
 
     def add(name: str, path: str, value: Any) -> None:
@@ -342,7 +337,7 @@ def markdown(results: dict[str, Numbers]) -> str:
 
 
 def main() -> None:
-    """Runs the benchmarks that are named."""
+    """Runs the named benchmarks, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--out", type=Path, help="folder for JSON and Markdown")
@@ -352,7 +347,7 @@ def main() -> None:
     unknown = [name for name in args.names if name not in BENCHMARKS]
     if unknown:
         parser.error(
-            f"no benchmark {unknown[0]!r}: it is one of {', '.join(BENCHMARKS)}"
+            f"got benchmark {unknown[0]!r}, expected one of {', '.join(BENCHMARKS)}"
         )
     results: dict[str, Numbers] = {"run": environment()}
     for name in args.names or BENCHMARKS:

@@ -1,9 +1,9 @@
-"""Models of any size made from their factors, with a defect where it is asked for.
+"""Random models of any size, with a defect in a chosen block.
 
     config, seed --random orthonormal U, V and falling σ--> factors --> kernels, params
     params, image, block --> directions along which that block has outliers
 
-No SVD is needed, so a giant's blocks are made in seconds: the factors are the model's.
+The kernels are built from their factors, so even a giant needs no SVD.
 """
 
 import dataclasses
@@ -13,22 +13,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.giant_step import outlier_direction, random_params
-from sinder_jax import factor, kernels, vit
+from sinder_jax import factor, kernels, param_tree, vit
 
-# Largest and smallest singular value of a kernel [in, out], relative to those of a
-# random one with entries of standard deviation 0.02.
+# Largest and smallest singular value of a kernel, relative to the largest of a random
+# kernel whose entries have standard deviation 0.02.
 SPREAD = (1.5, 0.1)
 
 
+def random_params(config: vit.ViTConfig, seed: int = 0) -> dict:
+    """Random weights on the host, of about the size of a trained model's."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple, shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        name = path[-1].key
+        if name == "scale":
+            return np.ones(shape.shape, np.float32)
+        if name == "gamma":
+            return np.full(shape.shape, 0.1, np.float32)
+        array = rng.standard_normal(shape.shape, np.float32)
+        array *= np.float32(0.02)
+        return array
+
+    return jax.tree_util.tree_map_with_path(leaf, param_tree.shapes(config))
+
+
+def outlier_direction(tokens: np.ndarray) -> np.ndarray:
+    """A direction along which three of the patch tokens [H, W, D] are outliers."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    middle = tokens.shape[0] // 2
+    rows = [(middle, column) for column in (3, 6, 9)]
+    # Ridge regression that predicts 1 for these patches and 0 for the others.
+    wanted = np.zeros(len(flat))
+    for row, column in rows:
+        wanted[row * tokens.shape[1] + column] = 1.0
+    gram = flat @ flat.T
+    weights = np.linalg.solve(
+        gram + 1e-3 * np.trace(gram) / len(gram) * np.eye(len(gram)), wanted
+    )
+    return flat.T @ weights
+
+
 class Synthetic(NamedTuple):
-    """A model and the factors it was made from.
+    """A model and the factors that its kernels were built from.
 
     Attributes:
       config: the architecture.
       params: the params tree, NumPy float32.
-      factors: of its trainable kernels.
-      qk: factors of the q and k kernels, by (block, "q" or "k").
+      factors: factors of the trainable kernels.
+      qk: factors of the query and key kernels, by (block, "q" or "k").
     """
 
     config: vit.ViTConfig
@@ -38,12 +70,11 @@ class Synthetic(NamedTuple):
 
 
 def synthetic_model(config: vit.ViTConfig, seed: int = 0) -> Synthetic:
-    """A model whose kernels are U·diag(σ)·Vᵀ of known, random factors."""
+    """Builds a model whose kernels are U·diag(σ)·Vᵀ with random, known factors."""
     rng = np.random.default_rng(seed)
     params = random_params(config, seed)
     factors = factor.Factors(u={}, sigma={}, v={})
     _, stacks = kernels.split(config, params)
-    blocks = params["blocks"]
     qk = {}
     for name, stack in stacks.items():
         made = [_factors(rng, kernel.shape) for kernel in stack]
@@ -51,13 +82,11 @@ def synthetic_model(config: vit.ViTConfig, seed: int = 0) -> Synthetic:
         factors.sigma[name] = np.stack([each.sigma for each in made])
         factors.v[name] = np.stack([each.v for each in made])
         for i, each in enumerate(made):
-            _target(blocks, name)[i] = _kernel(each)
-    width = config.embed_dim
+            kernels.view(config, params, i, name)[:] = _kernel(each)
     for i in range(config.depth):
-        for third, name in enumerate("qk"):
-            each = qk[i, name] = _factors(rng, (width, width))
-            part = blocks["attn"]["qkv"]["kernel"][i]
-            part[:, third * width : (third + 1) * width] = _kernel(each)
+        for name in "qk":
+            each = qk[i, name] = _factors(rng, (config.embed_dim, config.embed_dim))
+            kernels.view(config, params, i, f"attn/{name}")[:] = _kernel(each)
     return Synthetic(config, params, factors, qk)
 
 
@@ -77,29 +106,21 @@ def _kernel(factors: factor.KernelFactors) -> np.ndarray:
     return np.asarray(factor.merge_kernel(factors.u, factors.sigma, factors.v))
 
 
-def _target(blocks: dict[str, Any], name: str) -> np.ndarray:
-    """The stacked kernel [L, in, out] inside the params, a view."""
-    part, layer = name.split("/")
-    if layer != "v":
-        return blocks[part][layer]["kernel"]
-    kernel = blocks["attn"]["qkv"]["kernel"]
-    return kernel[..., -kernel.shape[1] :]
-
-
-def defect_directions(model: Synthetic, image: np.ndarray, block: int) -> np.ndarray:
-    """Directions [L, D] that find a defect of `image` in `block`, and none before.
+def defect_directions(
+    config: vit.ViTConfig, params: dict[str, Any], image: np.ndarray, block: int
+) -> np.ndarray:
+    """Directions [L, D] along which `image` has its first defect in `block`.
 
     Args:
-      model: the model.
+      config: the architecture.
+      params: the params tree.
       image: [height, width, 3], normalized float32.
-      block: where its first defect is to be.
+      block: block of the first defect, from 0.
     """
-    config, found = model.config, np.zeros((model.config.depth, model.config.embed_dim))
+    found = np.zeros((config.depth, config.embed_dim))
     cut = dataclasses.replace(config, depth=block + 1)
-    params = {
-        **model.params,
-        "blocks": jax.tree.map(lambda x: x[: block + 1], model.params["blocks"]),
-    }
+    blocks = jax.tree.map(lambda x: x[: block + 1], params["blocks"])
+    params = {**params, "blocks": blocks}
     apply = jax.jit(
         lambda params, image: vit.ViT(cut).apply(
             {"params": params}, image[None], blocks=(block,), method="intermediates"

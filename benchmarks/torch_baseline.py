@@ -1,15 +1,15 @@
-"""The authors' repair step in PyTorch, operation for operation: what ours is held to.
+"""The baseline: the authors' repair step in PyTorch, operation for operation.
 
     image --all blocks up to the first defect, kernels rebuilt in each--> loss
     loss --back through all of them--> ∂loss/∂ε --drop the inactive--> SGD
 
-Written from the method (arXiv:2407.16826) and from what the released code computes, not
-from its text. Every kernel, also of q and k, is rebuilt in every forward pass by two
-dense products, U·diag(σ + ε)·Vᵀ; attention is the plain softmax; gradients reach the ε
-of every block that was run, and those outside the window are thrown away.
-`tests/test_torch_baseline.py` holds it to the recorded runs.
+Written from the paper (arXiv:2407.16826) and from what the released code computes, not
+from its text. Every forward pass rebuilds every kernel, q and k included, by two dense
+products U·diag(σ + ε)·Vᵀ; attention is plain softmax; the backward pass reaches the ε
+of every block that ran, and gradients outside the window are dropped. The tests compare
+it with the recorded runs.
 
-    python -m benchmarks.torch_baseline       # operations of one giant block, counted
+    python -m benchmarks.torch_baseline       # counts the operations of one giant block
 """
 
 import json
@@ -48,7 +48,7 @@ class Kernel(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What a step found: defect's block or -1, its loss or nan, number of outliers."""
+    """Block of the defect or -1, loss or nan, number of outliers."""
 
     layer: int
     loss: float
@@ -61,11 +61,11 @@ class Baseline:
     Args:
       config: the architecture.
       params: the params tree of the original model, NumPy float32.
-      factors: of its trainable kernels.
-      qk: factors of the q and k kernels, by (block, "q" or "k").
+      factors: factors of the trainable kernels.
+      qk: factors of the query and key kernels, by (block, "q" or "k").
       directions: singular defect directions [L, D].
-      options: of the repair.
-      rebuild: how a kernel is made of its factors.
+      options: the repair's options.
+      rebuild: how a kernel is built from its factors.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Baseline:
         return kernels
 
     def step(self, image: np.ndarray) -> StepResult:
-        """One image [height, width, 3], normalized float32: forward, backward, SGD."""
+        """Takes one SGD step on an image [height, width, 3], normalized float32."""
         tokens = self.embed(image)
         rows = image.shape[0] // self.config.patch_size
         for i in range(self.config.depth):
@@ -123,7 +123,7 @@ class Baseline:
         active = self.options.active_blocks or self.config.depth
         for block in self.kernels[: max(0, layer + 1 - active)]:
             for kernel in block.values():
-                kernel.eps.grad = None  # SGD leaves what has none alone
+                kernel.eps.grad = None  # SGD skips a parameter without a gradient
         self._sgd.step()
 
     def embed(self, image: np.ndarray) -> torch.Tensor:
@@ -149,7 +149,7 @@ class Baseline:
         return torch.cat([*first, x], dim=1)
 
     def block(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """Block i, its kernels rebuilt from their factors."""
+        """Applies block i with kernels rebuilt from their factors."""
         p, kernels = _at(self._frozen["blocks"], i), self.kernels[i]
         weights = {
             name: self.rebuild(k.u, k.sigma + k.eps, k.v) for name, k in kernels.items()
@@ -168,7 +168,7 @@ class Baseline:
     def attention(
         self, p: Mapping[str, Any], weights: Mapping[str, Any], x: torch.Tensor
     ) -> torch.Tensor:
-        """Plain softmax attention with the fused product of q, k and v."""
+        """Plain softmax attention; one product computes q, k and v."""
         batch, length, width = x.shape
         heads = self.config.num_heads
         fused = torch.cat([weights[f"attn/{name}"] for name in "qkv"])
@@ -194,7 +194,7 @@ class Baseline:
     def neighbor_loss(
         self, tokens: torch.Tensor, direction: torch.Tensor
     ) -> tuple[torch.Tensor, int]:
-        """Loss of the outliers of patch tokens [H, W, D], and how many there are."""
+        """Loss and number of the outliers among patch tokens [H, W, D]."""
         window, border = self.options.window, self.options.window // 2
         height, width, _ = tokens.shape
         fixed = tokens.detach()
@@ -224,7 +224,7 @@ class Baseline:
 def qk_factors(
     config: vit.ViTConfig, params: Mapping[str, Any]
 ) -> dict[tuple[int, str], factor.KernelFactors]:
-    """Factors of the q and k kernels, which the authors rebuild, too."""
+    """Factors of the query and key kernels, which the authors rebuild as well."""
     found = {}
     for i, kernel in enumerate(np.asarray(params["blocks"]["attn"]["qkv"]["kernel"])):
         q, k, _ = np.split(kernel, 3, axis=1)
@@ -234,10 +234,10 @@ def qk_factors(
 
 
 def count_operations(rebuild: Rebuild = rebuild_dense) -> dict[str, float]:
-    """GFLOP of one giant block at 518 pixels, forward and backward, without computing.
+    """GFLOP of one giant block at 518 pixels, forward and backward.
 
-    A multiplication and an addition count as two. Counted by PyTorch on tensors that
-    have shapes only.
+    PyTorch counts them on meta tensors, which have shapes but no data. A multiplication
+    and an addition count as two.
     """
     config = vit.ViTConfig(1536, 1, 24, "swiglu")
     with torch.device("meta"):

@@ -13,12 +13,12 @@ def test_the_authors_step_is_what_pytorch_counts():
 
     counted = torch_baseline.count_operations()
     ours = operations.authors_step(GIANT, TOKENS, 0)
-    # The cosines and the loss are not counted by us: a few million
+    # ours leaves out the cosines and the loss: a few million operations
     assert ours == pytest.approx(sum(counted.values()), rel=1e-4)
 
 
 def test_our_step_at_the_giants_last_block():
-    """Added up by hand in the design of the step: 5,800 GFLOP at best."""
+    """The terms as added up by hand."""
     step = operations.our_step(GIANT, TOKENS, 39)
     assert step.search == pytest.approx(40 * 89.1, rel=1e-3)
     assert step.merge == pytest.approx(725, rel=1e-3)

@@ -1,4 +1,4 @@
-"""The emulation of other number formats: exact if and only if it rounds nothing."""
+"""benchmarks/precision.py: the emulation is exact if and only if it rounds nothing."""
 
 import jax
 import numpy as np
@@ -20,10 +20,10 @@ def first_step(variant):
 
 @pytest.fixture(scope="module")
 def plain():
-    """What the library's own step makes of the first image."""
+    """The library's own step on the first image."""
     case = precision.load(NAME)
     step = repair.make_step(case.config, case.options)
-    state = jax.tree.map(lambda x: x.copy(), case.state)  # the step is given its memory
+    state = jax.tree.map(lambda x: x.copy(), case.state)  # the step donates it
     return jax.device_get(step(state, case.frozen, case.images[:1]))
 
 
@@ -42,7 +42,7 @@ def errors(got, want):
 def test_rounding_to_all_bits_of_float32_is_the_plain_step(plain):
     exact = precision.Variant("", "matmul_precision", precision.rounded(23))
     loss, eps = errors(first_step(exact), plain)
-    # the same operations, fused otherwise by the compiler
+    # the same operations, which the compiler fuses differently
     assert loss < 1e-6 and eps < 1e-5
 
 
@@ -54,7 +54,9 @@ def test_tf32_products_show(plain):
 
 
 def test_operands_are_rounded_to_the_nearest_even_inside_loops_too():
-    x = np.float32([[1 + 2**-11, 1 + 3 * 2**-11]])  # both halfway between two TF32
+    x = np.float32(
+        [[1 + 2**-11, 1 + 3 * 2**-11]]
+    )  # both halfway between two TF32 values
 
     def squares(x):
         def square(_):

@@ -11,7 +11,7 @@ import pytest
 
 import convert
 import golden
-from benchmarks import giant_step
+from benchmarks import synthetic
 from convert import commands, layouts, source
 from convert.__main__ import main
 from convert.files import hugging_face, reading, sha256, writing
@@ -397,7 +397,7 @@ def test_transformers_loads_the_directory_and_gives_our_features(kind, tmp_path)
     from convert import verify
 
     # Weights of a trained model's scale: with larger ones float32 itself is far off.
-    config, params = SMALL[kind], giant_step.random_params(SMALL[kind])
+    config, params = SMALL[kind], synthetic.random_params(SMALL[kind])
     checkpoint.save(tmp_path / "jax", config, params)
     run("to-torch", tmp_path / "jax", tmp_path / "hf", "--layout=hf")
     report = verify.load_report(tmp_path / "hf")

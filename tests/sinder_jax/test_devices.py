@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import places
-from benchmarks import giant_step
+from benchmarks import synthetic
 from samples import error_of
 from sinder_jax import planted, repair, vit
 
@@ -59,7 +59,7 @@ def test_a_sharding_of_another_kind_is_refused():
 def test_images_that_the_devices_do_not_divide_are_refused():
     config = vit.ViTConfig(16, 1, 1, "mlp", img_size=28)
     step = repair.make_step(config, repair.RepairOptions(), sharding_of("images"))
-    params = giant_step.random_params(config)
+    params = synthetic.random_params(config)
     frozen, state = repair.init(config, params, repair.RepairOptions())
     images = jnp.zeros((3, 28, 28, 3))
     message = error_of(step, state, frozen, images)
@@ -68,7 +68,7 @@ def test_images_that_the_devices_do_not_divide_are_refused():
 
 def test_matrices_are_split_and_vectors_are_whole():
     config = vit.ViTConfig(16, 2, 1, "swiglu", img_size=28)
-    params = giant_step.random_params(config)
+    params = synthetic.random_params(config)
     trees = repair.init(config, params, repair.RepairOptions())
     frozen, state = (repair.shard(tree, sharding_of("images")) for tree in trees)
 
