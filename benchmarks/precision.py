@@ -250,7 +250,9 @@ def make_step(name: str, variant: Variant) -> Callable[..., Any]:
             found = walk.search(tokens)
             results = jax.tree.map(lambda x: x[None], walk.result(found))
             valid = jnp.ones(1, bool)
-            state, metrics = repair._update(options, state, frozen, results, valid)
+            state, metrics = repair._update(
+                options, state, frozen, results, valid, WHOLE
+            )
             return state, metrics, found._replace(traces=None)
 
     chosen = functools.partial(is_chosen, case.config, variant.products)
