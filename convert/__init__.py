@@ -12,7 +12,7 @@ from typing import Any
 _HOMES = {
     "from_torch": "convert.state_dict",
     "to_torch": "convert.state_dict",
-    "open_model": "convert.source",
+    "open_model": "convert.opening",
 }
 __all__ = ["from_torch", "open_model", "to_torch"]
 

@@ -39,19 +39,15 @@ class Argument(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command: its line in the help, its function and its arguments.
+    """A command: its line in the help and its arguments.
 
     Attributes:
       help: what it does.
-      module, function: imported only when the command runs, so that `--help` need not
-        wait for JAX.
       arguments: in the order of the help.
       usage: the line of the help where argparse's own would mislead.
     """
 
     help: str
-    module: str
-    function: str
     arguments: Sequence[Argument]
     usage: str | None = None
 
@@ -80,8 +76,6 @@ VERIFY = Argument(
 COMMANDS = {
     "to-jax": Command(
         "PyTorch model -> checkpoint directory",
-        "convert.commands",
-        "to_jax",
         [
             Argument(
                 "src",
@@ -111,8 +105,6 @@ COMMANDS = {
     ),
     "to-torch": Command(
         "checkpoint directory -> PyTorch file or directory",
-        "convert.commands",
-        "to_torch",
         [
             Argument(
                 "src",
@@ -137,8 +129,6 @@ COMMANDS = {
     ),
     "inspect": Command(
         "describe a model or a delta and check its integrity",
-        "convert.inspection",
-        "inspect",
         [
             Argument(
                 "path", "SRC", f"checkpoint directory, {SOURCE}, or a delta", PATH
@@ -148,8 +138,6 @@ COMMANDS = {
     ),
     "diff": Command(
         "what a repair changed, as a delta under 1 MB",
-        "convert.deltas",
-        "diff",
         [
             Argument(
                 "paths",
@@ -172,8 +160,6 @@ COMMANDS = {
     ),
     "apply": Command(
         "repair a model by a delta, in the model's own layout",
-        "convert.deltas",
-        "apply",
         [
             Argument("base", "BASE", "the model to repair", PATH),
             Argument("delta_path", "DELTA", "file written by diff", PATH),
@@ -205,11 +191,13 @@ def main(argv: Sequence[str] | None = None) -> int:
       0; 2 after an error, printed as one line on stderr; 130 after Ctrl-C.
     """
     arguments = vars(_parser().parse_args(argv))
-    command = COMMANDS[arguments.pop("command")]
+    name = arguments.pop("command").replace("-", "_")
 
     def call() -> None:
-        function = getattr(importlib.import_module(command.module), command.function)
-        function(**{name: x for name, x in arguments.items() if x is not None})
+        # Imported only now: `--help` need not wait for JAX.
+        module = importlib.import_module(f"convert.commands.{name}")
+        command = getattr(module, name)
+        command(**{key: value for key, value in arguments.items() if value is not None})
 
     return cli.run(call)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert import infer, layouts
-from convert.files.tensors import specs_of
+from convert.files.tensors import StateDict
 from convert.layouts import table as tables
 from sinder_jax import param_tree, vit
 
@@ -35,7 +35,8 @@ class TorchModel:
       specs: shape and number format of every tensor, by bare name.
       table: slots of the tensors that exist, by bare name.
       shapes: of the leaves, by flat name.
-      left_out: names of tensors that are not part of the backbone.
+      files, contents: those of a `StateDict`; empty for tensors in memory.
+      left_out: names of entries that are not part of the backbone.
       formats: number formats of the tensors, by NumPy's names.
       fills_mask_token: True if there is no mask token, so that it becomes zeros.
 
@@ -50,10 +51,11 @@ class TorchModel:
         num_heads: int | None = None,
         **overrides: Any,
     ):
-        self._state_dict = state_dict
-        specs = specs_of(state_dict)
-        self._keys, self.left_out = infer.backbone_keys(list(specs))
-        self.specs = {key: specs[name] for key, name in self._keys.items()}
+        self._tensors = StateDict.of(state_dict)
+        self.files, self.contents = self._tensors.files, self._tensors.contents
+        self._keys, left_out = infer.backbone_keys(list(self._tensors))
+        self.left_out = [*self._tensors.left_out, *left_out]
+        self.specs = {key: self._tensors.specs[x] for key, x in self._keys.items()}
         seen = {key: spec.shape for key, spec in self.specs.items()}
         self.layout = infer.layout_of(seen)
         self.config = infer.config_of(self.layout, seen, num_heads, overrides)
@@ -95,7 +97,7 @@ class TorchModel:
         return {key: self._tensor(key) for key in self.specs}
 
     def _tensor(self, key: str) -> np.ndarray:
-        return self._state_dict[self._keys[key]]
+        return self._tensors[self._keys[key]]
 
     def _misfits(self) -> dict[str, list[str]]:
         """All that is wrong with names, shapes and formats, by kind."""

@@ -11,7 +11,6 @@ Hugging Face directories, workdirs of repairs.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,33 +22,6 @@ from sinder_jax.storage.paths import AnyPath, StrPath, as_path
 from sinder_jax.vit import ViTConfig
 
 OURS = "sinder_jax"  # the layout of a checkpoint directory
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchFiles:
-    """What is known of a model because PyTorch files hold it.
-
-    Attributes:
-      layout: a key of `convert.layouts.LAYOUTS`.
-      table: the slot of each tensor, by PyTorch name (`convert.layouts.table`).
-      tensors: reads all tensors of the backbone in their stored number formats.
-      num_tensors: number of those.
-      formats: their number formats, by NumPy's names.
-      fills_mask_token: True if the files have no mask token, so that it becomes zeros.
-      files: all files read.
-      extra: JSON files of a Hugging Face directory, by file name.
-      left_out: names of entries that are not part of the backbone.
-    """
-
-    layout: str
-    table: dict[str, Any]
-    tensors: Callable[[], dict[str, np.ndarray]]
-    num_tensors: int
-    formats: list[str]
-    fills_mask_token: bool
-    files: list[Path]
-    extra: dict[str, Any]
-    left_out: list[str]
 
 
 @dataclasses.dataclass(eq=False)
@@ -65,7 +37,8 @@ class Model:
         held the weights, and what was done to them since. Empty if unknown.
       known_digest: the digest that the files state or all leaves gave; None until then.
       sha256: SHA-256 of the leaves, by flat name, as far as the files state it.
-      torch: what PyTorch files add; None for a checkpoint or a model in memory.
+      torch: the tensors of PyTorch files, a `convert.state_dict.TorchModel`; None for a
+        checkpoint or a model in memory.
     """
 
     config: ViTConfig
@@ -74,7 +47,7 @@ class Model:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     known_digest: str | None = None
     sha256: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    torch: TorchFiles | None = None
+    torch: Any = None
 
     @classmethod
     def of(
@@ -159,7 +132,7 @@ class Model:
     @property
     def num_tensors(self) -> int:
         """Number of tensors as stored; a checkpoint stores one per leaf."""
-        return self.torch.num_tensors if self.torch else len(self.shapes)
+        return len(self.torch.specs) if self.torch else len(self.shapes)
 
 
 # --- Checkpoint directories -----------------------------------------------------------

@@ -98,10 +98,13 @@ def _open_directory(path: Path) -> StateDict:
     for name in WEIGHTS:
         if (path / name).exists():
             found = open_state_dict(path / name)
-            config = path / CONFIG
-            if config.exists():
-                found.config = read_json(config)
-                found.files.append(config)
+            if (path / CONFIG).exists():
+                found.files.append(path / CONFIG)
+                found.contents = {
+                    beside: read_json(path / beside)
+                    for beside in (CONFIG, PREPROCESSOR)
+                    if (path / beside).exists()
+                }
             return found
     raise ValueError(
         f"{path} is a directory; give a file ({', '.join(FORMATS)}) or a directory "

@@ -42,7 +42,7 @@ class StateDict(Mapping[str, np.ndarray]):
       specs: shape and number format of every tensor.
       files: the files that hold them.
       metadata: text by name from the file itself.
-      config: the `config.json` beside the tensors, or an empty dict.
+      contents: JSON objects of the files beside the tensors, by file name.
       left_out: names of entries that hold no weights.
     """
 
@@ -57,9 +57,28 @@ class StateDict(Mapping[str, np.ndarray]):
         self.specs = dict(specs)
         self.files = list(files)
         self.metadata = dict(metadata or {})
-        self.config: dict[str, Any] = {}
+        self.contents: dict[str, dict[str, Any]] = {}
         self.left_out = list(left_out)
         self._read = read
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Any]) -> "StateDict":
+        """Tensors in memory; values that are not arrays get their type as dtype."""
+        if isinstance(tensors, StateDict):
+            return tensors
+        specs = {
+            key: Spec(
+                tuple(getattr(x, "shape", ())),
+                x.dtype.name if isinstance(x, np.ndarray) else type(x).__name__,
+            )
+            for key, x in tensors.items()
+        }
+        return cls(specs, tensors.__getitem__, [])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The `config.json` beside the tensors, or an empty dict."""
+        return self.contents.get("config.json", {})
 
     def __getitem__(self, key: str) -> np.ndarray:
         if key not in self.specs:
@@ -71,19 +90,6 @@ class StateDict(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self.specs)
-
-
-def specs_of(state_dict: Mapping[str, Any]) -> dict[str, Spec]:
-    """Shape and number format of every tensor; reads none that is still in a file."""
-    if isinstance(state_dict, StateDict):
-        return dict(state_dict.specs)
-    return {
-        key: Spec(
-            tuple(getattr(value, "shape", ())),
-            value.dtype.name if isinstance(value, np.ndarray) else type(value).__name__,
-        )
-        for key, value in state_dict.items()
-    }
 
 
 def damaged(path: Path, kind: str, why: str) -> ValueError:

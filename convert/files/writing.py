@@ -16,7 +16,7 @@ import numpy as np
 
 from convert.files import sha256, writing_pth, writing_safetensors
 from convert.files.reading_pth import import_torch
-from convert.files.tensors import Spec, specs_of
+from convert.files.tensors import Spec, StateDict
 from convert.files.writing_safetensors import Metadata, Tensors
 from sinder_jax.storage import array_store, files
 from sinder_jax.storage.paths import StrPath
@@ -52,9 +52,8 @@ def write_state_dict(
       ImportError: `.pth` without torch.
     """
     tensors = ((key, np.asarray(array)) for key, array in state_dict.items())
-    write_tensors(
-        path, specs_of(state_dict), tensors, lambda: metadata or {}, overwrite
-    )
+    specs = StateDict.of(state_dict).specs
+    write_tensors(path, specs, tensors, lambda: metadata or {}, overwrite)
 
 
 def write_tensors(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 import convert
-from convert import fetch, source
+from convert import fetch
 from convert.files import writing
 from sinder_jax import param_tree, planted, repair, vit
 from sinder_jax.data import batches, decode, listing
@@ -169,7 +169,7 @@ class Original(NamedTuple):
     Attributes:
       config: its architecture, resampled as the run's config says.
       params: its params, float32.
-      provenance: where its weights come from, see `convert.source.Model`.
+      provenance: where its weights come from, see `sinder_jax.model.Model`.
     """
 
     config: vit.ViTConfig
@@ -195,7 +195,7 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
         made = planted.planted_model(config.seed)
         state_dict = convert.to_torch(made.config, made.params)
         writing.write_state_dict(path, state_dict, overwrite=True)
-    model = source.open_model(path)
+    model = convert.open_model(path)
     wrong = [
         f"{name} is {getattr(model.config, name)} and not {getattr(want, name)}"
         for name in ARCHITECTURE

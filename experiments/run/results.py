@@ -16,13 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
-import convert
-from convert import source
-from convert.files import writing
+from convert import layouts, saving
 from experiments.run import sinks
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, delta, factor, families, param_tree, vit
+from sinder_jax import checkpoint, delta, factor, families, vit
 from sinder_jax.analysis import defective
 from sinder_jax.analysis.tokens import last_patches
 from sinder_jax.data import decode
@@ -44,20 +42,17 @@ def export(
     were repaired come from.
     """
     repaired = Model.of(config, params, provenance)
-    provenance = repaired.with_step(f"repaired by {array_store.tool()}").provenance
+    repaired = repaired.with_step(f"repaired by {array_store.tool()}")
     target = workdir.path / "repaired"
     if not target.exists():  # else from a finish that was cut short: the same model
-        checkpoint.save(target, config, params, provenance)
+        checkpoint.save(target, config, params, repaired.provenance)
     names = ["repaired.safetensors"]
     if importlib.util.find_spec("torch"):
         names.append("repaired.pth")
-    state_dict = convert.to_torch(config, params)
-    told = source.metadata_of(
-        config, provenance, param_tree.digest(param_tree.flatten(params))
-    )
+    table = layouts.table_of("dinov2", config)
     for name in names:
         with workdir.output(name) as path:
-            writing.write_state_dict(path, state_dict, overwrite=True, metadata=told)
+            saving.save(path, repaired, table, overwrite=True)
     return ["repaired", *names]
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from convert import source
+import convert
 from experiments.visualize import ARCHITECTURE
 from sinder_jax import param_tree
 from sinder_jax.data import decode
@@ -68,11 +68,11 @@ class Subject:
 
     Args:
       name: what the figures call it.
-      path: a checkpoint of ours or PyTorch files, see `convert.source.open_model`.
+      path: a checkpoint of ours or PyTorch files, see `convert.open_model`.
       antialias: replaces the model's own `interpolate_antialias`; None: leaves it.
 
     Raises:
-      As `convert.source.open_model`.
+      As `convert.open_model`.
     """
 
     def __init__(self, name: str, path: str, antialias: bool | None = None):
@@ -80,7 +80,7 @@ class Subject:
         where = paths.as_path(path)
         if not where.exists():
             raise FileNotFoundError(f"no such checkpoint: {path}")
-        self.model = source.open_model(where)
+        self.model = convert.open_model(where)
         self.config = self.model.config
         if antialias is not None:
             self.config = dataclasses.replace(

@@ -12,12 +12,13 @@ import pytest
 import convert
 import golden
 from benchmarks import synthetic
-from convert import commands, layouts, source
+from convert import fetch, layouts, saving
 from convert.__main__ import main
 from convert.files import hugging_face, reading, sha256, writing
 from convert.files.tensors import Spec
 from samples import SMALL, assert_same_bytes, random_params, read_state_dict
 from sinder_jax import checkpoint, delta, factor, kernels, param_tree, vit
+from sinder_jax.model import Model
 from sinder_jax.storage import delta_file
 
 KINDS = {"swiglu": SMALL["swiglu"], "registers": SMALL["registers"]}
@@ -129,7 +130,7 @@ def test_a_strange_provenance_is_one_line(steps, tmp_path, capsys):
     config, params = SMALL["mlp"], random_params(SMALL["mlp"])
     provenance = {"source": "x", "steps": steps}
     checkpoint.save(tmp_path / "jax", config, params, provenance)
-    told = source.metadata_of(config, provenance, "0" * 64)
+    told = saving.description(Model.of(config, params, provenance), "0" * 64)
     state = convert.to_torch(config, params)
     writing.write_state_dict(tmp_path / "a.safetensors", state, metadata=told)
     for path in (tmp_path / "jax", tmp_path / "a.safetensors"):
@@ -400,8 +401,7 @@ def test_transformers_loads_the_directory_and_gives_our_features(kind, tmp_path)
     config, params = SMALL[kind], synthetic.random_params(SMALL[kind])
     checkpoint.save(tmp_path / "jax", config, params)
     run("to-torch", tmp_path / "jax", tmp_path / "hf", "--layout=hf")
-    report = verify.load_report(tmp_path / "hf")
-    assert report == ((), (), ())
+    assert not verify.load(tmp_path / "hf")[1]
     name = "Dinov2WithRegistersModel" if config.num_register_tokens else "Dinov2Model"
     theirs = getattr(transformers, name).from_pretrained(tmp_path / "hf").eval()
     # transformers' plain model has no offset, where the hub has 0.1
@@ -450,11 +450,11 @@ def test_a_fetched_name_must_be_the_named_architecture(tmp_path, monkeypatch, ca
     path = stored(tmp_path, "dinov2", SMALL["mlp"], random_params(SMALL["mlp"]))
     shutil.copy(path, tmp_path / "dinov2_vits14_pretrain.safetensors")
     monkeypatch.setattr(
-        commands.fetch,
+        fetch,
         "fetch",
         lambda name: tmp_path / "dinov2_vits14_pretrain.safetensors",
     )
     monkeypatch.chdir(tmp_path)
     line = refusal(capsys, "to-jax", "dinov2_vits14", tmp_path / "jax")
-    assert "fetched as dinov2_vits14, is a DINOv2 model of width 128" in line
+    assert "got a DINOv2 model of width 128" in line
     assert not (tmp_path / "jax").exists()

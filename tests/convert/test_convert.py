@@ -259,7 +259,7 @@ def test_a_stray_block_number_asks_for_no_memory():
 def test_something_else_than_a_vision_transformer_is_refused():
     state = {"fc.weight": np.ones((2, 2), np.float32)}
     message = error_of(convert.from_torch, state)
-    assert "no DINOv2 model" in message and "fc.weight" in message
+    assert "not a DINOv2 model" in message and "fc.weight" in message
 
 
 # --- Layouts ----------------------------------------------------------------------

@@ -169,7 +169,7 @@ def test_a_name_of_two_lines_gives_an_error_of_one(tmp_path, capsys):
         (["to-torch", "folder", "dst.safetensors"], "not a checkpoint"),
         (["to-torch", "hub.safetensors", "dst.pth", "--layout=hf"], "directory"),
         (["to-jax", "dinov2_vitx14", "dst"], "dinov2_vits14"),
-        (["diff", "hub.safetensors", "patch.safetensors"], "no workdir"),
+        (["diff", "hub.safetensors", "patch.safetensors"], "not a workdir"),
         (["diff", "hub.safetensors", "nan.safetensors", "patch.safetensors"], "NaN"),
         (["diff", "hub.safetensors", "hub.safetensors", "p.safetensors"], "not differ"),
         (["diff", "hub.safetensors", "hub.safetensors", "patch.pth"], "patch.pth"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import places
 from convert.files import reading, writing
 from samples import (
     SMALL,
@@ -382,32 +383,6 @@ EVIL = [
     (".pth", code_in_a_pickle),
     (".pth", bare_pickle),
 ]
-MEASURED = """\
-import json
-import sys
-import traceback
-from contextlib import redirect_stderr
-from io import StringIO
-from pathlib import Path
-
-import torch
-from convert import commands, fetch, verify
-from convert.__main__ import main
-
-def peak():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-
-for path in map(Path, sys.argv[1:]):
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = peak()
-    with redirect_stderr(StringIO()) as error:
-        try:
-            code = main(["to-jax", str(path), str(path.parent / "dst")])
-        except BaseException:
-            code = traceback.format_exc()
-    print(json.dumps([code, error.getvalue(), 1024 * (peak() - before)]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +397,8 @@ def evil(tmp_path_factory):
         path = tmp_path_factory.mktemp(make.__name__) / f"evil{suffix}"
         make(path)
         made[make.__name__] = path, [*path.parent.iterdir()]
-    command = [sys.executable, "-c", MEASURED, *(path for path, _ in made.values())]
+    program = places.SUPPORT / "measured_conversions.py"
+    command = [sys.executable, program, *(path for path, _ in made.values())]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     lines = [json.loads(line) for line in ended.stdout.splitlines()]
     assert len(lines) == len(made), "the process crashed at the first one missing"

@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from convert.files import reading, sha256, writing
-from convert.files.tensors import specs_of
+from convert.files.tensors import StateDict
 from samples import (
     SMALL,
     assert_same_bytes,
@@ -116,7 +116,7 @@ def test_tensors_may_come_in_any_order(suffix, tmp_path):
     state = random_state(SMALL["swiglu"])
     writing.write_state_dict(path, state)
     backwards = ((key, state[key]) for key in reversed(state))
-    writing.write_tensors(other, specs_of(state), backwards)
+    writing.write_tensors(other, StateDict.of(state).specs, backwards)
     assert path.read_bytes() == other.read_bytes()
 
 

@@ -17,12 +17,11 @@ import numpy as np
 from convert.files import reading, sha256
 from convert.state_dict import TorchModel
 from sinder_jax import model as models
-from sinder_jax import vit
-from sinder_jax.model import Model, TorchFiles
+from sinder_jax.model import Model
 from sinder_jax.storage import array_store, paths, run_files
 from sinder_jax.storage.paths import StrPath
 
-ENTRY = "sinder_jax"  # key of our description in the metadata of a .safetensors file
+ENTRY = "sinder_jax"  # under which a file's metadata holds our description of the model
 
 
 def open_model(
@@ -77,41 +76,29 @@ def _open_torch(
     verified = sha256.check(path)
     state = reading.open_state_dict(path)
     stated = _description(path, state.metadata)
-    known = _known(stated, state.config)
-    if num_heads is None:
-        num_heads = known.pop("num_heads", None)
-    known.pop("num_heads", None)
+    known = _known(stated, state.config) | dict(overrides)
+    if num_heads is not None:
+        known["num_heads"] = num_heads
     try:
-        tensors = TorchModel(state, num_heads, **(known | dict(overrides)))
+        torch = TorchModel(state, **known)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
     def leaf(path_of_leaf: str) -> np.ndarray:
         try:
-            return tensors.leaf(path_of_leaf)
+            return torch.leaf(path_of_leaf)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     provenance = (stated and stated.provenance) or {
         "source": name,
-        "layout": tensors.layout,
+        "layout": torch.layout,
         "sha256": sha256.of_files(state.files, verified),
         "tool": array_store.tool(),
         "steps": [],
     }
-    files = TorchFiles(
-        layout=tensors.layout,
-        table=tensors.table,
-        tensors=tensors.tensors,
-        num_tensors=len(tensors.specs),
-        formats=tensors.formats,
-        fills_mask_token=tensors.fills_mask_token,
-        files=state.files,
-        extra=_extra_files(path, state.config),
-        left_out=[*state.left_out, *tensors.left_out],
-    )
     digest = stated.digest if stated else None
-    return Model(tensors.config, leaf, path, provenance, digest, torch=files)
+    return Model(torch.config, leaf, path, provenance, digest, torch=torch)
 
 
 def _description(path: Path, metadata: Mapping[str, str]) -> models.Description | None:
@@ -130,31 +117,9 @@ def _description(path: Path, metadata: Mapping[str, str]) -> models.Description 
 def _known(
     stated: models.Description | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fields of the config that tensors cannot tell, where the files do."""
+    """Fields of the config that only the files, not the tensors, determine."""
     names = ("num_heads", "interpolate_antialias", "interpolate_offset")
     if stated:
         return {name: getattr(stated.config, name) for name in names}
     heads = config.get("num_attention_heads")
     return {"num_heads": heads} if isinstance(heads, int) and heads > 0 else {}
-
-
-def _extra_files(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    if not config:
-        return {}
-    processor = path / "preprocessor_config.json"
-    found = {processor.name: reading.read_json(processor)} if processor.exists() else {}
-    return {reading.CONFIG: dict(config), **found}
-
-
-def metadata_of(
-    config: vit.ViTConfig, provenance: Mapping[str, Any], digest: str
-) -> dict[str, str]:
-    """Metadata of a .safetensors file of ours: the description of its model.
-
-    Args:
-      config: the architecture.
-      provenance: of the model.
-      digest: of the model; 64 characters also while it is not known yet.
-    """
-    described = models.description(config, provenance, digest)
-    return {ENTRY: json.dumps(described, sort_keys=True)}

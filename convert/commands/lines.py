@@ -1,5 +1,6 @@
-"""What the commands say of a model or a delta: proof, notes, origin."""
+"""What the commands print: proof, notes, origin, progress."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,35 +8,32 @@ from typing import Any
 import numpy as np
 
 from convert import infer
-from sinder_jax import delta, param_tree, vit
+from sinder_jax import delta, families, vit
 from sinder_jax.model import Model
 
 
 def title(config: vit.ViTConfig) -> str:
-    """The hub's name of an architecture, or that it has none."""
+    """The hub's name of an architecture, or a remark that it has none."""
     return infer.hub_name(config) or "a DINOv2 model of its own size"
 
 
 def print_proof(
-    destination: Path,
-    config: vit.ViTConfig,
-    num_tensors: int,
-    found: str,
-    detail: str = "",
+    destination: Path, model: Model, num_tensors: int, digest: str, layout: str = ""
 ) -> None:
     """Prints the last line of a conversion: what was written, and what was checked.
 
     Args:
-      destination: where it is.
-      config: the architecture.
-      num_tensors: how many are there.
-      found: the digest of the model.
-      detail: what else to say of it.
+      destination: where the model was written.
+      model: the model.
+      num_tensors: number of tensors written.
+      digest: the model's digest.
+      layout: layout of the tensors; empty for a checkpoint directory.
     """
+    detail = f", {layout} layout" if layout else ""
     print(
-        f"{destination}: {title(config)}{detail}, {num_tensors} tensors, "
-        f"{param_tree.num_params(config):,} parameters, digest {found}; names, shapes "
-        "and finite values checked."
+        f"{destination}: {title(model.config)}{detail}, {num_tensors} tensors, "
+        f"{model.num_params:,} parameters, digest {digest}; names, shapes and finite "
+        "values checked."
     )
 
 
@@ -46,7 +44,7 @@ def print_notes(model: Model) -> None:
 
 
 def notes(model: Model) -> Iterator[str]:
-    """What is not in a PyTorch model, or is read otherwise than it stands there."""
+    """What a PyTorch model lacks, or what is read differently than it is stored."""
     if model.torch is None:
         return
     converted = [name for name in model.torch.formats if name != "float32"]
@@ -56,7 +54,7 @@ def notes(model: Model) -> Iterator[str]:
         yield "no mask token (only pre-training reads it): filled with zeros."
     if left_out := model.torch.left_out:
         yield (
-            f"left out, no part of the backbone: {len(left_out)} entries, "
+            f"left out, not part of the backbone: {len(left_out)} entries, "
             f"{infer.listing(left_out, limit=3)}."
         )
     plain = model.config.num_register_tokens == 0
@@ -69,7 +67,7 @@ def notes(model: Model) -> Iterator[str]:
 
 
 def losses(model: Model, layout: str) -> Iterator[str]:
-    """What a layout has no place for, or defines otherwise than this model does."""
+    """What a layout has no place for, or defines differently than this model."""
     config = model.config
     registers = config.num_register_tokens > 0
     if layout == "timm":
@@ -77,8 +75,9 @@ def losses(model: Model, layout: str) -> Iterator[str]:
             yield "timm's layout has no mask token (only pre-training reads it)."
         if registers:
             yield "timm adds the class token's position embedding to it for good."
+    hub = families.of(config).variant(config.num_register_tokens)
     other = {
-        "dinov2": (registers, 0.0 if registers else 0.1),
+        "dinov2": (hub.interpolate_antialias, hub.interpolate_offset),
         "hf": (registers, 0.0),
         "timm": (True, 0.0),
     }[layout]
@@ -91,23 +90,37 @@ def losses(model: Model, layout: str) -> Iterator[str]:
         )
 
 
-def about_delta(made: delta.Delta) -> Iterator[str]:
-    """What a delta changes, and how much."""
+def about_delta(made: delta.Delta) -> str:
+    """What a repair changed, and by how much."""
     blocks = delta.touched(made)
     largest = {name: float(np.abs(e).max()) for name, e in made.eps.items()}
-    told = ", ".join(f"{name} {x:.3g}" for name, x in largest.items())
-    yield (
+    listed = ", ".join(f"{name} {x:.3g}" for name, x in largest.items())
+    return (
         f"changes {4 * len(blocks)} kernels in blocks {', '.join(map(str, blocks))}; "
-        f"largest |ε|: {told}"
+        f"largest |ε|: {listed}"
     )
 
 
 def origin(provenance: Mapping[str, Any]) -> str:
-    """The file that the weights of a model first came in."""
+    """The file that first held the weights of a model."""
     if "source" not in provenance:
         return "not known"
-    told = {name: provenance.get(name, "?") for name in ("layout", "sha256", "tool")}
+    stated = {name: provenance.get(name, "?") for name in ("layout", "sha256", "tool")}
     return (
-        f"{provenance['source']}, {told['layout']} layout, SHA-256 {told['sha256']}, "
-        f"read by {told['tool']}"
+        f"{provenance['source']}, {stated['layout']} layout, SHA-256 "
+        f"{stated['sha256']}, read by {stated['tool']}"
     )
+
+
+class Progress:
+    """Shows which kernel's SVD is running: the giant's 160 take minutes."""
+
+    def __init__(self):
+        self._last = None
+
+    def __call__(self, name: str, block: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rSVD of {name}, block {block} ", end="", file=sys.stderr)
+        elif self._last != name:
+            print(f"SVDs of {name}", flush=True)
+        self._last = name

@@ -1,0 +1,96 @@
+"""`diff`: what a repair changed, as a delta.
+
+base, repaired --delta.extract--> delta        run --its ε--> delta
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from convert import opening
+from convert.commands import lines
+from sinder_jax import checkpoint, delta, param_tree
+from sinder_jax import model as models
+from sinder_jax.storage import array_store, delta_file, original, run_files
+
+
+def diff(
+    paths: Sequence[Path],
+    destination: Path,
+    num_heads: int | None = None,
+    residual: float = delta.ROUNDING,
+) -> None:
+    """Writes what a repair changed; prints what was found.
+
+    Args:
+      paths: a base and its repaired model, in any layout, or the workdir of a run.
+      destination: a .safetensors file that does not exist.
+      num_heads: None: what the files say, or embed_dim // 64.
+      residual: how much of a kernel may be left out, relative to its norm.
+    """
+    if len(paths) > 2:
+        raise ValueError(
+            f"got {len(paths)} models, expected BASE REPAIRED DELTA or RUN DELTA"
+        )
+    if not 0 < residual < 1:
+        raise ValueError(f"got residual {residual}, expected a part of 1 such as 1e-3")
+    if destination.suffix != ".safetensors":
+        raise ValueError(f"got {destination}, expected a .safetensors file for a delta")
+    array_store.check_destination(destination)
+    if len(paths) == 1:
+        made, provenance = _of_run(paths[0])
+    else:
+        made, provenance = _between(*paths, num_heads=num_heads, residual=residual)
+    delta_file.save(destination, made, {"provenance": json.dumps(provenance)})
+    print(lines.about_delta(made))
+    size = destination.stat().st_size
+    print(f"{destination}: {size:,} bytes, for the model with digest {made.base}.")
+
+
+def _between(
+    base_path: Path, repaired_path: Path, *, num_heads: int | None, residual: float
+) -> tuple[delta.Delta, dict[str, Any]]:
+    base, repaired = (
+        opening.open_model(path, num_heads) for path in (base_path, repaired_path)
+    )
+    if different := models.differences(base.config, repaired.config):
+        raise ValueError(f"the architectures differ in {different}")
+    both_have_mask_token = not any(
+        model.torch and model.torch.fills_mask_token for model in (base, repaired)
+    )
+    made, found = delta.extract(
+        base.config,
+        base.params,
+        repaired.params,
+        compare_mask_token=both_have_mask_token,
+        residual=residual,
+        progress=lines.Progress(),
+    )
+    name, rest = found.largest_rest
+    print(
+        f"note: left out as rounding: up to {rest:.1e} of a kernel's norm ({name}); "
+        f"{len(found.rounding_only)} of {len(found.differences)} tensors that differ "
+        "differ by rounding alone."
+    )
+    return made, dict(base.provenance)
+
+
+def _of_run(workdir: Path) -> tuple[delta.Delta, dict[str, Any]]:
+    """ε of a run's newest state, which is its last one if the run has ended."""
+    frozen, states = workdir / run_files.FROZEN, workdir / run_files.STATES
+    if not (frozen.is_dir() and states.is_dir()):
+        raise ValueError(
+            f"{workdir} is not a workdir of experiments.repair with a state in it; "
+            "give such a workdir, or BASE and REPAIRED"
+        )
+    model, factors, _ = original.load(frozen)
+    newest = checkpoint.load_newest(states)
+    if newest is None:
+        raise ValueError(f"{workdir}: the run has no state yet")
+    for error in newest.damaged.values():
+        print(f"note: {error}; taking the state before")
+    eps = param_tree.flatten(newest.tree["eps"])
+    made = delta.from_eps(model.config, model.params, factors, eps)
+    print(f"{workdir}: ε after {newest.metadata['num_images']} images")
+    return made, dict(model.provenance)

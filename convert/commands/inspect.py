@@ -1,0 +1,112 @@
+"""`inspect`: what a model or a delta is, where it came from, whether it is intact."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from convert import layouts, opening
+from convert.commands import lines
+from convert.files import reading, sha256
+from sinder_jax import kernels, linalg
+from sinder_jax.model import Model
+from sinder_jax.storage import delta_file
+
+
+def inspect(path: Path, num_heads: int | None = None) -> None:
+    """Describes a model or a delta and checks that its bytes are as written.
+
+    Args:
+      path: a model in any layout, or a delta.
+      num_heads: None: what the files say, or embed_dim // 64.
+    """
+    if _is_delta(path):
+        _inspect_delta(path)
+        return
+    model = opening.open_model(path, num_heads)
+    config, stated = model.config, model.known_digest is not None
+    places = {name: kernels.place(config, name) for name in kernels.names(config)}
+    tops: dict[str, list[float]] = {}
+    for leaf_path, leaf in model.leaves():
+        for name, place in places.items():
+            if place.path == leaf_path:
+                kernel_stack = place.of(leaf)
+                tops[name] = [linalg.leading_triplets(x, 1).s[0] for x in kernel_stack]
+    heads, torch = config.num_heads, model.torch
+    owner = f", {layouts.LAYOUTS[model.layout].owner}" if torch else " checkpoint"
+    _print_fields(
+        {
+            "architecture": lines.title(config),
+            "width": f"{config.embed_dim}, {heads} heads of "
+            f"{config.embed_dim // heads}",
+            "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden "
+            f"{config.hidden_dim}",
+            "registers": str(config.num_register_tokens),
+            "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
+            "resampling": f"antialias {config.interpolate_antialias}, offset "
+            f"{config.interpolate_offset}",
+            "layout": model.layout + owner,
+            "number format": ", ".join(torch.formats if torch else ["float32"]),
+            "size": f"{model.num_tensors} tensors, {model.num_params:,} parameters; "
+            "names, shapes and finite values checked",
+            "digest": model.digest,
+            "verified": _verified(model, stated),
+            "provenance": lines.origin(model.provenance),
+        }
+    )
+    for step in model.provenance.get("steps", []):
+        print(f"{'':<15}then {step}")
+    for note in lines.notes(model):
+        print(f"{'note:':<15}{note}")
+    print("largest singular values of the trainable kernels, block by block:")
+    print("block  " + "".join(f"{name:>12}" for name in places))
+    for block in range(config.depth):
+        row = (f"{tops[name][block]:>12.4f}" for name in places)
+        print(f"{block:>5}  " + "".join(row))
+
+
+def _print_fields(fields: dict[str, str]) -> None:
+    for name, value in fields.items():
+        print(f"{name + ':':<15}{value}")
+
+
+def _verified(model: Model, digest_stated: bool) -> str:
+    if model.torch is None:
+        return "every array against the SHA-256 stored with it"
+    checked = []
+    side = sha256.side_file(Path(model.path or ""))
+    if side.is_file():
+        checked.append(f"the bytes against {side.name}")
+    if digest_stated:
+        checked.append("the tensors against the digest in the file")
+    done = " and ".join(checked) or "against nothing: no .sha256 is beside it"
+    return f"{done}; SHA-256 {sha256.of_files(model.torch.files)}"
+
+
+def _is_delta(path: Path) -> bool:
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
+    return reading.open_state_dict(path).metadata.get("format") == delta_file.FORMAT
+
+
+def _inspect_delta(path: Path) -> None:
+    repair, metadata = delta_file.load(path)
+    _print_fields(
+        {
+            "delta for": lines.title(repair.config),
+            "base digest": repair.base,
+            "size": f"{path.stat().st_size:,} bytes",
+            "verified": "all of it against the digest in the file; SHA-256 "
+            f"{sha256.of_file(path)}",
+            "written by": metadata.get("writer", "not known"),
+            "base from": lines.origin(_json(metadata.get("provenance", "{}"))),
+        }
+    )
+    print(lines.about_delta(repair))
+
+
+def _json(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

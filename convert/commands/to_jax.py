@@ -1,0 +1,59 @@
+"""`to-jax`: a PyTorch model becomes a checkpoint directory.
+
+SRC or a name to download --> Model --> DST --verify--> JAX and PyTorch compared
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from convert import fetch, infer, opening
+from convert.commands import lines
+from convert.verify import print_verdict
+from sinder_jax import model as models
+from sinder_jax.model import Model, differences
+from sinder_jax.storage import array_store
+
+
+def to_jax(
+    src: str,
+    destination: Path,
+    num_heads: int | None = None,
+    verify: bool = False,
+    **overrides: Any,
+) -> None:
+    """Makes a checkpoint directory from a PyTorch model; prints what was checked.
+
+    Args:
+      src: a file, a Hugging Face directory, or the name of weights to download.
+      destination: a directory that does not exist.
+      num_heads: as for `convert.from_torch`.
+      verify: True compares JAX and PyTorch on a photograph.
+      **overrides: as for `convert.from_torch`.
+    """
+    array_store.check_destination(destination)
+    model = open_source(src, num_heads, **overrides)
+    if model.torch is None:
+        raise ValueError(f"{model.path} is a checkpoint already")
+    lines.print_notes(model)
+    converted = model.with_step(f"to-jax, {array_store.tool()}")
+    digest = models.save(destination, converted)
+    if verify:
+        print_verdict(destination, Path(model.path or src), made=destination)
+    lines.print_proof(destination, model, model.num_tensors, digest)
+
+
+def open_source(src: str, num_heads: int | None = None, **overrides: Any) -> Model:
+    """Opens a path or, if nothing is there, downloads the weights of that name."""
+    mistyped = not Path(src).exists() and re.fullmatch(r"dinov2_\w+", src)
+    if not (fetch.is_name(src) or mistyped):
+        return opening.open_model(Path(src), num_heads, **overrides)
+    path = fetch.fetch(src)
+    model = opening.open_model(path, num_heads, name=src, **overrides)
+    want = fetch.hub_config(src)
+    if want and differences(model.config, want):
+        raise ValueError(
+            f"{path}: got a {infer.describe(model.config)}, expected {src}; remove the "
+            "file and try again"
+        )
+    return model

@@ -1,0 +1,48 @@
+"""`to-torch`: a model becomes a PyTorch file or a Hugging Face directory.
+
+SRC --> Model --> DST --verify--> JAX and PyTorch compared
+"""
+
+from pathlib import Path
+
+from convert import layouts, opening, saving
+from convert.commands import lines
+from convert.files import writing
+from convert.verify import print_verdict
+from sinder_jax.storage import array_store
+
+
+def to_torch(
+    src: Path,
+    destination: Path,
+    layout: str = "dinov2",
+    num_heads: int | None = None,
+    verify: bool = False,
+) -> None:
+    """Writes a model for PyTorch; prints what was checked.
+
+    Args:
+      src: a checkpoint directory, or a PyTorch model to write in another layout.
+      destination: a file, or for the layout hf a directory, that does not exist.
+      layout: a key of `layouts.WRITTEN`.
+      num_heads: None: what the files say, or embed_dim // 64.
+      verify: True compares JAX and PyTorch on a photograph.
+    """
+    layouts.check_name(layout)
+    directory = layout == "hf"
+    if directory and destination.suffix in writing.WRITERS:
+        raise ValueError(
+            f"{destination}: the layout hf makes a directory of several files; use a "
+            f"name without {destination.suffix}"
+        )
+    saving.check_destination(destination, directory=directory)
+    model = opening.open_model(src, num_heads)
+    lines.print_notes(model)
+    for loss in lines.losses(model, layout):
+        print(f"note: {loss}")
+    table = layouts.table_of(layout, model.config)
+    converted = model.with_step(f"to-torch {layout}, {array_store.tool()}")
+    digest = saving.save(destination, converted, table, directory=directory)
+    if verify:
+        print_verdict(src, destination, made=destination)
+    lines.print_proof(destination, model, len(table), digest, layout)

@@ -1,0 +1,92 @@
+"""Writes a model as PyTorch files leaf by leaf, so that it need not fit in memory.
+
+    Model, table of its layout --save--> .safetensors, .pth, a Hugging Face directory
+
+`sinder_jax.model.save` does the same for a checkpoint directory.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from convert.files import hugging_face, writing
+from convert.files.tensors import Spec
+from convert.layouts import table as tables
+from convert.opening import ENTRY
+from sinder_jax import model as models
+from sinder_jax import param_tree
+from sinder_jax.model import Model
+from sinder_jax.storage import array_store
+from sinder_jax.storage.paths import StrPath
+
+
+def save(
+    path: StrPath,
+    model: Model,
+    table: tables.Table,
+    *,
+    directory: bool = False,
+    contents: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Writes a model with its description, see `model.description`.
+
+    Args:
+      path: the destination, which `check_destination` accepts.
+      model: the model.
+      table: the tensors to write, see `layouts.table_of`.
+      directory: True makes a Hugging Face directory.
+      contents: the directory's JSON files by name; None or empty: made from the config.
+      overwrite: True replaces an existing file.
+
+    Returns:
+      The model's digest.
+
+    Raises:
+      As `writing.write_tensors`, `Model.leaf` and `Model.check_digest`.
+    """
+    found = param_tree.ModelDigest()
+
+    def leaf(name: str) -> np.ndarray:
+        array = model.leaf(name)
+        found.add(name, array, model.sha256.get(name, ""))
+        return array
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        yield from tables.to_tensors(table, leaf)
+        model.check_digest(found.hexdigest())  # before the file appears
+
+    def metadata() -> dict[str, str]:
+        return description(model, found.hexdigest())
+
+    specs = {key: Spec(slot.shape, "float32") for key, slot in table.items()}
+    if directory:
+        contents = contents or hugging_face.contents(model.config)
+        writing.write_directory(path, contents, specs, tensors(), metadata)
+    else:
+        writing.write_tensors(path, specs, tensors(), metadata, overwrite)
+    return found.hexdigest()
+
+
+def description(model: Model, digest: str) -> dict[str, str]:
+    """Metadata of a file of ours, which `opening.open_model` reads.
+
+    Args:
+      model: the model in the file.
+      digest: 64 characters, also while the digest is not known yet.
+    """
+    stated = models.description(model.config, model.provenance, digest)
+    return {ENTRY: json.dumps(stated, sort_keys=True)}
+
+
+def check_destination(path: Path, *, directory: bool) -> None:
+    """Refuses a destination that `save` cannot write, before any work is done for it.
+
+    Raises:
+      As `writing.write_state_dict`.
+    """
+    check = array_store.check_destination if directory else writing.check_destination
+    check(path)
