@@ -9,13 +9,12 @@ during a repair.
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
-import scipy.special
 from jaxtyping import Array, Float
 
 from sinder_jax import kernels, linalg, param_tree
@@ -109,15 +108,13 @@ def block_map(
     params: Params,
     block: int,
     method: str = "analytic",
-    *,
-    key: Array | None = None,
-    num_probes: int = 100_000,
+    **probes: Any,
 ) -> Float[np.ndarray, "D D"]:
     """E = M·A, the linear approximation of a block (section 2); float64.
 
-    Arguments as for `singular_defects`; `block` counts from 0.
+    Arguments as for `ffn_map`.
     """
-    ffn = ffn_map(config, params, block, method, key=key, num_probes=num_probes)
+    ffn = ffn_map(config, params, block, method, **probes)
     return ffn @ attention_map(config, params, block)
 
 
@@ -131,9 +128,7 @@ def attention_map(
     """
     v, proj, _, _ = kernels.names(config)
     w_v, w_proj = (kernels.matrix(config, params, block, name) for name in (v, proj))
-    residual = w_proj @ (w_v * vector(params, block, "norm1/scale")[None, :])
-    gamma = vector(params, block, "ls1/gamma")
-    return np.eye(config.embed_dim) + gamma[:, None] * _centered(residual)
+    return _residual_map(params, block, 1, lambda scale: w_proj @ (w_v * scale))
 
 
 def ffn_map(
@@ -148,10 +143,11 @@ def ffn_map(
     """M = I + diag(γ2)·W_out·J·diag(g2)·C, with J the linear fit of the hidden layer.
 
     J is the least-squares fit without intercept of the hidden layer, biases included,
-    to x ~ N(0, I). Arguments and errors as for `singular_defects`; float64.
+    to x ~ N(0, I). Arguments and errors as for `singular_defects`; `block` counts from
+    0.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}.")
+        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     _, _, first, last = kernels.names(config)
     weight = kernels.matrix(config, params, block, first)
     bias = vector(params, block, f"{first}/bias")
@@ -161,20 +157,23 @@ def ffn_map(
         key = jax.random.key(0) if key is None else key
         key = jax.random.fold_in(key, block)
         fit = _fit_hidden(config.ffn_layer, weight, bias, key, num_probes)
-    residual = kernels.matrix(config, params, block, last) @ fit
-    residual = _centered(residual * vector(params, block, "norm2/scale")[None, :])
-    gamma = vector(params, block, "ls2/gamma")
-    return np.eye(config.embed_dim) + gamma[:, None] * residual
+    through = kernels.matrix(config, params, block, last) @ fit
+    return _residual_map(params, block, 2, lambda scale: through * scale)
+
+
+def _residual_map(
+    params: Params, block: int, branch: int, through: Callable[[np.ndarray], np.ndarray]
+) -> Float[np.ndarray, "D D"]:
+    """I + diag(γ)·W·diag(g)·C of a residual branch, 1 or 2; `through` is W·diag(g)."""
+    rows = through(vector(params, block, f"norm{branch}/scale")[None, :])
+    rows = rows - rows.mean(axis=1, keepdims=True)  # C = I − 1/D·11ᵀ of the LayerNorm
+    gamma = vector(params, block, f"ls{branch}/gamma")
+    return np.eye(len(rows)) + gamma[:, None] * rows
 
 
 def vector(params: Params, block: int, path: str) -> Float[np.ndarray, " _"]:
     """One block's vector at `path` below `blocks`, in float64."""
     return np.asarray(param_tree.leaf(params, f"blocks/{path}")[block], np.float64)
-
-
-def _centered(rows: Float[np.ndarray, "out D"]) -> Float[np.ndarray, "out D"]:
-    """rows·C with the centering C = I − 1/D·11ᵀ of a LayerNorm."""
-    return rows - rows.mean(axis=1, keepdims=True)
 
 
 # --- The linear fit J of a hidden layer: exactly, by Stein's lemma E[∂h/∂x] -----------
@@ -188,10 +187,12 @@ def gelu_slopes(
     With a ~ N(b, v), v = ‖w‖² and t = b/√(1+v):
     E[GELU'(a)] = Φ(t) + φ(t)·b/(1+v)^{3/2}.
     """
+    from scipy import special  # here: it takes long to import
+
     spread = 1 + np.sum(weight**2, axis=1)
     t = bias / np.sqrt(spread)
     density = np.exp(-(t**2) / 2) / SQRT_2PI
-    slope = scipy.special.ndtr(t) + density * bias / spread**1.5
+    slope = special.ndtr(t) + density * bias / spread**1.5
     return slope[:, None] * weight
 
 
@@ -208,6 +209,8 @@ def swiglu_slopes(
       weight: gate rows w1 above value rows w2.
       bias: likewise.
     """
+    from scipy import special  # here: it takes long to import
+
     w1, w2 = np.split(weight, 2)
     b1, b2 = np.split(bias, 2)
     variance = np.sum(w1**2, axis=1)
@@ -217,7 +220,7 @@ def swiglu_slopes(
     deviation = np.sqrt(variance)[:, None] * QUADRATURE[None, :]
     a = b1[:, None] + deviation
     c = b2[:, None] + slope[:, None] * deviation
-    gate = scipy.special.expit(a)
+    gate = special.expit(a)
     silu, dsilu = a * gate, gate * (1 + a * (1 - gate))
     return ((dsilu * c) @ density)[:, None] * w1 + (silu @ density)[:, None] * w2
 
@@ -240,7 +243,7 @@ def _fit_hidden(
     if num_probes < width:
         raise ValueError(
             f"num_probes={num_probes} probes do not determine a fit of width {width}; "
-            f"use at least {width}, the authors use 100,000."
+            f"use at least {width} (the authors use 100,000)"
         )
     layer = jnp.asarray(weight, jnp.float32), jnp.asarray(bias, jnp.float32)
     covariance: np.ndarray = np.zeros(())
@@ -251,7 +254,7 @@ def _fit_hidden(
         xx, xh = _probe_moments(ffn_layer, *layer, x)
         covariance = covariance + np.asarray(xx, np.float64)
         moments = moments + np.asarray(xh, np.float64)
-    return scipy.linalg.solve(covariance, moments, assume_a="pos").T
+    return linalg.solve(covariance, moments).T
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -27,9 +27,6 @@ HIGHEST = jax.lax.Precision.HIGHEST
 ORTHONORMAL = 1e-9
 
 
-# --- Factorizing and merging --------------------------------------------------------
-
-
 @struct.dataclass
 class Factors:
     """U, σ and V of every trainable kernel, stacked over blocks; float32.
@@ -71,7 +68,8 @@ def factorize_kernel(kernel: Float[np.ndarray, "in out"]) -> KernelFactors:
       U, σ (descending) and V, each number rounded once to float32; S = min(in, out).
     """
     kernel = np.asarray(kernel, np.float64)
-    v, sigma, ut = _by_gram_matrix(kernel) or np.linalg.svd(kernel, full_matrices=False)
+    with linalg.one_thread():  # so that whoever factorizes gets the same basis
+        v, sigma, ut = _by_gram_matrix(kernel) or np.linalg.svd(kernel, False)
     return KernelFactors(
         *(np.array(x, np.float32, order="C") for x in (ut.T, sigma, v))
     )

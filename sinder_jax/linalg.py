@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import scipy.linalg
 from jaxtyping import Float
 from threadpoolctl import threadpool_limits
 
@@ -32,6 +31,15 @@ Progress = Callable[[int, int], Any]
 
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
+
+
+def one_thread() -> Any:
+    """Context in which LAPACK uses one thread, so that results do not depend on cores.
+
+    Of several threads, the number changes the order of LAPACK's sums, and with it how
+    singular vectors of close singular values are turned.
+    """
+    return threadpool_limits(1)
 
 
 def in_parallel(
@@ -51,7 +59,7 @@ def in_parallel(
       progress: called after each result, in the caller's thread.
     """
     workers = min(os.cpu_count() or 1, MOST_AT_ONCE)
-    with threadpool_limits(1), ThreadPoolExecutor(workers) as pool:
+    with one_thread(), ThreadPoolExecutor(workers) as pool:
         for done, result in enumerate(pool.map(function, jobs), start=1):
             yield result
             if progress is not None:
@@ -75,7 +83,7 @@ def short_side(
       wide: float64.
       **solver: options of `scipy.linalg.eigh`, such as a subset.
     """
-    squares, vectors = scipy.linalg.eigh(wide @ wide.T, **solver)
+    squares, vectors = _scipy().eigh(wide @ wide.T, **solver)
     return vectors[:, ::-1], np.sqrt(np.maximum(squares[::-1], 0.0))
 
 
@@ -85,10 +93,10 @@ def singular_values(matrix: Float[np.ndarray, "m n"]) -> Float[np.ndarray, " S"]
     From the Gram matrix where that is enough, and otherwise from an SVD.
     """
     rows = wide(np.asarray(matrix, np.float64))
-    squares = scipy.linalg.eigvalsh(rows @ rows.T)
+    squares = _scipy().eigvalsh(rows @ rows.T)
     if squares[0] > GRAM_IS_ENOUGH * squares[-1]:
         return np.sqrt(squares[::-1])
-    return scipy.linalg.svdvals(rows)
+    return _scipy().svdvals(rows)
 
 
 class Triplets(NamedTuple):
@@ -124,6 +132,19 @@ def leading_triplets(matrix: Float[np.ndarray, "out in"], count: int) -> Triplet
     short, s = short_side(rows, subset_by_index=(size - count, size - 1))
     long = rows.T @ short / np.maximum(s, TINY)[None, :]
     return Triplets(short, s, long) if rows is matrix else Triplets(long, s, short)
+
+
+def solve(
+    matrix: Float[np.ndarray, "n n"], right: Float[np.ndarray, "n m"]
+) -> Float[np.ndarray, "n m"]:
+    """X of matrix·X = right, for a positive definite matrix."""
+    return _scipy().solve(matrix, right, assume_a="pos")
+
+
+def _scipy() -> Any:
+    import scipy.linalg  # here: it takes long to import, and --help must not
+
+    return scipy.linalg
 
 
 # --- Running products -----------------------------------------------------------------

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
@@ -229,6 +228,8 @@ def separation(
       >>> separation(-degrees, np.array([True, False, False, False]))
       1.0
     """
+    import scipy.stats  # takes a second, which a repair need not wait for
+
     ranks = scipy.stats.rankdata(np.asarray(values, np.float64))
     positives = np.ravel(np.asarray(positives))
     count = int(positives.sum())

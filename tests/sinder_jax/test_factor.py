@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import convert
 import golden
@@ -117,7 +118,7 @@ def test_only_an_inaccurate_kernel_of_two_sides_gets_an_svd(monkeypatch):
     decomposed = []
     svd = np.linalg.svd
     monkeypatch.setattr(
-        np.linalg, "svd", lambda a, **kw: decomposed.append(a.shape) or svd(a, **kw)
+        np.linalg, "svd", lambda a, *rest: decomposed.append(a.shape) or svd(a, *rest)
     )
     for shape in ("tall", "wide"):
         factor.factorize_kernel(AWKWARD[shape])
@@ -125,6 +126,21 @@ def test_only_an_inaccurate_kernel_of_two_sides_gets_an_svd(monkeypatch):
     for shape in ("square", "tall-spread", "wide-spread", "rank-deficient", "zero"):
         factor.factorize_kernel(AWKWARD[shape])
         assert decomposed.pop() == AWKWARD[shape].shape and not decomposed
+
+
+def test_a_kernel_is_factorized_with_one_thread_whoever_asks(monkeypatch):
+    """More threads sum in another order, and turn vectors of close singular values."""
+    threads, svd = [], np.linalg.svd
+
+    def counted(*args, **options):
+        threads.extend(pool["num_threads"] for pool in threadpool_info())
+        return svd(*args, **options)
+
+    monkeypatch.setattr(np.linalg, "svd", counted)
+    with threadpool_limits(2):
+        factor.factorize_kernel(AWKWARD["square"])
+        assert threads and set(threads) == {1}
+        assert {pool["num_threads"] for pool in threadpool_info()} == {2}
 
 
 @pytest.mark.parametrize("name", golden.REPAIRED)

@@ -113,16 +113,16 @@ def test_tokens_match_the_recording_at_every_stage(name):
     """float32 through all blocks: 1.3e-6 measured, in `moving` 8.4e-6.
 
     The planted FFNs of `moving` amplify rounding (blocks 8 and 9): there PyTorch's own
-    fused attention lands at 1.24e-5 and float64 at 1.11e-5 from what was recorded.
+    fused attention lands at 1.24e-5, float64 at 1.11e-5, and JAX 0.12 at 1.018e-5 from
+    the recording, so 1e-5 is less than two right answers differ by.
     """
     config, _, _, arrays, _ = recorded_model(name)
     recorded = recorded_stages(arrays, config)
     for stage, (ours, theirs) in enumerate(
         zip(computed(name)[0], recorded, strict=True)
     ):
-        assert relative(ours, theirs) < 1e-5, stage
-        if name != "moving":
-            assert relative(ours, theirs) < 2e-6, stage
+        tolerance = 1.5e-5 if name == "moving" else 2e-6
+        assert relative(ours, theirs) < tolerance, stage
 
 
 @pytest.mark.parametrize("name", golden.NAMES)
