@@ -196,9 +196,7 @@ def check_factors(stacks: Mapping[str, Any], factors: Factors) -> None:
         parts = (factors.u, factors.sigma, factors.v)
         got = [tuple(np.shape(part.get(name, ()))) for part in parts]
         if got != want:
-            raise ValueError(
-                f"factors u, sigma, v of {name} must be {want}, got {got}."
-            )
+            raise ValueError(f"factors u, sigma, v of {name} must be {want}, got {got}")
 
 
 def check_eps(factors: Factors, eps: Mapping[str, Any]) -> None:
@@ -206,7 +204,7 @@ def check_eps(factors: Factors, eps: Mapping[str, Any]) -> None:
     want = {name: tuple(np.shape(x)) for name, x in factors.sigma.items()}
     got = {name: tuple(np.shape(x)) for name, x in eps.items()}
     if got != want:
-        raise ValueError(f"eps must hold {want} like the singular values; got {got}.")
+        raise ValueError(f"eps must hold {want} like the singular values; got {got}")
 
 
 def spectral_variables(

@@ -178,10 +178,10 @@ def neighbor_loss(
 def check_loss_options(*, mask_thr: float, window: int, temperature: float) -> None:
     """Raises ValueError naming the option that is out of range."""
     if window not in GAUSSIANS:
-        raise ValueError(f"window must be 3 or 5 patches, got {window}.")
+        raise ValueError(f"window must be 3 or 5 patches, got {window}")
     for name, value in (("mask_thr", mask_thr), ("temperature", temperature)):
         if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}.")
+            raise ValueError(f"{name} must be above 0, got {value}")
 
 
 def _safe_norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:

@@ -59,20 +59,26 @@ class ViTConfig:
         families.named(self.family)  # raises
         if self.ffn_layer not in FFN_LAYERS:
             allowed = " or ".join(FFN_LAYERS)
-            raise ValueError(f"ffn_layer must be {allowed}, got {self.ffn_layer!r}.")
+            raise ValueError(f"ffn_layer must be {allowed}, got {self.ffn_layer!r}")
         for name in ("embed_dim", "depth", "num_heads", "img_size", "patch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.num_register_tokens < 0:
-            raise ValueError("num_register_tokens must not be negative.")
+            raise ValueError("num_register_tokens must not be negative")
         if self.embed_dim % self.num_heads:
             raise ValueError(
-                f"num_heads={self.num_heads} must divide embed_dim={self.embed_dim}."
+                f"num_heads={self.num_heads} must divide embed_dim={self.embed_dim}"
             )
         if self.img_size % self.patch_size:
             raise ValueError(
-                f"img_size={self.img_size} must be a multiple of {self.patch_size=}."
+                f"img_size={self.img_size} must be a multiple of {self.patch_size=}"
             )
+
+    def check_block(self, block: int) -> None:
+        """Raises ValueError for a block that does not exist."""
+        if not 0 <= block < self.depth:
+            last = self.depth - 1
+            raise ValueError(f"there is no block {block}: blocks are 0 to {last}")
 
     @property
     def grid_size(self) -> int:
@@ -121,7 +127,7 @@ def patch_grid(config: ViTConfig, height: int, width: int) -> tuple[int, int]:
         near = " x ".join(_nearest_multiples(side, patch) for side in (height, width))
         raise ValueError(
             f"image of height {height} and width {width} pixels: both sides must be "
-            f"multiples of {patch}; the nearest allowed are {near}."
+            f"multiples of {patch}; the nearest allowed are {near}"
         )
     return height // patch, width // patch
 
@@ -371,9 +377,7 @@ class ViT(nn.Module):
           ValueError: a block that does not exist, or a side that does not fit.
         """
         for block in blocks:
-            if not 0 <= block < self.config.depth:
-                last = self.config.depth - 1
-                raise ValueError(f"there is no block {block}: blocks are 0 to {last}.")
+            self.config.check_block(block)
         wanted = tuple(sorted(set(blocks)))
         _, kept = self._run_blocks(self.embed(images), keep=wanted)
         return tuple(kept[wanted.index(block)] for block in blocks)

@@ -69,7 +69,6 @@ class Forecast(NamedTuple):
     """What the weights say about singular defects.
 
     Attributes:
-      has_defect: whether there is a block with a gap of at least `MIN_GAP`.
       block: in which the defect appears, from 0: the first one of the longest stretch,
         of equally long ones the earliest; -1 without defect.
       stretches: all of them, see `stretches`; empty without defect.
@@ -81,10 +80,8 @@ class Forecast(NamedTuple):
       gain: |νᵀ·E·t| of the defect's block, with t the input it answers most: how much
         longer a token gets along ν; NaN without defect.
       blamed: the triplets with the largest shares, largest first; empty without defect.
-      verdict: all this in plain words.
     """
 
-    has_defect: bool
     block: int
     stretches: tuple[Stretch, ...]
     directions: Float[np.ndarray, "L D"]
@@ -93,7 +90,50 @@ class Forecast(NamedTuple):
     turns: Float[np.ndarray, " L"]
     gain: float
     blamed: tuple[Blame, ...]
-    verdict: str
+
+    @property
+    def has_defect(self) -> bool:
+        """True if the gap of a block reaches `MIN_GAP`."""
+        return bool(self.stretches)
+
+    @property
+    def verdict(self) -> str:
+        """All this in plain words."""
+        gaps, turns, last_block = self.gaps, self.turns, len(self.gaps) - 1
+        if not self.has_defect:
+            widest = int(np.argmax(gaps))
+            return (
+                "No singular defect is forecast: up to no block do the linear maps "
+                "stretch one direction much more than the next one. The largest gap "
+                f"σ0/σ1 is {gaps[widest]:.2f} (block {widest}); from {MIN_GAP:g} on "
+                "one is forecast."
+            )
+        first, last = next(run for run in self.stretches if run.first == self.block)
+        gap = np.max(gaps[first : last + 1])
+        text = f"A singular defect is forecast. It appears in block {first}"
+        if last > first:
+            turn = np.max(turns[first:last])
+            text += (
+                f" and lasts to block {last} (of blocks 0 to {last_block}), with a "
+                f"direction that turns by at most {turn:.0f}° from block to block"
+            )
+        else:
+            text += f" (of blocks 0 to {last_block}) and is not seen in the next one"
+        text += (
+            f". Along it, tokens are stretched up to {gap:.1f} times as much as along "
+            f"any other direction. The input to which block {first} answers most "
+            f"becomes {self.gain:.1f} times as long along it."
+        )
+        if self.blamed:
+            top = self.blamed[0]
+            text += (
+                f" {100 * top.share:.0f} % of that passes through singular value "
+                f"{top.index} of {top.kernel} ({top.singular_value:.2f})."
+            )
+        others = [str(run.first) for run in self.stretches if run.first != first]
+        if others:
+            text += f" Other directions stand out from block {', '.join(others)} on."
+        return text
 
 
 def forecast(
@@ -103,7 +143,7 @@ def forecast(
     count: int = 10,
     progress: Progress | None = None,
 ) -> Forecast:
-    """Says from the weights whether there is a defect, where, and what carries it.
+    """Tells from the weights whether there is a defect, where, and what carries it.
 
     Args:
       config: the architecture.
@@ -126,16 +166,10 @@ def forecast(
     growth = gap / np.concatenate([[1.0], gap[:-1]])
     runs = stretches(gap, turns)
     if not runs:
-        verdict = _verdict_without(gap)
-        return Forecast(
-            False, -1, (), nu, gap, growth, turns, float("nan"), (), verdict
-        )
-    run = max(runs, key=lambda run: run.last - run.first)  # the first of equal ones
-    gain, blamed = blame(config, params, run.first, nu[run.first], count=count)
-    verdict = _verdict_with(config, run, runs, gap, turns, gain, blamed)
-    return Forecast(
-        True, run.first, runs, nu, gap, growth, turns, gain, blamed, verdict
-    )
+        return Forecast(-1, (), nu, gap, growth, turns, float("nan"), ())
+    block = max(runs, key=lambda run: run.last - run.first).first  # of equals the first
+    gain, blamed = blame(config, params, block, nu[block], count=count)
+    return Forecast(block, runs, nu, gap, growth, turns, gain, blamed)
 
 
 def _turns(directions: Float[np.ndarray, "L D"]) -> Float[np.ndarray, " L"]:
@@ -201,10 +235,7 @@ def blame(
     Raises:
       ValueError: a block that does not exist.
     """
-    if not 0 <= block < config.depth:
-        raise ValueError(
-            f"there is no block {block}: blocks are 0 to {config.depth - 1}."
-        )
+    config.check_block(block)
     gain, sides = _kernel_sides(config, params, block, np.asarray(direction, float))
 
     def largest_shares(name: str) -> list[Blame]:
@@ -273,51 +304,3 @@ def hidden_slopes(
     gram = np.einsum("pfd,qfd->fpq", rows, rows)
     inner = np.einsum("pfd,fd->fp", rows, fit)
     return np.einsum("fpq,fq->pf", np.linalg.pinv(gram, hermitian=True), inner)
-
-
-# --- In words -------------------------------------------------------------------------
-
-
-def _verdict_without(gaps: Float[np.ndarray, " L"]) -> str:
-    widest = int(np.argmax(gaps))
-    return (
-        "No singular defect is forecast: up to no block do the linear maps stretch one "
-        f"direction much more than the next one. The largest gap σ0/σ1 is "
-        f"{gaps[widest]:.2f} (block {widest}); from {MIN_GAP:g} on one is forecast."
-    )
-
-
-def _verdict_with(
-    config: ViTConfig,
-    run: Stretch,
-    runs: tuple[Stretch, ...],
-    gaps: Float[np.ndarray, " L"],
-    turns: Float[np.ndarray, " L"],
-    gain: float,
-    blamed: tuple[Blame, ...],
-) -> str:
-    gap = float(np.max(gaps[run.first : run.last + 1]))
-    text = f"A singular defect is forecast. It appears in block {run.first}"
-    if run.last > run.first:
-        turn = float(np.max(turns[run.first : run.last]))
-        text += (
-            f" and lasts to block {run.last} (of blocks 0 to {config.depth - 1}), with "
-            f"a direction that turns by at most {turn:.0f}° from block to block"
-        )
-    else:
-        text += f" (of blocks 0 to {config.depth - 1}) and is not seen in the next one"
-    text += (
-        f". Along it, tokens are stretched up to {gap:.1f} times as much as along any "
-        f"other direction. The input to which block {run.first} answers most becomes "
-        f"{gain:.1f} times as long along it."
-    )
-    if blamed:
-        top = blamed[0]
-        text += (
-            f" {100 * top.share:.0f} % of that passes through singular value "
-            f"{top.index} of {top.kernel} ({top.singular_value:.2f})."
-        )
-    others = [str(other.first) for other in runs if other is not run]
-    if others:
-        text += f" Other directions stand out from block {', '.join(others)} on."
-    return text

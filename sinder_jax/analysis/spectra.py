@@ -1,16 +1,16 @@
-"""What the weights alone say: singular values, eigenvalues, clamping.
+"""What the weights alone tell: singular values, eigenvalues, clamping.
 
     params --kernel_spectra--> singular values of every kernel
     params --block_maps--> leading vectors, singular values and eigenvalues of each E_i
     params --clamp_singular_values--> params with W = U·min(S, γ)·Vᵀ (appendix B)
     params before and after --singular_value_changes--> learned minus original (E)
 
-NumPy float64 on the host, one matrix a core at a time. Works on any params, repaired or
-not, of NumPy or JAX arrays. A linear map is the matrix that multiplies a column; `u` is
+NumPy float64 on the host, one matrix per core. Works on any params, repaired or not, of
+NumPy or JAX arrays. A linear map is the matrix that multiplies a column; `u` is
 its output side, `v` its input side, and a singular vector has no sign.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -52,36 +52,25 @@ def kernel_spectra(
       ((12, 128), True)
     """
     names = (*kernels.THIRDS, *kernels.names(config)[1:])
-    values = _of_every_kernel(
-        config,
-        names,
-        lambda name, block: linalg.singular_values(
-            kernels.matrix(config, params, block, name)
-        ),
-        progress,
-    )
-    return _stacked(config, values, names)
+
+    def values(name: str, block: int) -> np.ndarray:
+        return linalg.singular_values(kernels.matrix(config, params, block, name))
+
+    found = _by_kernel(config, names, values, progress)
+    return {name: np.stack(rows) for name, rows in found.items()}
 
 
-def _of_every_kernel(
+def _by_kernel(
     config: ViTConfig,
     names: Sequence[str],
     function: Callable[[str, int], _Result],
     progress: Progress | None = None,
-) -> dict[tuple[str, int], _Result]:
-    """`function(name, block)` of every kernel, by (name, block)."""
+) -> dict[str, list[_Result]]:
+    """`function(name, block)` of every block, by the kernel's name."""
     keys = [(name, block) for name in names for block in range(config.depth)]
     results = in_parallel(lambda key: function(*key), keys, progress)
-    return dict(zip(keys, results, strict=True))
-
-
-def _stacked(
-    config: ViTConfig, rows: Mapping[tuple[str, int], np.ndarray], names: Sequence[str]
-) -> dict[str, np.ndarray]:
-    return {
-        name: np.stack([rows[name, block] for block in range(config.depth)])
-        for name in names
-    }
+    found = dict(zip(keys, results, strict=True))
+    return {name: [found[name, i] for i in range(config.depth)] for name in names}
 
 
 # --- Block maps -----------------------------------------------------------------------
@@ -243,8 +232,8 @@ def clamp_all(
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """`clamp_singular_values` for several γ, with each kernel factorized only once.
 
-    Between the steps it holds the singular vectors of the shorter side that belong to
-    values above the smallest γ (3 GB for the giant if all do), and no clamped model:
+    Between the steps it keeps the singular vectors of the shorter side that belong to
+    values above the smallest γ (3 GB for the giant if all do), but no clamped model:
     drop the one you have before you ask for the next.
 
     Args:
@@ -263,46 +252,49 @@ def clamp_all(
     gammas, names = tuple(gammas), _clamped_names(config, kernels)
     for gamma in gammas:
         if not gamma > 0:
-            raise ValueError(f"gamma must be above 0, got {gamma}.")
-    return _clamp_all(config, params, gammas, names, progress)
+            raise ValueError(f"gamma must be above 0, got {gamma}")
+
+    def clamped() -> Iterator[tuple[float, dict[str, Any]]]:
+        found = _above(config, params, names, min(gammas), progress) if gammas else {}
+        for gamma in gammas:
+            yield gamma, _clamped(config, params, found, gamma)
+
+    return clamped()
 
 
-def _clamp_all(
+Above = dict[str, list[tuple[np.ndarray, np.ndarray]]]
+
+
+def _above(
     config: ViTConfig,
     params: Params,
-    gammas: tuple[float, ...],
     names: tuple[str, ...],
+    gamma: float,
     progress: Progress | None,
-) -> Iterator[tuple[float, dict[str, Any]]]:
-    if not gammas:
-        return
+) -> Above:
+    """By kernel, for each block: the σ above γ, and their short side's vectors."""
 
     def above(name: str, block: int) -> tuple[np.ndarray, np.ndarray]:
         wide = linalg.wide(kernels.matrix(config, params, block, name))
-        vectors, s = linalg.short_side(wide, subset_by_value=(min(gammas) ** 2, np.inf))
+        vectors, s = linalg.short_side(wide, subset_by_value=(gamma**2, np.inf))
         return np.ascontiguousarray(vectors), s
 
-    found = _of_every_kernel(config, names, above, progress)
-    for gamma in gammas:
-        yield gamma, _clamped(config, params, found, gamma)
+    return _by_kernel(config, names, above, progress)
 
 
 def _clamped(
-    config: ViTConfig,
-    params: Params,
-    found: Mapping[tuple[str, int], tuple[np.ndarray, np.ndarray]],
-    gamma: float,
+    config: ViTConfig, params: Params, found: Above, gamma: float
 ) -> dict[str, Any]:
     """Takes σ − γ off every triplet above γ, so that the others keep their rounding.
 
     With vectors u of the shorter side alone: W − Σ u·(1 − γ/σ)·uᵀW.
     """
     flat = param_tree.flatten(params)
-    for path in {kernels.place(config, name).path for name, _ in found}:
+    for path in {kernels.place(config, name).path for name in found}:
         flat[path] = np.array(flat[path])
 
-    def clamp(key: tuple[str, int]) -> None:
-        (name, block), (vectors, s) = key, found[key]
+    def clamp(name: str, block: int) -> None:
+        vectors, s = found[name][block]
         too_large = s > gamma
         if not too_large.any():
             return
@@ -311,8 +303,7 @@ def _clamped(
         shrink = 1 - gamma / s[too_large]
         wide[...] = wide - (u * shrink[None, :]) @ (u.T @ wide.astype(np.float64))
 
-    for _ in in_parallel(clamp, list(found)):
-        pass
+    _by_kernel(config, tuple(found), clamp)
     return param_tree.unflatten(flat)
 
 
@@ -372,7 +363,7 @@ def singular_value_changes(
         if shapes[0] != shapes[1]:
             raise ValueError(
                 f"the models differ: {name} is {shapes[0]} in one and {shapes[1]} in "
-                "the other."
+                "the other"
             )
 
     def change(name: str, block: int) -> np.ndarray:
@@ -382,5 +373,5 @@ def singular_value_changes(
         u, _, v = linalg.leading_triplets(before, leading)
         return np.einsum("oi,oi->i", u, (after - before) @ v)
 
-    found = _of_every_kernel(config, names, change, progress)
-    return _stacked(config, found, names)
+    found = _by_kernel(config, names, change, progress)
+    return {name: np.stack(rows) for name, rows in found.items()}

@@ -432,7 +432,7 @@ def test_odd_sizes_are_refused_with_the_nearest_allowed(height, width, nearest):
     config, params, _ = tiny_model("mlp")
     message = (
         f"image of height {height} and width {width} pixels: both sides must be "
-        f"multiples of 14; the nearest allowed are {nearest}."
+        f"multiples of 14; the nearest allowed are {nearest}"
     )
     model, image = vit.ViT(config), jnp.zeros((1, height, width, 3))
     for extra in ({}, {"method": "embed"}, {"method": "intermediates", "blocks": (0,)}):
