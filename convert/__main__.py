@@ -1,11 +1,11 @@
 """Command line of the converter; `convert.commands` does the work.
 
-python -m convert NAME ... --COMMANDS--> its function --cli.run--> exit code
+python -m convert NAME ... --> convert/commands/NAME.py --cli.run--> exit code
 """
 
 import argparse
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,29 +29,6 @@ SOURCE = (
 )
 
 
-class Argument(NamedTuple):
-    """An argument of a command; its name is the parameter of the command's function."""
-
-    name: str
-    metavar: str | None
-    help: str
-    options: dict[str, Any] = {}
-
-
-class Command(NamedTuple):
-    """A command: its line in the help and its arguments.
-
-    Attributes:
-      help: what it does.
-      arguments: in the order of the help.
-      usage: the line of the help where argparse's own would mislead.
-    """
-
-    help: str
-    arguments: Sequence[Argument]
-    usage: str | None = None
-
-
 def _boolean(text: str) -> bool:
     values = {"true": True, "false": False}
     if text.lower() not in values:
@@ -59,124 +36,94 @@ def _boolean(text: str) -> bool:
     return values[text.lower()]
 
 
-PATH, NUMBER = {"type": Path}, {"type": float}
-NUM_HEADS = Argument(
-    "--num-heads",
-    "N",
-    "attention heads (default: what the files say, or width / 64)",
-    {"type": int},
-)
-VERIFY = Argument(
-    "--verify",
-    None,
+class Argument(NamedTuple):
+    """An argument of a command; its name is the parameter of the command's function."""
+
+    name: str
+    metavar: str
+    help: str
+    type: Callable[[str], Any] = Path
+    nargs: str | None = None
+
+
+VERIFY = (
     "run a photograph through the JAX model and, where PyTorch is installed, through "
-    "the PyTorch one, and print the largest difference",
-    {"action": "store_true"},
+    "the PyTorch one, and print the largest difference"
 )
-COMMANDS = {
-    "to-jax": Command(
+# By command: its line in the help, and its arguments but --num-heads, which all have.
+COMMANDS: dict[str, tuple[str, *tuple[Argument, ...]]] = {
+    "to-jax": (
         "PyTorch model -> checkpoint directory",
-        [
-            Argument(
-                "src",
-                "SRC",
-                f"{SOURCE}; or a name to download: dinov2_vit{{s,b,l,g}}14[_reg], or a "
-                "Hugging Face id such as facebook/dinov2-giant",
-            ),
-            Argument("destination", "DST", "new directory", PATH),
-            NUM_HEADS,
-            Argument(
-                "--interpolate-antialias",
-                "true|false",
-                "resample the position embedding with antialiasing (default: as the "
-                "hub models do, true with registers, false without; the SINDER "
-                "authors: true)",
-                {"type": _boolean},
-            ),
-            Argument(
-                "--interpolate-offset",
-                "X",
-                "added to the sides of the resampled grid (default: as in the hub "
-                "models, 0 with registers, 0.1 without; transformers: 0)",
-                NUMBER,
-            ),
-            VERIFY,
-        ],
+        Argument(
+            "src",
+            "SRC",
+            f"{SOURCE}; or a name to download: dinov2_vit{{s,b,l,g}}14[_reg], or a "
+            "Hugging Face id such as facebook/dinov2-giant",
+            str,
+        ),
+        Argument("destination", "DST", "new directory"),
+        Argument(
+            "--interpolate-antialias",
+            "true|false",
+            "resample the position embedding with antialiasing (default: as the hub "
+            "models do, true with registers, false without; the SINDER authors: true)",
+            _boolean,
+        ),
+        Argument(
+            "--interpolate-offset",
+            "X",
+            "added to the sides of the resampled grid (default: as in the hub models, "
+            "0 with registers, 0.1 without; transformers: 0)",
+            float,
+        ),
     ),
-    "to-torch": Command(
+    "to-torch": (
         "checkpoint directory -> PyTorch file or directory",
-        [
-            Argument(
-                "src",
-                "SRC",
-                "checkpoint directory, or a PyTorch model to write in another layout",
-                PATH,
-            ),
-            Argument(
-                "destination",
-                "DST",
-                "new .pth, .pt or .safetensors file; for hf a new directory",
-                PATH,
-            ),
-            Argument(
-                "--layout",
-                "dinov2|hf|timm",
-                "for torch.hub (default), transformers or timm",
-            ),
-            NUM_HEADS,
-            VERIFY,
-        ],
+        Argument(
+            "src", "SRC", "checkpoint directory, or a PyTorch model in any layout"
+        ),
+        Argument(
+            "destination", "DST", "new .pth, .pt or .safetensors file; for hf a folder"
+        ),
+        Argument(
+            "--layout", "dinov2|hf|timm", "torch.hub (default), transformers, timm", str
+        ),
     ),
-    "inspect": Command(
+    "inspect": (
         "describe a model or a delta and check its integrity",
-        [
-            Argument(
-                "path", "SRC", f"checkpoint directory, {SOURCE}, or a delta", PATH
-            ),
-            NUM_HEADS,
-        ],
+        Argument("path", "SRC", f"checkpoint directory, {SOURCE}, or a delta"),
     ),
-    "diff": Command(
+    "diff": (
         "what a repair changed, as a delta under 1 MB",
-        [
-            Argument(
-                "paths",
-                "BASE REPAIRED | RUN",
-                "two models in any layout, or the workdir of experiments.repair",
-                PATH | {"nargs": "+"},
-            ),
-            Argument("destination", "DELTA", "new .safetensors file", PATH),
-            Argument(
-                "--residual",
-                "X",
-                "how much of a kernel, relative to its norm, may change other than in "
-                "its singular values (default: 1e-5, rounding; a repair with float32 "
-                "SVDs, such as the authors', may need 1e-3)",
-                NUMBER,
-            ),
-            NUM_HEADS,
-        ],
-        usage="%(prog)s [-h] [options] (BASE REPAIRED | RUN) DELTA",
+        Argument(
+            "paths",
+            "BASE REPAIRED | RUN",
+            "two models in any layout, or the workdir of experiments.repair",
+            nargs="+",
+        ),
+        Argument("destination", "DELTA", "new .safetensors file"),
+        Argument(
+            "--residual",
+            "X",
+            "how much of a kernel, relative to its norm, may change other than in its "
+            "singular values (default: 1e-5, rounding; a repair with float32 SVDs, "
+            "such as the authors', may need 1e-3)",
+            float,
+        ),
     ),
-    "apply": Command(
+    "apply": (
         "repair a model by a delta, in the model's own layout",
-        [
-            Argument("base", "BASE", "the model to repair", PATH),
-            Argument("delta_path", "DELTA", "file written by diff", PATH),
-            Argument(
-                "destination",
-                "DST",
-                "new file, or new directory where BASE is a directory",
-                PATH,
-            ),
-            Argument(
-                "--scale",
-                "X",
-                "share of the change to apply, above 0 to 1 (default: 1)",
-                NUMBER,
-            ),
-            NUM_HEADS,
-        ],
+        Argument("base", "BASE", "the model to repair"),
+        Argument("delta_path", "DELTA", "file written by diff"),
+        Argument(
+            "destination", "DST", "new file, or new directory where BASE is a directory"
+        ),
+        Argument(
+            "--scale",
+            "X",
+            "share of the change to apply, above 0 to 1 (default: 1)",
+            float,
+        ),
     ),
 }
 
@@ -209,13 +156,16 @@ def _parser() -> cli.Parser:
         epilog=EXAMPLES,
     )
     parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for name, command in COMMANDS.items():
-        sub = parsers.add_parser(name, help=command.help, usage=command.usage)
-        for argument in command.arguments:
-            options = dict(argument.options)
-            if argument.metavar:
-                options["metavar"] = argument.metavar
-            sub.add_argument(argument.name, help=argument.help, **options)
+    # argparse's own line would show the paths of diff twice.
+    usages = {"diff": "%(prog)s [-h] [options] (BASE REPAIRED | RUN) DELTA"}
+    heads = "attention heads (default: what the files say, or width / 64)"
+    for name, (summary, *arguments) in COMMANDS.items():
+        sub = parsers.add_parser(name, help=summary, usage=usages.get(name))
+        for argument in (*arguments, Argument("--num-heads", "N", heads, int)):
+            options = argument._asdict()
+            sub.add_argument(options.pop("name"), **options)
+        if name.startswith("to-"):
+            sub.add_argument("--verify", action="store_true", help=VERIFY)
     return parser
 
 

@@ -10,7 +10,6 @@ of the hub or of timm, transformers for a Hugging Face directory. A tensor that 
 forward pass uses is not seen: `mask_token`.
 """
 
-import collections
 import functools
 import importlib.util
 import json
@@ -263,7 +262,7 @@ def _torch_vit_tokens(
     try:
         with torch.inference_mode():
             out = torch_vit.features(
-                _Tensors(arrays),
+                {name: _tensor(array) for name, array in arrays.items()},
                 _torch_images(images),
                 num_heads=config.num_heads,
                 norm_epsilon=families.of(config).norm_epsilon,
@@ -275,16 +274,6 @@ def _torch_vit_tokens(
     tokens = torch.cat([out.cls[:, None], out.registers, out.patches.flatten(1, 2)], 1)
     against = f"PyTorch {torch.__version__} on the tensors of the {layout} layout"
     return tokens.numpy(), against
-
-
-class _Tensors(collections.UserDict[str, Any]):
-    """Arrays by name as float32 tensors, each converted when it is asked for."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]):
-        self.data = arrays  # type: ignore[assignment]  # not copied: it may be a file
-
-    def __getitem__(self, name: str) -> Any:
-        return _tensor(self.data[name])
 
 
 def _torch_images(images: Images) -> Any:

@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from convert.files.reading_pth import import_torch
 from convert.files.tensors import Spec
@@ -32,46 +31,28 @@ def write(
     with path.open("xb") as file, torch.serialization.skip_data():
         torch.save(empty, file)
     with zipfile.ZipFile(path) as archive:
-        top = archive.namelist()[0].partition("/")[0]
+        top, entry = archive.namelist()[0].partition("/")[0], archive.start_dir
+        entries = {}  # where the directory at the archive's end lists each record
+        for info in archive.infolist():
+            entries[info.filename] = entry
+            entry += 46 + len(info.filename) + len(info.extra) + len(info.comment)
         records = {
             key: archive.getinfo(f"{top}/data/{i}") for i, key in enumerate(specs)
         }
-        directory = archive.start_dir
     with path.open("r+b") as file:
-        checksums = {}
         for key, array in tensors:
             record = records[key]
-            file.seek(_start_of_data(file, record.header_offset))
+            # The lengths of name and padding end the record's own header.
+            file.seek(record.header_offset + 26)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
             write_array(file, array, specs[key])
-            checksums[record.filename] = zlib.crc32(bytes_of(array)).to_bytes(
-                4, "little"
-            )
-            # The checksum follows the data after a signature ...
+            checksum = zlib.crc32(bytes_of(array)).to_bytes(4, "little")
+            # It follows the data after a signature, and stands in the directory.
             file.seek(4, os.SEEK_CUR)
-            file.write(checksums[record.filename])
-        _write_checksums(file, directory, checksums)
-    _add_extra(path, metadata())
-
-
-def _start_of_data(file: Any, header: int) -> int:
-    file.seek(header + 26)
-    name, extra = struct.unpack("<HH", file.read(4))
-    return header + 30 + name + extra
-
-
-def _write_checksums(file: Any, directory: int, checksums: Mapping[str, bytes]) -> None:
-    """... and stands once more in the directory at the end of the archive."""
-    while True:
-        file.seek(directory)
-        entry = file.read(46)
-        if entry[:4] != b"PK\1\2":
-            return
-        name, extra, comment = struct.unpack("<HHH", entry[28:34])
-        checksum = checksums.get(file.read(name).decode())
-        if checksum:
-            file.seek(directory + 16)
             file.write(checksum)
-        directory += 46 + name + extra + comment
+            file.seek(entries[record.filename] + 16)
+            file.write(checksum)
+    _add_extra(path, metadata())
 
 
 def _add_extra(path: Path, metadata: Mapping[str, str]) -> None:
