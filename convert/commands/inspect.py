@@ -31,28 +31,25 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
             if place.path == leaf_path:
                 kernel_stack = place.of(leaf)
                 tops[name] = [linalg.leading_triplets(x, 1).s[0] for x in kernel_stack]
-    heads, torch = config.num_heads, model.torch
+    width, heads, torch = config.embed_dim, config.num_heads, model.torch
+    antialias, offset = config.interpolate_antialias, config.interpolate_offset
     owner = f", {layouts.LAYOUTS[model.layout].owner}" if torch else " checkpoint"
-    _print_fields(
-        {
-            "architecture": lines.title(config),
-            "width": f"{config.embed_dim}, {heads} heads of "
-            f"{config.embed_dim // heads}",
-            "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden "
-            f"{config.hidden_dim}",
-            "registers": str(config.num_register_tokens),
-            "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
-            "resampling": f"antialias {config.interpolate_antialias}, offset "
-            f"{config.interpolate_offset}",
-            "layout": model.layout + owner,
-            "number format": ", ".join(torch.formats if torch else ["float32"]),
-            "size": f"{model.num_tensors} tensors, {model.num_params:,} parameters; "
-            "names, shapes and finite values checked",
-            "digest": model.digest,
-            "verified": _verified(model, stated),
-            "provenance": lines.origin(model.provenance),
-        }
-    )
+    fields = {
+        "architecture": lines.title(config),
+        "width": f"{width}, {heads} heads of {width // heads}",
+        "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden {config.hidden_dim}",
+        "registers": str(config.num_register_tokens),
+        "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
+        "resampling": f"antialias {antialias}, offset {offset}",
+        "layout": model.layout + owner,
+        "number format": ", ".join(torch.formats if torch else ["float32"]),
+        "size": f"{model.num_tensors} tensors, {model.num_params:,} parameters; names, "
+        "shapes and finite values checked",
+        "digest": model.digest,
+        "verified": _verified(model, stated),
+        "provenance": lines.origin(model.provenance),
+    }
+    lines.print_fields(fields)
     for step in model.provenance.get("steps", []):
         print(f"{'':<15}then {step}")
     for note in lines.notes(model):
@@ -62,11 +59,6 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     for block in range(config.depth):
         row = (f"{tops[name][block]:>12.4f}" for name in places)
         print(f"{block:>5}  " + "".join(row))
-
-
-def _print_fields(fields: dict[str, str]) -> None:
-    for name, value in fields.items():
-        print(f"{name + ':':<15}{value}")
 
 
 def _verified(model: Model, digest_stated: bool) -> str:
@@ -90,17 +82,16 @@ def _is_delta(path: Path) -> bool:
 
 def _inspect_delta(path: Path) -> None:
     repair, metadata = delta_file.load(path)
-    _print_fields(
-        {
-            "delta for": lines.title(repair.config),
-            "base digest": repair.base,
-            "size": f"{path.stat().st_size:,} bytes",
-            "verified": "all of it against the digest in the file; SHA-256 "
-            f"{sha256.of_file(path)}",
-            "written by": metadata.get("writer", "not known"),
-            "base from": lines.origin(_json(metadata.get("provenance", "{}"))),
-        }
-    )
+    whole = f"all of it against the digest in the file; SHA-256 {sha256.of_file(path)}"
+    fields = {
+        "delta for": lines.title(repair.config),
+        "base digest": repair.base,
+        "size": f"{path.stat().st_size:,} bytes",
+        "verified": whole,
+        "written by": metadata.get("writer", "not known"),
+        "base from": lines.origin(_json(metadata.get("provenance", "{}"))),
+    }
+    lines.print_fields(fields)
     print(lines.about_delta(repair))
 
 

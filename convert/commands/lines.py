@@ -37,6 +37,12 @@ def print_proof(
     )
 
 
+def print_fields(fields: Mapping[str, str]) -> None:
+    """Prints `name: value` lines in two columns."""
+    for name, value in fields.items():
+        print(f"{name + ':':<15}{value}")
+
+
 def print_notes(model: Model) -> None:
     """Prints `notes`, a line each."""
     for note in notes(model):
