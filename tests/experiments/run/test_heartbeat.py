@@ -205,15 +205,7 @@ def test_the_command_can_be_typed_again():
 
 
 def test_a_workdir_of_a_living_run_is_refused(tmp_path):
-    program = """
-import sys, time
-from pathlib import Path
-from experiments.heartbeat import Heartbeat
-with Heartbeat(Path(sys.argv[1])) as alive:
-    alive.phase("repairing")
-    time.sleep(60)
-"""
-    other = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    other = subprocess.Popen([sys.executable, "-m", "beating", str(tmp_path)])
     try:
         until(lambda: (tmp_path / "alive.json").exists() and written_phase(tmp_path))
         with pytest.raises(ValueError, match=f"process {other.pid} on ") as caught:
