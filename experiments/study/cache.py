@@ -3,14 +3,13 @@
     Step: kind, what it depends on, how to compute it
     Step --Cache--> arrays: from DIR/KIND-DIGEST.npz, or computed now and kept there
 
-The digest is of all that a step depends on: the model's digest, the bytes of the
-photograph, and those options that change it. So another option computes anew no more
-than it must.
+The digest covers everything a step depends on: the model's digest, the bytes of the
+photograph, and the options that change it. Another option computes no more than it
+must.
 """
 
 import hashlib
 import json
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +17,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sinder_jax.storage import files
+
 Arrays = dict[str, np.ndarray]
-FORMAT = 1  # of what is kept; another number and all is computed anew
+FORMAT = 1  # of the files; after a change everything is computed anew
 
 
 class Step(NamedTuple):
     """One thing to compute, or to find again.
 
     Attributes:
-      label: what the user is told.
-      kind: what sort of number it is.
-      key: all that it depends on; JSON values.
+      label: what the user reads.
+      kind: what sort of numbers it computes.
+      key: everything it depends on; JSON values.
       compute: makes the arrays.
     """
 
@@ -51,23 +52,20 @@ class Cache:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, step: Step) -> Path:
-        """The file that the step's arrays are kept in."""
+        """Returns the file that keeps the step's arrays."""
         told = {"format": FORMAT, "kind": step.kind, **step.key}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
         return self._folder / f"{step.kind}-{digest[:16]}.npz"
 
     def has(self, step: Step) -> bool:
-        """Whether the step's arrays are there, whole."""
+        """Returns True if the step's arrays are there, whole."""
         path = self.path(step)
-        if path not in self._known:
-            kept = read_arrays(path)
-            if kept is None:
-                return False
+        if path not in self._known and (kept := read_arrays(path)) is not None:
             self._known[path] = kept
-        return True
+        return path in self._known
 
     def __call__(self, step: Step) -> Arrays:
-        """The step's arrays, computed and kept if they are not there."""
+        """Returns the step's arrays; computes and keeps them if they are not there."""
         path = self.path(step)
         if not self.has(step):
             arrays = {name: np.asarray(x) for name, x in step.compute().items()}
@@ -77,22 +75,15 @@ class Cache:
 
 
 def read_arrays(path: Path) -> Arrays | None:
-    """What `write_arrays` wrote, or None where there is nothing or half a file."""
+    """Reads what `write_arrays` wrote; None if the file is missing or damaged."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None  # cut short by a crash of the machine: computed again
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """Writes a .npz, whole or not at all."""
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        with open(unfinished, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with files.replacing(path) as partial, open(partial, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""The steps of an analysis one after the other, and how far they are.
+"""Runs the steps of an analysis one after another, and shows how far they are.
 
-steps --compute--> those that are not kept are computed, and told of by Steps
+steps --compute--> computes those that the cache does not keep; `Steps` shows each
 """
 
 import time
@@ -12,11 +12,11 @@ from rich.markup import escape
 from rich.status import Status
 
 from experiments.study.cache import Step
-from experiments.study.study import Study
+from experiments.study.numbers import Study
 
 
 def compute(study: Study, steps: Sequence[Step], shown: "Steps") -> None:
-    """Computes the steps that are not kept, and tells of each."""
+    """Computes the steps that the cache does not keep, and shows each."""
     missing = []
     for step in {study.cache.path(step): step for step in steps}.values():
         if study.cache.has(step):
@@ -30,7 +30,7 @@ def compute(study: Study, steps: Sequence[Step], shown: "Steps") -> None:
 
 
 class Steps:
-    """Shows what is computed: a live line on a terminal, plain lines elsewhere."""
+    """Shows the current step: a live line on a terminal, plain lines elsewhere."""
 
     def __init__(self):
         self._console = Console(stderr=True, highlight=False)
@@ -46,31 +46,31 @@ class Steps:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Takes the live line away."""
+        """Removes the live line."""
         self._status.stop()
 
     def begin(self, label: str) -> None:
-        """A step begins."""
+        """Starts the clock of a step."""
         self._label, self._began = label, time.monotonic()
         self._told = self._began
         self.show(label)
 
     def inside(self, done: int, total: int) -> None:
-        """How far the step is; a plain line every ten seconds."""
+        """Shows progress within the step; as plain lines, one every ten seconds."""
         now = time.monotonic()
         if self._live or now - self._told > 10:
             self._told = now
             self.show(f"{self._label}: {done} of {total}")
 
     def end(self) -> None:
-        """The step is done."""
+        """Counts the step, and leaves a line with its time on a terminal."""
         self.computed += 1
         if self._live:
             seconds = time.monotonic() - self._began
             self._print(f"{self._label}  {seconds:.1f} s")
 
     def show(self, text: str) -> None:
-        """What is being done now."""
+        """Shows a line of text."""
         if self._live:
             self._status.update(escape(text))
         else:

@@ -1,4 +1,4 @@
-"""Figures of what photographs' tokens show: figures 1-3, 5, 6 and 8 of the paper.
+"""Figures of photographs' tokens: figures 1-3, 5, 6 and 8 of the paper.
 
 study --draw_*--> Drawn: a name, a figure, the arrays it shows, a caption
 """
@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.study.cache import Arrays
-from experiments.study.study import HIGHEST, TEMPERATURES, Study
-from experiments.study.subjects import Photo, Subject
+from experiments.study.numbers import HIGHEST, TEMPERATURES, Study, Subject
+from experiments.study.photos import Photo
 from sinder_jax.analysis import defective, tokens
 from sinder_jax.plots import token_plots
 
@@ -22,10 +22,10 @@ class Drawn(NamedTuple):
 
     Attributes:
       name: of its files, without an ending.
-      title: in few words.
-      caption: what it shows and how to read it.
-      figure: matplotlib's.
-      arrays: what it shows.
+      title: a few words.
+      caption: what the figure shows and how to read it.
+      figure: of matplotlib.
+      arrays: the numbers in the figure.
     """
 
     name: str
@@ -41,12 +41,12 @@ def _flat(array: np.ndarray) -> np.ndarray:
 
 
 def _name(study: Study, subject: Subject) -> str:
-    """What a panel calls a model; nothing where there is only one."""
+    """The title of a model's panel; empty where there is only one model."""
     return subject.name if len(study.subjects) > 1 else ""
 
 
 def _looks(study: Study, photo: Photo) -> dict[str, Arrays]:
-    """What each model's tokens show, with the outliers as "detected"."""
+    """The arrays of `Study.look` by model, with the outliers as "detected"."""
     found = {}
     for subject in study.subjects:
         look = study.cache(study.look(subject, photo))
@@ -81,54 +81,43 @@ def draw_norms(study: Study) -> Iterator[Drawn]:
 
 
 def draw_angles(study: Study) -> Iterator[Drawn]:
-    """Figure 2d: angles to ν_i by block, one figure a photograph."""
-    for photo in study.photos:
-        yield _violins(
-            study,
-            photo,
-            "angles",
-            "angles",
-            r"$\nu_i$",
-            "Angle between the singular defect direction ν_i and the patch tokens",
-            "Computed from the weights alone, ν_i sets the defective tokens (dots) "
-            "apart from all others (violins) by small angles.",
-        )
+    """Figure 2d: angles to ν_i by block, one figure per photograph."""
+    return _angle_figures(
+        study,
+        "angles",
+        r"$\nu_i$",
+        "Angle between the singular defect direction ν_i and the patch tokens",
+        "Computed from the weights alone, ν_i sets the defective tokens (dots) "
+        "apart from all others (violins) by small angles.",
+    )
 
 
 def draw_random(study: Study) -> Iterator[Drawn]:
-    """Figure 8: angles to a random direction, one figure a photograph."""
-    for photo in study.photos:
-        yield _violins(
-            study,
-            photo,
-            "random",
-            "random",
-            "a random direction",
-            "Angle between a random direction and the patch tokens",
-            "The control: the same defective tokens (dots), but a random direction. "
-            "They do not stand apart where it is no accident.",
-        )
-
-
-def _violins(
-    study: Study,
-    photo: Photo,
-    name: str,
-    what: str,
-    direction: str,
-    title: str,
-    reading: str,
-) -> Drawn:
-    looks = _looks(study, photo)
-    values = {model: _flat(look[what]) for model, look in looks.items()}
-    marked = {model: _flat(look["detected"]) for model, look in looks.items()}
-    return Drawn(
-        f"{name}-{photo.name}",
-        f"{title}, {photo.name}",
-        reading,
-        token_plots.angles(values, marked, direction=direction),
-        keyed(values, what) | keyed(marked, "detected"),
+    """Figure 8: angles to a random direction, one figure per photograph."""
+    return _angle_figures(
+        study,
+        "random",
+        "a random direction",
+        "Angle between a random direction and the patch tokens",
+        "The control: the same defective tokens (dots), but a random direction. "
+        "They do not stand apart where it is no accident.",
     )
+
+
+def _angle_figures(
+    study: Study, name: str, direction: str, title: str, reading: str
+) -> Iterator[Drawn]:
+    for photo in study.photos:
+        looks = _looks(study, photo)
+        values = {model: _flat(look[name]) for model, look in looks.items()}
+        marked = {model: _flat(look["detected"]) for model, look in looks.items()}
+        yield Drawn(
+            f"{name}-{photo.name}",
+            f"{title}, {photo.name}",
+            reading,
+            token_plots.angles(values, marked, direction=direction),
+            keyed(values, name) | keyed(marked, "detected"),
+        )
 
 
 def measured_directions(study: Study, subject: Subject) -> Arrays:
@@ -182,28 +171,19 @@ def draw_theory(study: Study) -> Iterator[Drawn]:
         "defect appears. Green band and vermilion dashes: how little the photographs "
         "differ. Gray: a random direction.",
         token_plots.theory(
-            *(
-                arrays[name]
-                for name in (
-                    "to_theory",
-                    "spread",
-                    "pairwise",
-                    "to_layerwise",
-                    "to_random",
-                )
-            )
+            **{name: x for name, x in arrays.items() if name != "direction"}
         ),
         arrays,
     )
 
 
 def direction_tokens() -> str:
-    """Which tokens' direction is measured, in words."""
+    """Says which tokens' direction is measured."""
     return f"{HIGHEST} patch tokens of highest norm"
 
 
 def draw_pca(study: Study) -> Iterator[Drawn]:
-    """Figures 1 and 3: PCA model by model, one figure a photograph."""
+    """Figures 1 and 3: PCA model by model, one figure per photograph."""
     for photo in study.photos:
         parts = {s.name: study.look(s, photo) for s in study.subjects}
         if study.registers is not None:
@@ -223,7 +203,7 @@ def draw_pca(study: Study) -> Iterator[Drawn]:
 
 
 def draw_blocks(study: Study) -> Iterator[Drawn]:
-    """Figure 6: chosen blocks of the first model, one figure a photograph."""
+    """Figure 6: chosen blocks of the first model, one figure per photograph."""
     chosen = list(study.blocks)
     for photo in study.photos:
         look = study.cache(study.look(study.first, photo))
@@ -259,28 +239,26 @@ def draw_blocks(study: Study) -> Iterator[Drawn]:
 
 
 def draw_clamp(study: Study) -> Iterator[Drawn]:
-    """Figure 5: the first model clamped, one figure a photograph."""
+    """Figure 5: the first model clamped, one figure per photograph."""
     for photo in study.photos:
         look = study.cache(study.look(study.first, photo))
         pictures = {"not clamped": look["pca"]}
-        norms = {"not clamped": look["norms"][-1]}
+        grids = {"not clamped": look["norms"][-1]}
         for gamma in study.options.gammas:
             clamped = study.cache(study.clamped(gamma, photo))
             pictures[f"γ = {gamma:g}"] = clamped["pca"]
-            norms[f"γ = {gamma:g}"] = clamped["norms"]
-        large = {name: defective.large_norms(each) for name, each in norms.items()}
-        norms = {name: each.ravel() for name, each in norms.items()}
+            grids[f"γ = {gamma:g}"] = clamped["norms"]
+        norms = {name: each.ravel() for name, each in grids.items()}
+        large = {
+            name: np.ravel(defective.large_norms(each)) for name, each in grids.items()
+        }
         yield Drawn(
             f"clamp-{photo.name}",
             f"Clamping the singular values of linear layers, {photo.name}",
             "Every linear layer's singular values cut off at γ: PCA and norms of the "
             "last block's patch tokens, on one scale. As γ falls, so do the norms of "
-            "defective tokens (dots: above 3 x the median).",
-            token_plots.clamping(
-                pictures,
-                norms,
-                {name: np.ravel(mask) for name, mask in large.items()},
-            ),
+            f"defective tokens (dots: above {defective.LARGE_NORM:g} x the median).",
+            token_plots.clamping(pictures, norms, large),
             keyed(pictures, "pca") | keyed(norms, "norms"),
         )
 

@@ -1,7 +1,7 @@
-"""What an analysis found, as numbers for a file and in plain words for a person.
+"""The findings of an analysis: numbers for a file, and sentences for a reader.
 
 study --summarize--> numbers by model and photograph (JSON values)
-numbers --headline, paragraphs--> a verdict, computed from them and nothing else
+numbers --headline, paragraphs--> the verdict, from these numbers alone
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import numpy as np
 
 from experiments.study import token_figures, weight_figures
 from experiments.study.cache import Arrays
-from experiments.study.study import NUM_RANDOM, Study
-from experiments.study.subjects import Photo, Subject
+from experiments.study.numbers import NUM_RANDOM, Study, Subject
+from experiments.study.photos import Photo
 from sinder_jax.analysis import tokens
 from sinder_jax.analysis.defective import (
     LARGE_NORM,
@@ -30,11 +30,12 @@ Numbers = dict[str, Any]
 
 
 def summarize(study: Study) -> Numbers:
-    """All numbers of the report, as JSON values.
+    """Returns all numbers of the report, as JSON values.
 
     Returns:
-      "models", one entry a model with "forecast", "photographs" by name and, over
-      these, "overall"; "options"; "kernels", what a repair changed, or None.
+      "models", an entry per model with "forecast", "photographs" by name, and
+      "overall" for all photographs; "options"; "kernels", the changes of a repair, or
+      None.
     """
     options = dataclasses.asdict(study.options) | {"blocks": list(study.blocks)}
     return _plain(
@@ -50,11 +51,11 @@ def _of_model(study: Study, subject: Subject) -> Numbers:
     photos = {photo.name: _of_photo(study, subject, photo) for photo in study.photos}
     return {
         "name": subject.name,
-        "path": subject.path,
-        "digest": subject.digest,
-        "architecture": subject.config.as_dict(),
+        "path": str(subject.model.path),
+        "digest": subject.model.digest,
+        "architecture": subject.model.config.as_dict(),
         "parameters": subject.model.num_params,
-        "provenance": subject.model.provenance,
+        "provenance": dict(subject.model.provenance),
         "forecast": _of_forecast(study.cache(study.forecast(subject))),
         "photographs": photos,
         "overall": _overall(study, subject, photos) if photos else None,
@@ -114,7 +115,7 @@ def _of_photo(study: Study, subject: Subject, photo: Photo) -> Numbers:
 
 
 def longest_run(there: np.ndarray) -> tuple[int, int]:
-    """First and last index of the longest stretch of True; (-1, -1) without any."""
+    """Returns first and last index of the longest run of True; (-1, -1) if none."""
     best, start = (NOWHERE, NOWHERE), 0
     for i, yes in enumerate(there):
         if not yes:
@@ -152,7 +153,7 @@ def _overall(study: Study, subject: Subject, photos: dict[str, Numbers]) -> Numb
 
 
 def _kernels(study: Study) -> list[Numbers]:
-    """The first model's blamed singular values, and those that stand there now."""
+    """The blamed singular values of the first model, before and after."""
     before, after = study.subjects
     found = weight_figures.carriers(study.cache(study.forecast(before)))
     rows = []
@@ -171,7 +172,7 @@ def _kernels(study: Study) -> list[Numbers]:
 
 
 def _plain(value: Any) -> Any:
-    """JSON values: of NumPy's numbers Python's, None for what is not finite."""
+    """Converts to JSON values; a number that is not finite becomes None."""
     if isinstance(value, dict):
         return {str(name): _plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -186,11 +187,11 @@ def _plain(value: Any) -> Any:
 # --- Words ----------------------------------------------------------------------------
 
 
-def state(model: Numbers) -> str:
-    """What a model is: "defect", "traces" or "sound".
+def condition(model: Numbers) -> str:
+    """Returns a model's condition: "defect", "traces" or "sound".
 
-    With photographs: a defect, if at least half of them show it; traces, if any does or
-    a norm is large. The weights alone: as they forecast.
+    With photographs: a defect if at least half of them show it, traces if any does or
+    if a norm is large. Without: the forecast from the weights.
     """
     seen = model["overall"]
     if seen is None:
@@ -202,7 +203,7 @@ def state(model: Numbers) -> str:
     return "sound"
 
 
-_STATES = {
+_CONDITIONS = {
     "defect": "has a singular defect",
     "traces": "shows traces of a singular defect",
     "sound": "has no singular defect",
@@ -210,19 +211,20 @@ _STATES = {
 
 
 def headline(summary: Numbers) -> str:
-    """The verdict in one sentence."""
-    states = [state(model) for model in summary["models"]]
+    """Returns the verdict in one sentence."""
+    conditions = [condition(model) for model in summary["models"]]
     basis = "" if summary["models"][0]["overall"] else ", as far as the weights tell"
-    if len(states) == 1:
-        return f"This model {_STATES[states[0]]}{basis}."
-    before, after = states
+    if len(conditions) == 1:
+        return f"This model {_CONDITIONS[conditions[0]]}{basis}."
+    before, after = conditions
     if before == after:
-        return f"Before and after, the model {_STATES[before]}{basis}."
-    return f"Before, the model {_STATES[before]}; after, it {_STATES[after]}{basis}."
+        return f"Before and after, the model {_CONDITIONS[before]}{basis}."
+    was, now = _CONDITIONS[before], _CONDITIONS[after]
+    return f"Before, the model {was}; after, it {now}{basis}."
 
 
 def paragraphs(summary: Numbers) -> dict[str, str]:
-    """The verdict by title: a paragraph for each model, and one to compare them."""
+    """Returns paragraphs by title: one per model, and one that compares two models."""
     models = summary["models"]
     found = {
         model["name"].capitalize(): " ".join(
@@ -289,7 +291,7 @@ def _seen(model: Numbers) -> list[str]:
 
 
 def _compared(before: Numbers, after: Numbers, kernels: list[Numbers]) -> list[str]:
-    was, now = state(before), state(after)
+    was, now = condition(before), condition(after)
     order = ["sound", "traces", "defect"]
     if was == now:
         texts = ["From the first to the second model the verdict does not change."]

@@ -1,4 +1,4 @@
-"""Figures of what the weights alone show: the forecast, spectra, figure 7 of the paper.
+"""Figures of the weights alone: the forecast, spectra, figure 7 of the paper.
 
 study --draw_*--> Drawn, as in `token_figures`
 """
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import numpy as np
 
 from experiments.study.cache import Arrays
-from experiments.study.study import Study
+from experiments.study.numbers import Study
 from experiments.study.token_figures import Drawn, keyed
 from sinder_jax.plots import weight_plots
 
 
 def draw_forecast(study: Study) -> Iterator[Drawn]:
-    """The gaps of every model, and what the first one blames."""
+    """The gaps of every model, and the kernels blamed in the first."""
     found = {s: study.cache(study.forecast(s)) for s in study.subjects}
     first = carriers(found[study.first])
     gaps = {subject.name: each["gaps"] for subject, each in found.items()}
@@ -42,7 +42,7 @@ def draw_forecast(study: Study) -> Iterator[Drawn]:
 
 
 def carriers(forecast: Arrays) -> Arrays:
-    """A forecast that blames six triplets at most, of a per cent or more each."""
+    """A forecast that blames at most six triplets, each with a share of 1% or more."""
     enough = np.flatnonzero(np.abs(forecast["blamed_share"]) >= 0.01)[:6]
     return {
         name: values[enough] if name.startswith("blamed_") else values

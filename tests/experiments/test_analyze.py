@@ -21,19 +21,28 @@ import convert
 import reference
 from convert.files import writing
 from experiments import analyze
-from experiments.study import figures, verdict
+from experiments import config as config_files
+from experiments.study import figures, token_figures, verdict, weight_figures
 from experiments.study.cache import Cache, Step
-from experiments.study.study import Study
-from experiments.study.subjects import Options, Photo, Subject, read_photos
+from experiments.study.numbers import Study, Subject
+from experiments.study.options import Options
+from experiments.study.photos import Photo, read_photos
 from photos import crop, normalize
 from sinder_jax import checkpoint, cli, param_tree, planted, vit
 from sinder_jax.analysis import spectra
 from sinder_jax.analysis.defective import detect
 from sinder_jax.data import decode, listing
+from sinder_jax.model import Model
 
 SMALL = vit.ViTConfig(embed_dim=32, depth=3, num_heads=2, ffn_layer="mlp", img_size=56)
 OF_A_PHOTO = {"pca", "angles", "random", "blocks", "growth", "clamp"}
 OF_ALL = {"norms", "theory", "forecast", "spectra", "eigenvalues", "changes"}
+
+
+def options_of(**changes) -> Options:
+    """The authors' options, some of them changed."""
+    given = Options.of(config_files.load("giant.py"), gammas=(2.0, 1.5, 1.3))
+    return dataclasses.replace(given, **changes)
 
 
 def random_params(config, seed):
@@ -194,9 +203,10 @@ def test_detected_tokens_are_those_of_the_numpy_reference(out, tokens):
 def test_heat_maps_and_masks_are_those_of_the_chosen_blocks(planted_run):
     """Seen in the figure itself: its arrays hold the angles of every block."""
     folder, _ = planted_run
-    subject = Subject("before", str(folder / "before"), antialias=True)
-    options = Options(image_size=224, seed=1)
-    photos = read_photos([folder / "photo.png"], 224, 14, pytest.fail)
+    model = convert.open_model(folder / "before", interpolate_antialias=True)
+    subject = Subject("before", model)
+    options = options_of(image_size=224, seed=1)
+    photos = list(read_photos([folder / "photo.png"], 224, 14))
     cache = Cache(folder / "out" / "cache")
     study = Study([subject], None, photos, options, cache)
     (drawn,) = figures.draw(study, ["blocks"])
@@ -207,7 +217,7 @@ def test_heat_maps_and_masks_are_those_of_the_chosen_blocks(planted_run):
     chosen = [2, 5, 8, 11]
     np.testing.assert_array_equal(shown["cividis"], drawn.arrays["angles"][chosen])
     np.testing.assert_array_equal(shown["gray"], drawn.arrays["detected"][chosen])
-    assert "params" not in vars(subject)  # all was found in the cache
+    assert "params" not in vars(model)  # all was found in the cache
 
 
 def test_forecast_and_photograph_name_the_planted_block(summary):
@@ -278,7 +288,7 @@ def test_second_run_reads_no_weights_and_writes_the_same_bytes(
         x for x in (folder / "out").iterdir() if x.is_file() and x.suffix != ".npz"
     ]
     before = {x: x.read_bytes() for x in files}
-    monkeypatch.setattr(Subject, "params", property(forbidden))
+    monkeypatch.setattr(Model, "params", property(forbidden))
     run(*arguments, "--figures=norms,forecast,clamp")
     computed, found = counts(capsys)
     assert computed == 0 and found == 7
@@ -313,7 +323,8 @@ def test_another_option_computes_no_more_than_it_must(
     models, tmp_path, change, computed
 ):
     subject, other, registers = (
-        Subject(name, str(models[name])) for name in ("first", "second", "registers")
+        Subject(name, convert.open_model(models[name]))
+        for name in ("first", "second", "registers")
     )
     cache = Cache(tmp_path / "cache")
 
@@ -325,10 +336,10 @@ def test_another_option_computes_no_more_than_it_must(
         }
 
     photo = Photo("a", Path("a.png"), np.zeros((56, 56, 3), np.uint8), "digest")
-    before = files(Options(image_size=56), photo)
-    after = files(dataclasses.replace(Options(image_size=56), **change), photo)
+    before = files(options_of(image_size=56), photo)
+    after = files(dataclasses.replace(options_of(image_size=56), **change), photo)
     assert {kind for path, kind in after.items() if path not in before} == computed
-    another = files(Options(image_size=56), photo._replace(digest="another"))
+    another = files(options_of(image_size=56), photo._replace(digest="another"))
     of_photos = {kind for path, kind in another.items() if path not in before}
     assert of_photos == {"look", "panels", "growth", "clamped", "seen"}
 
@@ -422,8 +433,8 @@ def test_pytorch_file_named_by_the_config_gives_the_numbers_of_the_checkpoint(tm
     paths = [tmp_path / "ours", tmp_path / "theirs.safetensors"]
     checkpoint.save(paths[0], config, params)
     writing.write_state_dict(paths[1], convert.to_torch(config, params))
-    one, two = (Subject("x", str(path)) for path in paths)
-    assert two.model.digest is None and one.digest == two.digest
+    one, two = (convert.open_model(path) for path in paths)
+    assert two.known_digest is None and one.digest == two.digest
     for path in paths:
         file = f"--config.checkpoint={path}"
         out = f"--out={tmp_path / path.stem}.out"
@@ -438,29 +449,18 @@ def test_config_decides_size_detection_and_resampling(models, photos, tmp_path):
         gamma, blocks = "2.0,2", "1,0"
 
     options, antialias, path = analyze._settings(Args, ["--config.mask_thr=5"])
-    assert options == Options(mask_thr=5.0, gammas=(2.0,), blocks=(0, 1))
+    assert options == options_of(mask_thr=5.0, gammas=(2.0,), blocks=(0, 1))
     assert antialias is True and path == Args.checkpoint
     Args.config = None
     options, antialias, _ = analyze._settings(Args, [])
-    assert options == Options(gammas=(2.0,), blocks=(0, 1)) and antialias is None
-
-
-def test_options_default_to_the_authors():
-    from experiments import config as config_files
-
-    giant = config_files.load("giant.py")
-    for name in ("mask_thr", "window", "min_outliers", "image_size", "method", "seed"):
-        assert getattr(Options(), name) == giant[name], name
+    assert options == options_of(gammas=(2.0,), blocks=(0, 1)) and antialias is None
 
 
 @pytest.mark.parametrize(
     ("depth", "blocks"), [(40, [9, 19, 29, 39]), (12, [2, 5, 8, 11]), (2, [0, 1])]
 )
 def test_default_blocks_are_the_papers_at_the_same_fractions(depth, blocks):
-    class Model:
-        config = dataclasses.replace(SMALL, depth=depth)
-
-    assert list(Study([Model], None, [], Options(), None).blocks) == blocks
+    assert list(options_of().chosen_blocks(depth)) == blocks
 
 
 @pytest.mark.slow
@@ -502,7 +502,7 @@ def test_tokens_too_many_to_be_outliers_are_defective_all_the_same(monkeypatch):
     angles[1, :5, :5], norms[1, :5, :5] = 5.0, 50.0
     norms[1, 9, 9] = 50.0  # large, but along nothing
     look = {"angles": angles, "norms": norms, "cosines": np.cos(np.radians(angles))}
-    study = Study([], None, [], Options(), lambda step: look)
+    study = Study([], None, [], options_of(), lambda step: look)
     monkeypatch.setattr(study, "detected", lambda look: np.zeros((2, 10, 10), bool))
     monkeypatch.setattr(study, "look", lambda subject, photo: None)
     photo = Photo("a", Path("a.png"), None, "")
@@ -511,8 +511,10 @@ def test_tokens_too_many_to_be_outliers_are_defective_all_the_same(monkeypatch):
     assert (found["detected"], found["large"]) == (0, 26)
 
 
-def test_tables_of_figures_agree():
-    assert [name for name, _ in analyze.FIGURES] == list(figures.KINDS)
+def test_every_figure_of_the_table_is_drawn_by_a_function():
+    functions = {**vars(token_figures), **vars(weight_figures)}
+    drawn = [name for name in functions if name.startswith("draw_")]
+    assert {f"draw_{name}" for name in figures.KINDS} == set(drawn)
 
 
 def test_help_is_shown_without_loading_jax():
@@ -560,11 +562,11 @@ def test_mistake_gets_one_line(models, tmp_path, capsys, arguments, told):
 def test_models_that_do_not_go_together_get_one_line(models, photos, tmp_path, capsys):
     arguments = small(tmp_path / "out", models, photos, "--figures=norms")
     line = refusal(capsys, *arguments, f"--compare={models['deep']}")
-    assert "of different architectures: depth is 3 and 4" in line
+    assert "have different architectures: depth (3 and 4)" in line
     line = refusal(capsys, *arguments, f"--registers={models['fine']}")
     assert "patches of different sizes: 14 and 7" in line
     line = refusal(capsys, *arguments, f"--compare={tmp_path / 'nowhere'}")
-    assert f"no such checkpoint: {tmp_path / 'nowhere'}" in line
+    assert f"{tmp_path / 'nowhere'}" in line
 
 
 def test_missing_checkpoint_images_and_sizes_get_one_line(
@@ -619,7 +621,7 @@ def test_detection_of_a_study_is_that_of_analysis():
     nu = rng.normal(size=(2, 16)).astype(np.float32)
     logits = [detect(x, v).logits for x, v in zip(tokens, nu, strict=True)]
     for mask_thr in (1.5, 2.5):
-        study = Study([], None, [], Options(mask_thr=mask_thr, window=5), None)
+        study = Study([], None, [], options_of(mask_thr=mask_thr, window=5), None)
         found = study.detected({"logits": np.stack(logits)})
         for mask, x, v in zip(found, tokens, nu, strict=True):
             want = detect(x, v, mask_thr=mask_thr, window=5).mask

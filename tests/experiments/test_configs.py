@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
+from experiments import analyze, visualize
 from experiments import config as config_files
-from experiments import visualize
 from experiments.run import inputs
-from experiments.study.subjects import Options
 from sinder_jax import repair, vit
 
 FILES = sorted(file.name for file in config_files.CONFIGS.glob("[!_]*.py"))
@@ -106,9 +105,10 @@ def test_giant_s_settings_are_the_defaults_elsewhere():
     step = dataclasses.asdict(repair.RepairOptions())
     assert step.pop("matmul_precision") == "highest"  # the authors' is "high"
     assert step == {key: giant[key] for key in step}
-    analysis = dataclasses.asdict(Options())
-    assert {"mask_thr", "window", "image_size"} <= analysis.keys() & set(giant.keys())
-    assert all(analysis[key] == giant[key] for key in analysis if key in giant)
+    asked = analyze._parser().parse_args(["a.png", "--checkpoint=model"])
+    analysis, _, _ = analyze._settings(asked, [])
+    for key in ("mask_thr", "window", "min_outliers", "image_size", "method", "seed"):
+        assert getattr(analysis, key) == giant[key], key
     drawn = visualize._parser().parse_args(["a.png", "--checkpoint=model"])
     assert drawn.mask_thr == giant.mask_thr
 

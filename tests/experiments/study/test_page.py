@@ -1,4 +1,4 @@
-"""experiments/report.py and the words of verdict.py, from made-up numbers."""
+"""study/page.py and the words of verdict.py, from made-up numbers."""
 
 import base64
 import copy
@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from experiments.study import report, verdict
+from experiments.study import page, verdict
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg"/>'
 
@@ -76,9 +76,9 @@ DEFECT = {}
 SOUND = {"forecast": -1, "seen": (0, 3), "ratio": 1.4}
 TRACES = {"forecast": -1, "seen": (1, 3)}
 FIGURES = [
-    report.Inlined("angles-a", "Angles to ν_i, a", "How to read it.", SVG, 3.35),
-    report.Inlined("angles-b", "Angles to ν_i, b", "How to read it.", SVG, 3.35),
-    report.Inlined("pca-a", "PCA", "Other <words>.", SVG, 6.9),
+    page.Inlined("angles-a", "Angles to ν_i, a", "How to read it.", SVG, 3.35),
+    page.Inlined("angles-b", "Angles to ν_i, b", "How to read it.", SVG, 3.35),
+    page.Inlined("pca-a", "PCA", "Other <words>.", SVG, 6.9),
 ]
 
 
@@ -107,46 +107,46 @@ class Tags(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def page():
+def text():
     both = summary(model("before"), model("after", **SOUND))
-    return report.page(both, FIGURES)
+    return page.render(both, FIGURES)
 
 
-def test_page_is_well_formed_and_refers_to_nothing_outside(page):
-    tags = Tags(page)
+def test_page_is_well_formed_and_refers_to_nothing_outside(text):
+    tags = Tags(text)
     assert not {"script", "link", "iframe"} & set(tags.names)
     sources = [value for name, value in tags.attributes if name in ("src", "href")]
     assert len(sources) == len(FIGURES)
     assert all(x.startswith("data:image/svg+xml;base64,") for x in sources)
     assert {base64.b64decode(x.split(",")[1]) for x in sources} == {SVG}
-    assert not re.search(r"https?:|url\(|@import", page)
+    assert not re.search(r"https?:|url\(|@import", text)
 
 
-def test_page_is_for_phones_and_for_paper(page):
-    attributes = Tags(page).attributes
+def test_page_is_for_phones_and_for_paper(text):
+    attributes = Tags(text).attributes
     assert ("content", "width=device-width, initial-scale=1") in attributes
-    assert "@media print" in page and "break-inside: avoid" in page
+    assert "@media print" in text and "break-inside: avoid" in text
     assert ("style", "--inches: 3.35") in attributes
-    assert page.count('class="wide"') == 1  # scrolls sideways on a phone
+    assert text.count('class="wide"') == 1  # scrolls sideways on a phone
 
 
-def test_text_is_escaped(page):
-    assert "runs/before&lt;b&gt;" in page and "runs/before<b>" not in page
-    assert "Other &lt;words&gt;." in page
+def test_text_is_escaped(text):
+    assert "runs/before&lt;b&gt;" in text and "runs/before<b>" not in text
+    assert "Other &lt;words&gt;." in text
 
 
-def test_every_figure_has_a_text_in_place_of_it(page):
-    alt = [value for name, value in Tags(page).attributes if name == "alt"]
+def test_every_figure_has_a_text_in_place_of_it(text):
+    alt = [value for name, value in Tags(text).attributes if name == "alt"]
     assert alt == [figure.title for figure in FIGURES]
 
 
-def test_caption_is_said_once_in_a_row(page):
-    assert page.count("How to read it.") == 1
-    assert "ν<sub><i>i</i></sub>" in page  # in captions; alt texts are plain
+def test_caption_is_said_once_in_a_row(text):
+    assert text.count("How to read it.") == 1
+    assert "ν<sub><i>i</i></sub>" in text  # in captions; alt texts are plain
 
 
-def test_page_tells_model_numbers_kernels_and_options(page):
-    for text in (
+def test_page_tells_model_numbers_kernels_and_options(text):
+    for part in (
         "12 blocks of width 128, 2 heads, FFN swiglu",
         "2,505,536",
         "0123456789abcdef" * 4,
@@ -158,27 +158,27 @@ def test_page_tells_model_numbers_kernels_and_options(page):
         "<td>7 (2.7 %)</td><td>16.0</td>",
         "mask_thr 4.0, num_probes 100,000, gammas 2/1.5",
     ):
-        assert text in page, text
+        assert part in text, part
 
 
-def test_what_there_is_not_is_a_dash(page):
+def test_what_there_is_not_is_a_dash(text):
     assert (
-        "<td>… from block</td><td>5</td><td>–</td>" in page
-        and "<td>… of random directions, mean</td><td>0.510</td><td>–</td>" in page
+        "<td>… from block</td><td>5</td><td>–</td>" in text
+        and "<td>… of random directions, mean</td><td>0.510</td><td>–</td>" in text
     )
-    assert ">None<" not in page and "nan" not in page
+    assert ">None<" not in text and "nan" not in text
 
 
 def test_page_of_weights_alone_has_no_photographs():
-    page = report.page(summary(model(seen=(0, 0))), [])
-    Tags(page)
-    assert "Photograph by photograph" not in page and "Figures" not in page
-    assert "photographs" not in page.split("<footer>")[0]
+    text = page.render(summary(model(seen=(0, 0))), [])
+    Tags(text)
+    assert "Photograph by photograph" not in text and "Figures" not in text
+    assert "photographs" not in text.split("<footer>")[0]
 
 
 def test_page_without_defect_blames_no_kernel():
-    page = report.page(summary(model(**SOUND)), [])
-    assert "there is no kernel to blame" in page
+    text = page.render(summary(model(**SOUND)), [])
+    assert "there is no kernel to blame" in text
 
 
 # --- The words ------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def test_headline_follows_from_the_numbers(models, want):
         ({"seen": (0, 0), "forecast": -1}, "sound"),
     ],
 )
-def test_state_follows_from_the_numbers(change, want):
-    assert verdict.state(model(**change)) == want
+def test_condition_follows_from_the_numbers(change, want):
+    assert verdict.condition(model(**change)) == want
 
 
 def only(*models):

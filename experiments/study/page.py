@@ -1,9 +1,9 @@
-"""One self-contained HTML file: verdict, numbers, figures. No network, no script.
+"""The report, one self-contained HTML file: verdict, numbers, figures; no script.
 
-    numbers of `verdict.summarize`, figures as SVG --page--> text of report.html
+    numbers of `verdict.summarize`, figures as SVG --render--> text of report.html
 
-It reads on paper and on a phone: figures are inlined and keep the size of their type,
-tables and wide figures scroll sideways where there is no room for them.
+It is for paper and for phones: figures are inlined and keep their font size; tables and
+wide figures scroll sideways where there is no room for them.
 """
 
 import base64
@@ -75,8 +75,8 @@ code { font-size: 0.9em; overflow-wrap: anywhere; }
 WIDE = 5.0  # inches; from here on a figure may not shrink to a phone's width
 
 
-def page(summary: Numbers, figures: Sequence[Inlined]) -> str:
-    """The whole report.
+def render(summary: Numbers, figures: Sequence[Inlined]) -> str:
+    """Returns the whole report as HTML.
 
     Args:
       summary: from `verdict.summarize`.
@@ -85,11 +85,11 @@ def page(summary: Numbers, figures: Sequence[Inlined]) -> str:
     models = summary["models"]
     headline = verdict.headline(summary)
     names = " and ".join(model["path"] for model in models)
-    state = verdict.state(models[-1])
+    condition = verdict.condition(models[-1])
     parts = [
         f'<p class="kicker">Spectral analysis of {_text(names)}</p>',
         f"<h1>{_text(headline)}</h1>",
-        f'<div class="verdict {state}">',
+        f'<div class="verdict {condition}">',
         *_paragraphs(verdict.paragraphs(summary)),
         "</div>",
         "<h2>In numbers</h2>",
@@ -117,7 +117,7 @@ def page(summary: Numbers, figures: Sequence[Inlined]) -> str:
 
 
 def _paragraphs(told: dict[str, str]) -> list[str]:
-    """A single one needs no title."""
+    """A single paragraph needs no title."""
     if len(told) == 1:
         return [f"<p>{_text(text)}</p>" for text in told.values()]
     return [
@@ -233,7 +233,7 @@ def _photographs(models: Sequence[Numbers]) -> str:
 
 
 def _figures(figures: Sequence[Inlined]) -> list[str]:
-    """A caption is said once where several figures in a row share it."""
+    """Figures in a row that share a caption show it once."""
     captions = ["", *(each.caption for each in figures)]
     return [
         _figure(each, "" if each.caption == before else each.caption)
@@ -284,7 +284,7 @@ def _table(
 
 
 def _number(name: str, value: Any) -> str:
-    """A number of the summary for a cell; a dash where there is none."""
+    """Formats a number of the summary; a dash if there is none."""
     if value is None or (name == "block" and value < 0):
         return "–"
     if name == "defective_share":

@@ -1,14 +1,14 @@
-"""What is computed of models and photographs: steps whose arrays a cache keeps.
+"""The numbers of models and photographs: steps whose arrays a cache keeps.
 
-    weights --forecast, spectra, changes--> what needs no photograph
+    weights --forecast, spectra, changes--> numbers that need no photograph
     weights, photograph --look, panels, growth, clamped, seen--> what tokens show
 
-Tokens of all blocks are large and never kept, only what is read off them.
+Tokens of all blocks are large: the cache keeps what is read off them, never the tokens.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from experiments.study.cache import Arrays, Cache, Step
-from experiments.study.subjects import Options, Photo, Subject
+from experiments.study.options import Options
+from experiments.study.photos import Photo
 from sinder_jax import defects, families, loss, vit
 from sinder_jax.analysis import forecast, spectra
 from sinder_jax.analysis.pca import pca_basis, pca_rgb
@@ -30,6 +31,7 @@ from sinder_jax.analysis.tokens import (
     token_norms,
 )
 from sinder_jax.data import decode
+from sinder_jax.model import Model
 
 HIGHEST = 3  # tokens of each image whose direction is measured
 NUM_RANDOM = 200  # random directions, of which figure 8 shows the first
@@ -37,18 +39,26 @@ LEADING = 10  # singular values whose change is computed, of each kernel
 TEMPERATURES = (0.01, 0.1, 1.0)  # τ, of figure 6
 
 
+class Subject(NamedTuple):
+    """A model under the name that figures and report give it."""
+
+    name: str
+    model: Model
+
+
 class Study:
-    """Models and photographs that are looked at under the same options.
+    """Models and photographs that are studied under the same options.
 
     The first model's directions are the yardstick for all.
 
     Args:
-      subjects: the model, and the repaired one if there is one; of one architecture.
-      registers: a model with registers, whose tokens are only seen; or None.
-      photos: may be empty, then the weights are all there is.
+      subjects: the model, and the repaired model if there is one; of one architecture.
+      registers: a model with registers, of which only the last tokens are shown; or
+        None.
+      photos: empty to study the weights alone.
       options: see `Options`.
-      cache: gives the arrays of a step.
-      progress: told how far a long step is, as `progress(done, total)`.
+      cache: returns the arrays of a step.
+      progress: called during a long step as `progress(done, total)`.
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class Study:
         self.photos, self.options = list(photos), options
         self._progress = progress
         self._current: Subject | None = None
+        self._on_device: Any = None
         self._held: tuple[Any, Any] = (None, None)
         self._clamping: Iterator[tuple[float, Any]] | None = None
         self._clamped: tuple[float, Any] | None = None
@@ -76,21 +87,25 @@ class Study:
 
     @property
     def blocks(self) -> tuple[int, ...]:
-        """Those shown one by one."""
-        if self.options.blocks is not None:
-            return self.options.blocks
-        depth = self.first.config.depth
-        return tuple(sorted({max(k * depth // 4 - 1, 0) for k in (1, 2, 3, 4)}))
+        """The blocks shown one by one."""
+        return self.options.chosen_blocks(self.first.model.config.depth)
 
     def _turn_to(self, subject: Subject) -> None:
-        """Holds one model's weights at a time: others', and tokens, are dropped."""
-        if subject is not self._current:
-            self._current = subject
-            self._held, self._clamping, self._clamped = (None, None), None, None
-            others = [*self.subjects, *([self.registers] if self.registers else [])]
-            for other in others:
-                if other is not subject:
-                    other.forget()
+        """Drops the weights and tokens of the other models: one is held at a time."""
+        if subject is self._current:
+            return
+        for other in (*self.subjects, self.registers):
+            if other is not None and other is not subject:
+                other.model.forget()
+        self._current, self._on_device = subject, None
+        self._held, self._clamping, self._clamped = (None, None), None, None
+
+    def _placed(self, subject: Subject) -> Any:
+        """A model's params on the device."""
+        self._turn_to(subject)
+        if self._on_device is None:
+            self._on_device = jax.device_put(subject.model.params)
+        return self._on_device
 
     # --- Weights ---
 
@@ -99,28 +114,24 @@ class Study:
 
         def compute() -> Arrays:
             self._turn_to(subject)
-            found = forecast.forecast(
-                subject.config, subject.params, progress=self._progress
-            )
-            blamed = found.blamed
-            return {
-                "has_defect": np.array(found.has_defect),
-                "block": np.array(found.block),
-                "directions": found.directions,
-                "gaps": found.gaps,
-                "growth": found.growth,
-                "turns": found.turns,
-                "gain": np.array(found.gain),
-                "blamed_block": np.array([each.block for each in blamed], int),
-                "blamed_kernel": np.array([each.kernel for each in blamed], str),
-                "blamed_index": np.array([each.index for each in blamed], int),
-                "blamed_value": np.array([each.singular_value for each in blamed]),
-                "blamed_share": np.array([each.share for each in blamed]),
-                "verdict": np.array(found.verdict),
+            config, params = subject.model.config, subject.model.params
+            found = forecast.forecast(config, params, progress=self._progress)
+            blamed = {
+                "block": np.array([each.block for each in found.blamed], int),
+                "kernel": np.array([each.kernel for each in found.blamed], str),
+                "index": np.array([each.index for each in found.blamed], int),
+                "value": [each.singular_value for each in found.blamed],
+                "share": [each.share for each in found.blamed],
+            }
+            names = ("has_defect", "block", "directions", "gaps", "growth", "turns")
+            return {name: np.asarray(getattr(found, name)) for name in names} | {
+                "gain": np.asarray(found.gain),
+                **{f"blamed_{name}": np.asarray(x) for name, x in blamed.items()},
+                "verdict": np.asarray(found.verdict),
             }
 
         label = f"{subject.name}: forecast from the weights"
-        return Step(label, "forecast", {"model": subject.digest}, compute)
+        return Step(label, "forecast", {"model": subject.model.digest}, compute)
 
     def directions(self, subject: Subject) -> Step:
         """ν_i of every block, by the method asked for."""
@@ -130,8 +141,8 @@ class Study:
 
         def compute() -> Arrays:
             found = defects.singular_defect_directions(
-                subject.config,
-                subject.params,
+                subject.model.config,
+                subject.model.params,
                 options.method,
                 key=jax.random.key(options.seed),
                 num_probes=options.num_probes,
@@ -142,7 +153,10 @@ class Study:
         return Step(label, "directions", self._direction_key(subject), compute)
 
     def _direction_key(self, subject: Subject) -> dict[str, Any]:
-        key: dict[str, Any] = {"model": subject.digest, "method": self.options.method}
+        key: dict[str, Any] = {
+            "model": subject.model.digest,
+            "method": self.options.method,
+        }
         if self.options.method != "analytic":
             key |= {"num_probes": self.options.num_probes, "seed": self.options.seed}
         return key
@@ -151,7 +165,7 @@ class Study:
         """Singular values of the kernels; spectra of the block maps."""
 
         def compute() -> Arrays:
-            config, params = subject.config, subject.params
+            config, params = subject.model.config, subject.model.params
             kernels = spectra.kernel_spectra(config, params)
             maps = spectra.block_maps(config, params, progress=self._progress)
             decay = spectra.decay(maps.eigenvalues)
@@ -161,23 +175,23 @@ class Study:
             }
 
         label = f"{subject.name}: spectra of kernels and block maps"
-        return Step(label, "spectra", {"model": subject.digest}, compute)
+        return Step(label, "spectra", {"model": subject.model.digest}, compute)
 
     def changes(self) -> Step:
         """Learned minus original singular values, the leading ones of each kernel."""
         before, after = self.subjects
 
         def compute() -> Arrays:
-            leading = min(LEADING, before.config.embed_dim)
+            leading = min(LEADING, before.model.config.embed_dim)
             return spectra.singular_value_changes(
-                before.config,
-                before.params,
-                after.params,
+                before.model.config,
+                before.model.params,
+                after.model.params,
                 leading,
                 progress=self._progress,
             )
 
-        key = {"before": before.digest, "after": after.digest}
+        key = {"before": before.model.digest, "after": after.model.digest}
         return Step("what the repair changed of the kernels", "changes", key, compute)
 
     # --- Tokens ---
@@ -237,18 +251,14 @@ class Study:
         def compute() -> Arrays:
             subject = self.first
             found = growth(
-                subject.config,
-                subject.placed,
-                _normalized(subject.config, photo)[None],
+                subject.model.config,
+                self._placed(subject),
+                _normalized(subject.model.config, photo)[None],
                 np.asarray(self._nu()[-1], np.float32),
             )
-            attention, ffn = np.asarray(found.attention), np.asarray(found.ffn)
-            start, end = np.asarray(found.start), np.asarray(found.end)
+            # The axis of the images, of which there is one, is the third from the end.
             return {
-                "start": start[0],
-                "attention": attention[:, 0],
-                "ffn": ffn[:, 0],
-                "end": end[0],
+                name: np.asarray(x)[..., 0, :, :] for name, x in found._asdict().items()
             }
 
         key = self._photo_key(self.first, photo) | {
@@ -260,7 +270,7 @@ class Study:
         """PCA and norms of the last block's tokens, the first model clamped at γ."""
 
         def compute() -> Arrays:
-            return self._seen(self.first.config, self._params_at(gamma), photo)
+            return self._seen(self.first.model.config, self._params_at(gamma), photo)
 
         key = self._photo_key(self.first, photo) | {"gamma": gamma}
         return Step(f"{photo.name} clamped at {gamma:g}", "clamped", key, compute)
@@ -270,7 +280,7 @@ class Study:
 
         def compute() -> Arrays:
             self._turn_to(subject)
-            return self._seen(subject.config, subject.placed, photo)
+            return self._seen(subject.model.config, self._placed(subject), photo)
 
         key = self._photo_key(subject, photo)
         return Step(f"{subject.name}: {photo.name}", "seen", key, compute)
@@ -281,9 +291,9 @@ class Study:
         return np.asarray(masks)
 
     def _photo_key(self, subject: Subject, photo: Photo) -> dict[str, Any]:
-        config = subject.config
+        config = subject.model.config
         return {
-            "model": subject.digest,
+            "model": subject.model.digest,
             "resampling": [config.interpolate_antialias, config.interpolate_offset],
             "photo": photo.digest,
             "image_size": self.options.image_size,
@@ -296,8 +306,8 @@ class Study:
         """All blocks' patch tokens [L, H, W, D]; the last ones asked for are held."""
         if self._held[0] != (subject.name, photo.name):
             self._held = (None, None)  # before the next ones need the room
-            image = _normalized(subject.config, photo)
-            tokens = patch_tokens(subject.config, subject.placed, image)
+            image = _normalized(subject.model.config, photo)
+            tokens = patch_tokens(subject.model.config, self._placed(subject), image)
             _check_finite(photo, tokens[-1])
             self._held = ((subject.name, photo.name), tokens)
         return self._held[1]
@@ -309,8 +319,8 @@ class Study:
             if self._clamping is None:
                 gammas = self.options.gammas
                 self._clamping = spectra.clamp_all(
-                    self.first.config,
-                    self.first.params,
+                    self.first.model.config,
+                    self.first.model.params,
                     gammas[gammas.index(gamma) :],
                     progress=self._progress,
                 )
@@ -333,7 +343,7 @@ def _normalized(config: vit.ViTConfig, photo: Photo) -> np.ndarray:
 def _check_finite(photo: Photo, tokens: Array) -> None:
     if not np.isfinite(np.asarray(tokens)).all():
         raise FloatingPointError(
-            f"{photo.path}: the model gives tokens that are not finite"
+            f"{photo.path}: the model returns tokens that are not finite"
         )
 
 
