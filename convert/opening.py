@@ -18,7 +18,7 @@ from convert.files import reading, sha256
 from convert.state_dict import TorchModel
 from sinder_jax import model as models
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store, paths, run_files
+from sinder_jax.storage import array_store, errors, paths, run_files
 from sinder_jax.storage.paths import StrPath
 
 ENTRY = "sinder_jax"  # under which a file's metadata holds our description of the model
@@ -108,9 +108,9 @@ def _description(path: Path, metadata: Mapping[str, str]) -> models.Description 
     try:
         return models.parse_description(json.loads(metadata[ENTRY]))
     except (ValueError, RecursionError) as error:
-        raise array_store.DamagedError(
+        raise errors.DamagedError(
             f"{path}: damaged, its metadata cannot be read "
-            f"({array_store.reason_of(error)}): fetch or convert it again"
+            f"({errors.reason_of(error)}): fetch or convert it again"
         ) from None
 
 

@@ -1,12 +1,12 @@
-"""Models and other trees of arrays as checkpoint directories, checked on both ways.
+"""Models and other trees of arrays as checkpoint directories: the door to `storage`.
 
     config, params --save--> DIR --load--> config, params
     tree, metadata --save_tree--> DIR --load_tree--> the same
     FOLDER/00000100, 00000200, ... --load_newest--> the newest that is not damaged
 
-`storage.array_store` says what such a directory holds, on a disk or in a bucket (gs://).
-It appears whole or not at all, and every array is verified against its digest when it
-is read.
+A directory lies on a disk or in a bucket (gs://) and appears whole or not at all; every
+array is verified against its digest when it is read (`storage.array_store`). To read a
+model leaf by leaf, use `sinder_jax.model`.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,13 @@ from flax import traverse_util
 
 from sinder_jax import model, param_tree, vit
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store, run_files
+from sinder_jax.storage import array_store, header, run_files
 from sinder_jax.storage.array_store import check_destination
+from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.paths import AnyPath, StrPath
 
 __all__ = ["check_destination"]
 Tree = dict[str, Any]
-
-
-# --- A model ----------------------------------------------------------------------
 
 
 def save(
@@ -39,13 +37,13 @@ def save(
     Args:
       path: a directory that does not exist, in one that does.
       config: the architecture.
-      params: float32 arrays, of NumPy or JAX, in the layout of `param_tree.shapes`.
-      provenance: JSON values that say where the weights come from; None: not known.
+      params: float32 arrays, NumPy or JAX, in the layout of `param_tree.shapes`.
+      provenance: where the weights come from, as JSON values; None if unknown.
 
     Raises:
       ValueError: params do not fit the config, or are not finite float32 numbers.
       FileExistsError: `path` exists.
-      FileNotFoundError, PermissionError: the directory around it is missing or closed.
+      FileNotFoundError, PermissionError: its directory is missing or not writable.
     """
     check_destination(path)
     param_tree.check(config, params)
@@ -60,38 +58,35 @@ def load(path: StrPath) -> tuple[vit.ViTConfig, Tree]:
 
     Raises:
       FileNotFoundError: nothing is at `path`.
-      ValueError: it is not a checkpoint of a model, is damaged (an array whose digest
-        differs is named), or does not fit its own config; the message is one line.
+      ValueError: not a model checkpoint, damaged (names the array whose digest
+        differs), or its arrays do not fit its own config; one line.
     """
     opened = model.open_checkpoint(path)
     return opened.config, opened.params
 
 
-# --- Any tree ---------------------------------------------------------------------
-
-
 def save_tree(
     path: StrPath, tree: Mapping[str, Any], metadata: Mapping[str, Any]
 ) -> None:
-    """Writes nested dicts of arrays and what is to be known about them.
+    """Writes nested dicts of arrays, and metadata that describes them.
 
-    It waits for no other process: of many hosts, call it on process 0 alone.
+    Waits for no other process: with many hosts, call it on process 0 alone.
 
     Args:
       path: a directory that does not exist, in one that does.
-      tree: nested dicts with strings as keys and arrays or numbers as leaves, of any
-        number format; empty dicts are not kept, empty arrays are refused.
+      tree: nested dicts with text as keys, arrays or numbers of any format as leaves;
+        empty dicts are dropped, empty arrays are refused.
       metadata: JSON values.
 
     Raises:
-      As `store.Writer`.
+      As `storage.array_store.Writer`.
     """
     for keys in traverse_util.flatten_dict(dict(tree)):
         if not all(isinstance(key, str) and "/" not in key for key in keys):
-            raise ValueError(f"{keys}: names must be text without a slash.")
+            raise ValueError(f"{keys}: names must be text without a slash")
     flat = {name: np.asarray(leaf) for name, leaf in param_tree.flatten(tree).items()}
     for name, array in flat.items():
-        array_store.check_storable(name, array)
+        header.check_storable(name, array)
     with array_store.Writer(path, dict(metadata)) as writer:
         for name, array in flat.items():
             writer.write(name, array)
@@ -106,13 +101,11 @@ def load_tree(path: StrPath) -> tuple[Tree, dict[str, Any]]:
 
     Raises:
       FileNotFoundError: nothing is at `path`.
-      ValueError: it is not a checkpoint, or it is damaged (`store.DamagedError`, which
-        names the array); the message is one line.
+      ValueError: not a checkpoint, or damaged (`DamagedError`, which names the array);
+        one line.
     """
     reader = array_store.Reader(path)
-    return param_tree.unflatten({name: reader.read(name) for name in reader.arrays}), (
-        reader.metadata
-    )
+    return reader.read_all(), reader.metadata
 
 
 class Newest(NamedTuple):
@@ -121,7 +114,7 @@ class Newest(NamedTuple):
     Attributes:
       path: its directory.
       tree, metadata: as from `load_tree`.
-      damaged: newer ones that were passed over, each with the error that names the
+      damaged: newer checkpoints that were skipped, each with the error that names the
         damaged array.
     """
 
@@ -132,13 +125,13 @@ class Newest(NamedTuple):
 
 
 def load_newest(folder: StrPath) -> Newest | None:
-    """The newest checkpoint of a folder whose bytes are those that were written.
+    """Loads the newest checkpoint of a folder that is not damaged.
 
     Returns:
-      None where the folder holds no checkpoint, or does not exist.
+      None if the folder holds no checkpoint, or does not exist.
 
     Raises:
-      store.DamagedError: every one of them is damaged.
+      DamagedError: all of them are damaged.
     """
     damaged: dict[AnyPath, ValueError] = {}
     for path in reversed(run_files.numbered(folder)):
@@ -147,8 +140,6 @@ def load_newest(folder: StrPath) -> Newest | None:
         except ValueError as error:  # also one whose metadata is gone
             damaged[path] = error
     if damaged:
-        raise array_store.DamagedError(
-            f"{folder}: none of its checkpoints is whole: "
-            + " ".join(str(error) for error in damaged.values())
-        )
+        reasons = "; ".join(str(error) for error in damaged.values())
+        raise DamagedError(f"{folder}: none of its checkpoints is whole: {reasons}")
     return None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sinder_jax import param_tree
-from sinder_jax.storage import array_store
+from sinder_jax.storage import array_store, errors
 from sinder_jax.storage.ahead import ahead
 from sinder_jax.storage.paths import AnyPath, StrPath, as_path
 from sinder_jax.vit import ViTConfig
@@ -108,7 +108,7 @@ class Model:
           DamagedError: the weights are not those that were written.
         """
         if self.known_digest not in (None, found):
-            raise array_store.DamagedError(
+            raise errors.DamagedError(
                 f"{self.path}: damaged, the tensors do not match the digest in its own "
                 "metadata: fetch or convert it again"
             )
@@ -224,7 +224,7 @@ def parse_description(told: Any) -> Description:
         provenance = dict(told["provenance"])
         digest = str(told["digest"])
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(array_store.reason_of(error)) from None
+        raise ValueError(errors.reason_of(error)) from None
     steps = provenance.get("steps", [])
     if not (isinstance(steps, list) and all(isinstance(step, str) for step in steps)):
         raise ValueError("damaged: the steps of its provenance are not a list of texts")

@@ -23,9 +23,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sinder_jax import checkpoint
-from sinder_jax.storage import array_store, paths
+from sinder_jax.storage import errors, paths
 from sinder_jax.storage.paths import AnyPath, StrPath
-from sinder_jax.storage.snapshots import States
+from sinder_jax.storage.snapshots import Snapshots
 
 KEPT_STATES = 2
 # What may be changed when a run goes on: it does not change the result.
@@ -54,7 +54,7 @@ class Workdir:
     Args:
       path: a folder, made if it does not exist; or gs://bucket/name.
       writes: whether this process writes; another one makes and changes nothing.
-      keep_last, keep_every: which states are kept, see `sinder_jax.states.States`.
+      keep_last, keep_every: which states are kept, see `sinder_jax.states.Snapshots`.
 
     Raises:
       OSError: it cannot be made or written to.
@@ -74,7 +74,7 @@ class Workdir:
         self._kept = {"keep_last": keep_last, "keep_every": keep_every}
         self._config: dict[str, Any] = {}
         self._lines: list[str] | None = None  # of metrics.jsonl, only for a bucket
-        self._states: States | None = None
+        self._states: Snapshots | None = None
         if writes:
             self._make()
 
@@ -249,10 +249,10 @@ class Workdir:
             if states is not None:
                 states.close()
 
-    def _open_states(self) -> States:
+    def _open_states(self) -> Snapshots:
         if self._states is None:
             self.states.mkdir(exist_ok=True)
-            self._states = States(self.states, **self._kept)
+            self._states = Snapshots(self.states, **self._kept)
         return self._states
 
     # --- Metrics --------------------------------------------------------------------
@@ -266,7 +266,7 @@ class Workdir:
         """Adds lines. They reach a disk's file at once, a bucket with the next state.
 
         Raises:
-          OSError: they cannot be written, or a state could not (`States.check`).
+          OSError: they cannot be written, or a state could not (`Snapshots.check`).
         """
         lines = [json.dumps(row) + "\n" for row in rows]
         self._check_there()
@@ -397,9 +397,7 @@ def _read_json(path: AnyPath) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({array_store.reason_of(error)})."
-        ) from None
+        raise ValueError(f"{path} is damaged ({errors.reason_of(error)}).") from None
 
 
 def _is_row(line: bytes) -> bool:

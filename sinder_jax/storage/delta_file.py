@@ -17,7 +17,7 @@ import safetensors.numpy
 
 from sinder_jax import checkpoint, param_tree
 from sinder_jax.delta import Delta, check
-from sinder_jax.storage import array_store, files
+from sinder_jax.storage import array_store, errors, files
 from sinder_jax.storage.paths import StrPath
 from sinder_jax.vit import ViTConfig
 
@@ -91,7 +91,7 @@ def load(path: StrPath) -> tuple[Delta, dict[str, str]]:
         delta = Delta(config=config, base=header["base"], **parts)
         check(delta)
     except (KeyError, TypeError, ValueError) as error:
-        reason = array_store.reason_of(error)
+        reason = errors.reason_of(error)
         raise ValueError(f"{path}: not a sinder_jax delta ({reason})") from None
     return delta, {name: text for name, text in header.items() if name not in HEADER}
 
@@ -115,7 +115,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in keys}
     # SafetensorError, or AttributeError for a format that NumPy has no name for.
     except Exception as error:
-        raise _damaged(path, array_store.reason_of(error)) from None
+        raise _damaged(path, errors.reason_of(error)) from None
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path}: not a delta; its format is {header.get('format')!r}, not "

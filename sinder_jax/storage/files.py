@@ -12,22 +12,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sinder_jax.storage import paths
+from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import StrPath
 
 
 @contextmanager
 def replacing(path: StrPath) -> Iterator[Path]:
-    """A local path whose file or folder takes the place of `path` at the end.
+    """Yields a local path to write to; what is there at the end moves to `path`.
 
-    It lies beside `path`, where a rename is atomic; for a bucket in a temporary folder,
-    from which every file beside it is uploaded too. After an exception nothing is left.
+    On a disk the local path is beside `path`, where a rename is atomic. For a bucket it
+    is in a temporary folder, and every file beside it is uploaded too. After an
+    exception nothing is left.
 
     Args:
-      path: a file that is replaced if it exists, or a folder that does not exist; on a
-        disk its own folder must exist.
+      path: a file, replaced if it exists, or a folder that does not exist; on a disk
+        its own folder must exist.
 
     Raises:
-      OSError: it cannot be written; names `path`.
+      OSError: the file or folder cannot be written; names `path`.
     """
     path = paths.as_path(path)
     if paths.is_remote(path):
@@ -36,24 +38,30 @@ def replacing(path: StrPath) -> Iterator[Path]:
             upload(Path(folder), path.parent)
         return
     partial = Path(path).with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove(partial)  # left by a killed process that had the same number
     try:
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        if error.filename is not None and error.filename != str(partial):
+        ours = error.filename is None or str(error.filename).startswith(str(partial))
+        if error.errno is None or not ours:  # names what is wrong already
             raise
-        raise type(error)(f"{path} cannot be written: {reason(error)}") from None
+        raise type(error)(f"{path} cannot be written: {reason_of(error)}") from None
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def write(path: StrPath, content: str | bytes) -> None:
-    """Writes a file; text as UTF-8.
+    """Writes a file whole or not at all; text as UTF-8.
 
     Raises:
-      OSError: it cannot be written; names `path`.
+      OSError: the file cannot be written; names `path`.
     """
     data = content.encode() if isinstance(content, str) else content
     path = paths.as_path(path)
@@ -73,8 +81,3 @@ def upload(folder: Path, target: paths.AnyPath) -> None:
             with paths.answering(place):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(file.read_bytes())
-
-
-def reason(error: OSError) -> str:
-    """What went wrong, without a number or a file's name."""
-    return error.strerror or str(error)

@@ -1,9 +1,9 @@
-"""Places on a disk and in a bucket, addressed alike.
+"""Paths on a disk and in a bucket, used alike.
 
-    "runs/giant", "gs://bucket/giant" --as_path--> a path to ask, open and join
+    "runs/giant", "gs://bucket/giant" --as_path--> a path with the methods of pathlib
 
-A bucket holds objects, not directories: one object appears whole, a directory is what
-its objects' names have in common, and renaming it copies them one after the other.
+A bucket holds objects, not directories: one object appears whole; a directory is what
+the names of its objects have in common, and renaming it copies them one by one.
 """
 
 import importlib.util
@@ -19,40 +19,40 @@ from etils import epath
 BUCKET = "gs://"
 StrPath = str | os.PathLike[str]
 if TYPE_CHECKING:
-    AnyPath = Path  # whose methods those of a bucket's paths mimic
+    AnyPath = Path  # whose methods a bucket's paths mimic
 else:
-    AnyPath = Path | epath.Path  # of a disk, of a bucket
+    AnyPath = Path | epath.Path  # on a disk, in a bucket
 
 
 def as_path(path: StrPath) -> AnyPath:
-    """A path with the methods of pathlib's, of a disk or of a bucket.
+    """A path with the methods of pathlib, on a disk or in a bucket.
 
     Raises:
-      ValueError: it names another kind of store, or what reads gs:// is not installed.
+      ValueError: another kind of store, or the package that reads gs:// is missing.
     """
     text = os.fspath(path)
     if "://" not in text:
         return Path(text)
     if not text.startswith(BUCKET):
-        raise ValueError(f"{text}: only paths of a disk and {BUCKET} can be used.")
+        raise ValueError(f"{text}: only paths on a disk and {BUCKET} can be used")
     if not _is_installed("gcsfs"):
         raise ValueError(f"{text} needs gcsfs: pip install 'sinder_jax[gcs]'")
     return epath.Path(text)  # type: ignore[return-value]
 
 
 def located(path: StrPath) -> AnyPath:
-    """As `as_path`; absolute, if it is of a disk."""
+    """Like `as_path`, and absolute if the path is on a disk."""
     found = as_path(path)
     return found if is_remote(found) else found.absolute()
 
 
 def is_remote(path: StrPath) -> bool:
-    """Whether it is of a bucket."""
+    """True if the path is in a bucket (gs://)."""
     return os.fspath(path).startswith(BUCKET)
 
 
 def remove(path: AnyPath) -> None:
-    """Removes a directory, if it is there, with all that it holds."""
+    """Removes a directory and all it holds, if it exists."""
     if is_remote(path):
         epath.Path(path).rmtree(missing_ok=True)
     else:
@@ -61,7 +61,7 @@ def remove(path: AnyPath) -> None:
 
 @contextmanager
 def answering(path: AnyPath) -> Iterator[None]:
-    """Tells in one line what the libraries of a bucket say of credentials and names.
+    """Raises errors of a bucket's libraries as an OSError of one line.
 
     Raises:
       OSError: as it is, or in place of any other error.
@@ -71,9 +71,8 @@ def answering(path: AnyPath) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        line = " ".join(str(error).split())[:200]
-        reason = f"{type(error).__name__}: {line}"
-        raise OSError(f"{path} cannot be reached ({reason}).") from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise OSError(f"{path} cannot be reached ({reason})") from None
 
 
 def _is_installed(module: str) -> bool:

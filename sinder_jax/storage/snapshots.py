@@ -1,12 +1,12 @@
-"""The states of a run, written while it goes on, and found again after a kill.
+"""Snapshots of a run's state, saved while it goes on and found again after a kill.
 
     state --save--> copy on the host --in the background--> FOLDER/00000120
-    FOLDER --load_newest--> the newest that is not damaged
+    FOLDER --load_newest--> the newest snapshot that is not damaged
 
-Orbax's CheckpointManager writes them, one after the other, and removes the old. Each is
-a directory as of `sinder_jax.store`, so every array is verified when it is read. One
-that is not complete has another name on a disk; in a bucket it lacks Orbax's last
-object. Neither is taken for a state, and the next start removes it.
+Orbax's CheckpointManager writes one snapshot after the other and removes old ones. Each
+is a directory as `array_store` describes it, so every array is verified when it is
+read. An incomplete snapshot has another name on a disk, and lacks Orbax's last object
+in a bucket. It is never loaded, and the next start removes it.
 """
 
 import platform
@@ -24,29 +24,29 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from sinder_jax import checkpoint, param_tree
-from sinder_jax.storage import array_store, paths
+from sinder_jax.storage import array_store, header, orbax_io, paths
+from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import AnyPath, StrPath
 
 ARRAYS, METADATA = "arrays_0", "metadata"
 DIGITS = 8  # of a directory's name
-TIMEOUT = 600  # seconds, after which a save in the background counts as failed
+TIMEOUT = 600  # seconds after which a save in the background counts as failed
 
 
-class States:
+class Snapshots:
     """Saves states in the background and loads the newest good one.
 
-    It waits for no other process: of many hosts, only process 0 creates one. The others
-    read with `checkpoint.load_newest`. To be closed, or the last state may be lost.
+    Waits for no other process: with many hosts, only process 0 creates one, and the
+    others read with `checkpoint.load_newest`. Close it, or the last state may be lost.
 
     Args:
       folder: a directory that exists, or gs://bucket/name.
-      keep_last: so many of the newest are kept.
-      keep_every: those are kept, too, whose number of images is a multiple of this;
-        0: none.
+      keep_last: how many of the newest snapshots to keep.
+      keep_every: also keep those whose number of images is a multiple of this; 0: none.
 
     Raises:
       FileNotFoundError: there is no such directory.
-      OSError: it cannot be read.
+      OSError: the folder cannot be read.
       RuntimeError: on another process than 0, whose arrays Orbax would leave out.
     """
 
@@ -54,20 +54,19 @@ class States:
         if keep_last < 1 or keep_every < 0:
             raise ValueError(
                 "keep_last must be at least 1 and keep_every at least 0, got "
-                f"{keep_last} and {keep_every}."
+                f"{keep_last} and {keep_every}"
             )
-        if jax.process_index():
-            raise RuntimeError(f"process {jax.process_index()} must leave saving to 0.")
+        orbax_io.check_may_write()
         self.folder = paths.located(folder)
         self._check_folder()
         self._saving = 0  # the state under way
         self._exit = ExitStack()
-        self._exit.enter_context(array_store.quiet())
+        self._exit.enter_context(orbax_io.quiet())
         self._options = (keep_last, keep_every)
         with paths.answering(self.folder):
             self._manager = self._open()
 
-    def __enter__(self) -> "States":
+    def __enter__(self) -> "Snapshots":
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -79,20 +78,18 @@ class States:
         tree: Mapping[str, Any],
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts to save a state; a state of that number is left as it is.
+        """Starts to save a state; does nothing if it is stored already.
 
-        The arrays are copied before this returns: they may be changed or donated. A
-        save that is still under way is waited for.
+        Copies the arrays before it returns, so that they may be changed or donated.
+        Waits for the save before, if that is not finished.
 
         Args:
-          num_images: images passed so far, which names the state.
-          tree: nested dicts of arrays, of NumPy or JAX; those of several processes must
-            be whole in this one.
-          metadata: JSON values to be stored beside; this adds `num_images` and the
-            `versions` of what wrote it.
+          num_images: images passed so far, which names the snapshot.
+          tree: nested dicts of NumPy or JAX arrays, each whole in this process.
+          metadata: JSON values to store with it, besides `num_images` and `versions`.
 
         Raises:
-          OSError: this one or the one before cannot be written.
+          OSError: this snapshot or the one before cannot be written.
           ValueError: an array or the metadata cannot be stored.
         """
         self.wait()
@@ -105,37 +102,37 @@ class States:
         }
         entries = {}
         for name, array in flat.items():
-            array_store.check_storable(name, array)
-            entries[name] = array_store.entry(
+            header.check_storable(name, array)
+            entries[name] = header.entry(
                 array, param_tree.digest_of_array(array), part=0
             )
         added = {"num_images": num_images, "versions": versions()}
-        header = array_store.header(entries, {**(metadata or {}), **added})
+        found = header.header(entries, {**(metadata or {}), **added})
         items = {
-            ARRAYS: array_store.arrays_args(param_tree.unflatten(flat)),
-            METADATA: ocp.args.JsonSave(header),
+            ARRAYS: orbax_io.arrays_args(param_tree.unflatten(flat)),
+            METADATA: ocp.args.JsonSave(found),
         }
         self._saving = num_images
-        with self._telling():
+        with self._one_line():
             self._manager.save(num_images, args=ocp.args.Composite(**items), force=True)
 
     def check(self) -> None:
-        """Raises OSError if the state saved last could not be written; never waits."""
+        """Raises OSError if the last save has failed; never waits."""
         if not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the state saved last is there, or raises OSError."""
-        with self._telling():
+        """Waits until the last save is complete, or raises OSError."""
+        with self._one_line():
             self._manager.wait_until_finished()
 
     def load_newest(self) -> checkpoint.Newest | None:
-        """As `checkpoint.load_newest`, after the save that is under way."""
+        """Waits for a pending save, then `checkpoint.load_newest`."""
         self.wait()
         return checkpoint.load_newest(self.folder)
 
     def set_aside(self, path: AnyPath) -> AnyPath:
-        """Renames a damaged state, so that nobody takes it for one; gives its name."""
+        """Renames a damaged snapshot so that it is not loaded; returns the new path."""
         aside = path.with_name(f"{path.name}.damaged")
         paths.remove(aside)
         path.rename(aside)
@@ -143,7 +140,7 @@ class States:
         return aside
 
     def close(self) -> None:
-        """Waits as `wait`, and ends what runs in the background."""
+        """Waits for a pending save, then stops the background threads."""
         with self._exit:
             try:
                 self.wait()
@@ -154,38 +151,38 @@ class States:
         manager = _Manager(
             self.folder, options=_options(*self._options), handler_registry=_handlers()
         )
-        array_store.wait_for_writes()  # removes what was left unfinished
+        orbax_io.wait_for_writes()  # removes what was left unfinished
         return manager
 
     def _check_folder(self) -> None:
-        """Before Orbax makes a directory anew that somebody removed with all states."""
+        """Raises if the folder was removed: Orbax would create it again."""
         if not paths.is_remote(self.folder) and not self.folder.is_dir():
-            raise FileNotFoundError(f"{self.folder} is not there (any more).")
+            raise FileNotFoundError(f"{self.folder} does not exist (any more)")
 
     @contextmanager
-    def _telling(self) -> Iterator[None]:
-        """Tells an error of Orbax or TensorStore in one line."""
+    def _one_line(self) -> Iterator[None]:
+        """Raises errors of Orbax and TensorStore as an OSError of one line."""
         try:
             yield
         except Exception as error:
             with suppress(Exception):  # the error that counts is the first one
-                array_store.wait_for_writes()
+                orbax_io.wait_for_writes()
                 failed, self._manager = self._manager, self._open()
                 failed.close()
             raise OSError(
                 f"{self.folder}: the state after {self._saving} images could not be "
-                f"saved ({array_store.reason_of(error)}); those before are untouched."
+                f"saved ({reason_of(error)}); earlier ones are untouched"
             ) from None
 
 
 class _Manager(ocp.CheckpointManager):
     def reached_preemption(self, step: int) -> bool:
-        """Never: JAX answers that only if all processes ask at the same step."""
+        """Never: JAX answers only if all processes ask at the same step."""
         return False
 
 
 def versions() -> dict[str, str]:
-    """Of what writes a state."""
+    """Versions of everything that writes a snapshot."""
     return {
         "sinder_jax": array_store.tool().removeprefix("sinder_jax").strip()
         or "unknown",
@@ -207,10 +204,10 @@ def _options(keep_last: int, keep_every: int) -> ocp.CheckpointManagerOptions:
         lightweight_initialize=True,
         step_format_fixed_length=DIGITS,
         preservation_policy=AnyPreservationPolicy(kept),
-        multiprocessing_options=array_store.alone(),
+        multiprocessing_options=orbax_io.alone(),
         async_options=ocp.AsyncOptions(
             timeout_secs=TIMEOUT,
-            # What cannot be made at all is told at once.
+            # Reports at once what cannot be created at all.
             create_directories_asynchronously=False,
         ),
     )
@@ -218,8 +215,8 @@ def _options(keep_last: int, keep_every: int) -> ocp.CheckpointManagerOptions:
 
 def _handlers() -> Any:  # a registry of Orbax, whose type cannot be checked
     handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    alone = array_store.alone()
-    arrays = array_store.arrays_handler(multiprocessing_options=alone)
+    alone = orbax_io.alone()
+    arrays = orbax_io.arrays_handler(multiprocessing_options=alone)
     handlers.add(ARRAYS, ocp.args.PyTreeSave, arrays)
     json = ocp.JsonCheckpointHandler(multiprocessing_options=alone)
     handlers.add(METADATA, ocp.args.JsonSave, json)

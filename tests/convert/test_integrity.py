@@ -15,7 +15,7 @@ from convert.__main__ import main
 from convert.files import sha256, writing
 from samples import SMALL, random_params
 from sinder_jax import checkpoint, delta, param_tree
-from sinder_jax.storage import array_store, delta_file
+from sinder_jax.storage import delta_file, errors
 
 CONFIG = SMALL["registers"]
 FLIPS = 200
@@ -124,7 +124,7 @@ def test_a_flipped_weight_is_named(exports, tmp_path):
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(data)
-    with pytest.raises(array_store.DamagedError, match="blocks/attn/proj/kernel"):
+    with pytest.raises(errors.DamagedError, match="blocks/attn/proj/kernel"):
         checkpoint.load(path)
 
 
@@ -140,9 +140,7 @@ def test_damaged_states_are_passed_over(tmp_path):
     assert [path.name for path in newest.damaged] == ["00000020", "00000010"]
     assert "eps" in str(newest.damaged[tmp_path / "00000020"])
     shutil.rmtree(tmp_path / "00000005")
-    with pytest.raises(
-        array_store.DamagedError, match="none of its checkpoints is whole"
-    ):
+    with pytest.raises(errors.DamagedError, match="none of its checkpoints is whole"):
         checkpoint.load_newest(tmp_path)
     assert checkpoint.load_newest(tmp_path / "none") is None
 
@@ -153,7 +151,7 @@ def test_a_shape_that_asks_for_all_memory_is_not_allocated(exports, tmp_path):
     text = zarray.read_text()
     assert '"shape":[64]' in text.replace(" ", "")
     zarray.write_text(text.replace("64", str(2**50)))
-    with pytest.raises(array_store.DamagedError, match="norm/bias is stored as"):
+    with pytest.raises(errors.DamagedError, match="norm/bias is stored as"):
         checkpoint.load(path)
 
 

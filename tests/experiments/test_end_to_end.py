@@ -696,7 +696,7 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("empty_folder", "empty_folder: no checkpoint, but a directory"),
+        ("empty_folder", "empty_folder: not a checkpoint, but a directory"),
         ("photo.png", "photo.png: unknown suffix '.png'"),
         ("truncated.safetensors", "truncated.safetensors: damaged"),
         ("truncated.pth", "truncated.pth: damaged"),

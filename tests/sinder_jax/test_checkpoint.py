@@ -217,10 +217,10 @@ def test_file_in_place_of_a_directory_names_the_converter(tmp_path):
 
 
 def test_directory_of_something_else_is_refused(tmp_path):
-    assert "no checkpoint" in error_of(checkpoint.load, tmp_path)
+    assert "not a checkpoint" in error_of(checkpoint.load, tmp_path)
     (tmp_path / "metadata").mkdir()
     (tmp_path / "metadata" / "metadata").write_text('{"format": "other"}')
-    assert "no checkpoint" in error_of(checkpoint.load, tmp_path)
+    assert "not a checkpoint" in error_of(checkpoint.load, tmp_path)
 
 
 def test_tree_without_a_config_is_no_model(tmp_path):
@@ -384,7 +384,7 @@ def test_a_kill_leaves_no_checkpoint_in_a_bucket_and_the_next_save_replaces_it(b
                 assert not bucket.objects()
             except ValueError as error:
                 assert str(error) == (
-                    "gs://b/tree: no checkpoint, writing it was cut short."
+                    "gs://b/tree: not a checkpoint, writing it was cut short"
                 )
             else:
                 assert_same_tree(tree, TREE)
@@ -436,5 +436,5 @@ def test_without_gcsfs_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(ValueError, match=r"pip install 'sinder_jax\[gcs\]'"):
         checkpoint.load("gs://b/model")
-    with pytest.raises(ValueError, match="only paths of a disk and gs://"):
+    with pytest.raises(ValueError, match="only paths on a disk and gs://"):
         checkpoint.load("s3://b/model")

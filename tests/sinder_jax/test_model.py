@@ -7,7 +7,7 @@ import pytest
 from samples import SMALL, random_params
 from sinder_jax import checkpoint, model, param_tree
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store
+from sinder_jax.storage import errors
 
 CONFIG = SMALL["mlp"]
 PROVENANCE = {"source": "made up", "steps": ["first"]}
@@ -63,7 +63,7 @@ def test_leaves_that_contradict_the_stated_digest_are_refused(stored):
         return stored.leaf(path) + 1
 
     other = dataclasses.replace(stored, leaf=changed, sha256={})
-    with pytest.raises(array_store.DamagedError, match="do not match the digest"):
+    with pytest.raises(errors.DamagedError, match="do not match the digest"):
         dict(other.leaves())
 
 
@@ -71,7 +71,7 @@ def test_save_refuses_leaves_that_contradict_the_digest_and_leaves_nothing(
     stored, tmp_path
 ):
     other = dataclasses.replace(stored, known_digest="0" * 64)
-    with pytest.raises(array_store.DamagedError):
+    with pytest.raises(errors.DamagedError):
         model.save(tmp_path / "copy", other)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

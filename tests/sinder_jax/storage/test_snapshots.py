@@ -20,7 +20,8 @@ import bucket as buckets
 import places
 from numbered import tree
 from sinder_jax import checkpoint, param_tree
-from sinder_jax.storage import array_store, run_files, snapshots
+from sinder_jax.storage import errors, orbax_io, run_files
+from sinder_jax.storage.snapshots import Snapshots
 
 SRC = places.ROOT
 
@@ -49,7 +50,7 @@ def one_line(caught):
 
 def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
     saved = tree(7)
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         kept.save(7, saved)
         for array in param_tree.flatten(saved).values():
             array.fill(99)
@@ -60,14 +61,14 @@ def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
 def test_jax_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
     overwrite = jax.jit(lambda x: x * 0 + 99, donate_argnums=0)
     saved = jax.tree.map(jnp.asarray, tree(7))
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         kept.save(7, saved)
         jax.block_until_ready(jax.tree.map(overwrite, saved))
         assert_is(kept.load_newest(), 7)
 
 
 def test_metadata_comes_back_with_versions_and_number(tmp_path):
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         kept.save(7, tree(7), {"config": {"lr": 0.5}, "seed": 3})
         found = kept.load_newest().metadata
     assert found["config"] == {"lr": 0.5} and found["seed"] == 3
@@ -77,7 +78,7 @@ def test_metadata_comes_back_with_versions_and_number(tmp_path):
 
 
 def test_a_state_is_a_checkpoint_as_any_other(tmp_path):
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         kept.save(7, tree(7), {"seed": 3})
     found, metadata = checkpoint.load_tree(tmp_path / "00000007")
     assert metadata["seed"] == 3
@@ -88,7 +89,7 @@ def test_a_state_is_a_checkpoint_as_any_other(tmp_path):
 def test_states_written_before_are_read_and_go_in_time(tmp_path):
     for number in (5, 6):
         checkpoint.save_tree(tmp_path / f"{number:08d}", tree(number), {})
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         assert_is(kept.load_newest(), 6)
         kept.save(8, tree(8))
     assert listing(tmp_path) == ["00000006", "00000008"]
@@ -100,34 +101,34 @@ def test_states_written_before_are_read_and_go_in_time(tmp_path):
     + [(1, 20, [20, 40, 60]), (2, 30, [30, 50, 60])],
 )
 def test_the_last_and_the_multiples_are_kept(keep_last, keep_every, left, tmp_path):
-    with snapshots.States(tmp_path, keep_last=keep_last, keep_every=keep_every) as kept:
+    with Snapshots(tmp_path, keep_last=keep_last, keep_every=keep_every) as kept:
         for number in range(10, 70, 10):
             kept.save(number, tree(number))
     assert listing(tmp_path) == [f"{number:08d}" for number in left]
 
 
 def test_a_state_that_is_there_is_left_as_it_is(tmp_path):
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         kept.save(7, tree(7))
         kept.save(7, tree(8))
         assert_is(kept.load_newest(), 7)
 
 
 def test_what_cannot_be_stored_is_refused_at_once(tmp_path):
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         with pytest.raises(ValueError, match="JSON"):
             kept.save(7, tree(7), {"x": np.ones(2)})
-        with pytest.raises(ValueError, match="not empty"):
+        with pytest.raises(ValueError, match="nonempty"):
             kept.save(7, {"a": np.ones((0, 3))})
         assert kept.load_newest() is None
     with pytest.raises(ValueError, match="keep_last"):
-        snapshots.States(tmp_path, keep_last=0)
+        Snapshots(tmp_path, keep_last=0)
 
 
 def test_only_process_0_saves(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    with pytest.raises(RuntimeError, match="process 1 must leave saving to 0"):
-        snapshots.States(tmp_path)
+    with pytest.raises(RuntimeError, match="process 1 must leave saving to process 0"):
+        Snapshots(tmp_path)
     assert listing(tmp_path) == []
 
 
@@ -137,7 +138,7 @@ def test_only_process_0_saves(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     folder = tmp_path_factory.mktemp("three")
-    with snapshots.States(folder, keep_last=3) as kept:
+    with Snapshots(folder, keep_last=3) as kept:
         for number in (10, 20, 30):
             kept.save(number, tree(number))
     return folder
@@ -191,7 +192,7 @@ def flip(path):
 
 def test_a_damaged_state_is_set_aside_and_its_number_is_free_again(folder):
     flip(folder / "00000030")
-    with snapshots.States(folder, keep_last=2) as kept:
+    with Snapshots(folder, keep_last=2) as kept:
         newest = kept.load_newest()
         assert_is(newest, 20)
         ((path, error),) = newest.damaged.items()
@@ -202,7 +203,7 @@ def test_a_damaged_state_is_set_aside_and_its_number_is_free_again(folder):
         assert_is(kept.load_newest(), 30)
     assert listing(folder) == ["00000020", "00000030", "00000030.damaged"]
     flip(folder / "00000030")  # and once more
-    with snapshots.States(folder) as kept:
+    with Snapshots(folder) as kept:
         kept.set_aside(folder / "00000030")
         assert_is(kept.load_newest(), 20)
 
@@ -210,8 +211,8 @@ def test_a_damaged_state_is_set_aside_and_its_number_is_free_again(folder):
 def test_where_all_are_damaged_nothing_is_taken(folder):
     for path in run_files.numbered(folder):
         flip(path)
-    with snapshots.States(folder) as kept:
-        with pytest.raises(array_store.DamagedError, match="none of its") as caught:
+    with Snapshots(folder) as kept:
+        with pytest.raises(errors.DamagedError, match="none of its") as caught:
             kept.load_newest()
     one_line(caught)
 
@@ -222,38 +223,19 @@ def test_where_all_are_damaged_nothing_is_taken(folder):
 def test_what_a_kill_left_is_no_state_and_goes_with_the_next_start(folder):
     shutil.copytree(folder / "00000030", folder / "00000040.orbax-checkpoint-tmp")
     assert_is(checkpoint.load_newest(folder), 30)
-    with snapshots.States(folder, keep_last=9) as kept:
+    with Snapshots(folder, keep_last=9) as kept:
         assert_is(kept.load_newest(), 30)
         kept.save(50, tree(50))
     assert listing(folder) == ["00000010", "00000020", "00000030", "00000050"]
-
-
-SAVER = """
-import sys
-import numpy as np
-sys.path.insert(0, {tests!r})
-from numbered import tree
-from sinder_jax.storage import snapshots
-kept = snapshots.States(sys.argv[1])
-newest = kept.load_newest()
-assert newest is None or not newest.damaged, newest
-number = 0 if newest is None else int(newest.tree["num_images"])
-print("from", number, flush=True)
-while True:
-    number += 1
-    kept.save(number, tree(number))  # so the one before is there
-    print("saved", number - 1, flush=True)
-"""
 
 
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_one_state_at_most(tmp_path):
     """Nothing that was saved is lost, and nothing half saved is ever taken."""
     rng, reached = random.Random(0), 0
-    script = SAVER.format(tests=str(places.SUPPORT))
     for _ in range(8):
         process = subprocess.Popen(
-            [sys.executable, "-c", script, str(tmp_path)],
+            [sys.executable, places.SUPPORT / "endless_saver.py", tmp_path],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -282,47 +264,11 @@ def test_kills_at_random_moments_lose_one_state_at_most(tmp_path):
 
 # --- Full, read-only and vanished disks -----------------------------------------------
 
-FULL = """
-import resource, sys, time
-sys.path.insert(0, {tests!r})
-from numbered import tree
-from sinder_jax import checkpoint
-from sinder_jax.storage import snapshots
-kept = snapshots.States(sys.argv[1])
-kept.save(1, tree(1))
-kept.wait()
-unlimited = resource.RLIM_INFINITY
-resource.setrlimit(resource.RLIMIT_FSIZE, (6000, unlimited))  # an array has 12,000
-began = time.monotonic()
-kept.save(2, tree(2))
-while time.monotonic() < began + 10:
-    time.sleep(0.01)
-    try:
-        kept.check()
-    except OSError as error:
-        told = str(error)
-        break
-else:
-    raise SystemExit("no error within ten seconds")
-assert int(kept.load_newest().tree["num_images"]) == 1
-resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
-kept.save(3, tree(3))
-kept.save(4, tree(4))
-assert int(kept.load_newest().tree["num_images"]) == 4
-kept.close()
-print(told)
-"""
-
 
 def test_a_file_that_cannot_grow_is_told_in_one_line_within_seconds(tmp_path):
     """A limit on the size of files stands for a full disk: the same call fails."""
     done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            FULL.format(tests=str(places.SUPPORT)),
-            str(tmp_path),
-        ],
+        [sys.executable, places.SUPPORT / "saver_on_a_full_disk.py", tmp_path],
         capture_output=True,
         text=True,
         cwd=SRC,
@@ -332,7 +278,7 @@ def test_a_file_that_cannot_grow_is_told_in_one_line_within_seconds(tmp_path):
     assert done.stderr == ""  # no traceback of a thread
     assert done.stdout == (
         f"{tmp_path}: the state after 2 images could not be saved (File too large); "
-        "those before are untouched.\n"
+        "earlier ones are untouched\n"
     )
     assert listing(tmp_path) == ["00000003", "00000004"]
 
@@ -343,7 +289,7 @@ def no_space(*_, **__):
 
 @pytest.mark.parametrize("where", ["mkdir", "write_text"])
 def test_a_full_disk_leaves_the_last_good_state(where, tmp_path, monkeypatch):
-    with snapshots.States(tmp_path, keep_last=1) as kept:
+    with Snapshots(tmp_path, keep_last=1) as kept:
         kept.save(1, tree(1))
         kept.wait()
         monkeypatch.setattr(f"etils.epath.gpath.PosixGPath.{where}", no_space)
@@ -359,14 +305,14 @@ def test_a_full_disk_leaves_the_last_good_state(where, tmp_path, monkeypatch):
 
 
 def test_arrays_that_are_written_after_the_error_are_removed_too(tmp_path, monkeypatch):
-    write = array_store._OneByOne._background_serialize
+    write = orbax_io._OneByOne._background_serialize
 
     async def slow(*args):
         await asyncio.sleep(0.5)
         await write(*args)
 
-    with snapshots.States(tmp_path) as kept:
-        monkeypatch.setattr(array_store._OneByOne, "_background_serialize", slow)
+    with Snapshots(tmp_path) as kept:
+        monkeypatch.setattr(orbax_io._OneByOne, "_background_serialize", slow)
         monkeypatch.setattr("etils.epath.gpath.PosixGPath.write_text", no_space)
         with pytest.raises(OSError, match="No space left on device"):
             kept.save(1, tree(1))
@@ -376,7 +322,7 @@ def test_arrays_that_are_written_after_the_error_are_removed_too(tmp_path, monke
 
 
 def test_the_next_save_tells_of_the_one_before(tmp_path, monkeypatch):
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         with monkeypatch.context() as patch:
             patch.setattr("etils.epath.gpath.PosixGPath.rename", no_space)
             kept.save(1, tree(1))
@@ -393,23 +339,23 @@ def test_the_next_save_tells_of_the_one_before(tmp_path, monkeypatch):
 def test_a_folder_that_vanished_is_not_made_anew(tmp_path):
     folder = tmp_path / "states"
     folder.mkdir()
-    with snapshots.States(folder) as kept:
+    with Snapshots(folder) as kept:
         kept.save(1, tree(1))
         kept.wait()
         shutil.rmtree(folder)
-        with pytest.raises(OSError, match="states is not there") as caught:
+        with pytest.raises(OSError, match="states does not exist") as caught:
             kept.save(2, tree(2))
         one_line(caught)
     assert not folder.exists()
-    with pytest.raises(FileNotFoundError, match="states is not there"):
-        snapshots.States(folder)
+    with pytest.raises(FileNotFoundError, match="states does not exist"):
+        Snapshots(folder)
 
 
 def test_a_folder_that_takes_no_file_is_told():
     # Permission bits do not stop root; /proc takes files from nobody.
     if not Path("/proc/self").is_dir():
         pytest.skip("needs Linux")
-    with snapshots.States("/proc/self/task") as kept:
+    with Snapshots("/proc/self/task") as kept:
         with pytest.raises(OSError, match="/proc/self/task: the state after 1 ") as e:
             kept.save(1, tree(1))
             kept.wait()
@@ -420,7 +366,7 @@ def test_orbax_is_silent_only_while_states_are_open(tmp_path):
     import logging
 
     before = list(logging.getLogger("absl").filters)
-    with snapshots.States(tmp_path):
+    with Snapshots(tmp_path):
         assert len(logging.getLogger("absl").filters) == len(before) + 1
     assert logging.getLogger("absl").filters == before
 
@@ -434,7 +380,7 @@ def bucket(tmp_path, monkeypatch):
 
 
 def test_states_in_a_bucket_come_back(bucket):
-    with snapshots.States("gs://b/run/states", keep_every=20) as kept:
+    with Snapshots("gs://b/run/states", keep_every=20) as kept:
         assert kept.load_newest() is None
         for number in (10, 20, 30, 40, 50):
             kept.save(number, tree(number))
@@ -447,14 +393,14 @@ def test_states_in_a_bucket_come_back(bucket):
 
 
 def test_an_unfinished_state_in_a_bucket_is_passed_over_and_removed(bucket):
-    with snapshots.States("gs://b/s") as kept:
+    with Snapshots("gs://b/s") as kept:
         kept.save(10, tree(10))
         kept.save(20, tree(20))
     (bucket.place("b/s/00000020") / run_files.COMMITTED).unlink()
     newest = checkpoint.load_newest("gs://b/s")
     assert_is(newest, 10)
     assert not newest.damaged
-    with snapshots.States("gs://b/s") as kept:
+    with Snapshots("gs://b/s") as kept:
         assert_is(kept.load_newest(), 10)
         kept.save(30, tree(30))
     assert {name.split("/")[2] for name in bucket.objects("b/s")} == {
@@ -464,11 +410,11 @@ def test_an_unfinished_state_in_a_bucket_is_passed_over_and_removed(bucket):
 
 
 def test_a_damaged_state_in_a_bucket_is_set_aside(bucket):
-    with snapshots.States("gs://b/s") as kept:
+    with Snapshots("gs://b/s") as kept:
         kept.save(10, tree(10))
         kept.save(20, tree(20))
     flip(bucket.place("b/s/00000020"))
-    with snapshots.States("gs://b/s") as kept:
+    with Snapshots("gs://b/s") as kept:
         newest = kept.load_newest()
         assert_is(newest, 10)
         for path in newest.damaged:
@@ -483,7 +429,7 @@ def test_a_damaged_state_in_a_bucket_is_set_aside(bucket):
 
 
 def test_a_header_of_a_state_says_what_it_holds(tmp_path):
-    with snapshots.States(tmp_path) as kept:
+    with Snapshots(tmp_path) as kept:
         kept.save(7, tree(7))
     header = json.loads((tmp_path / "00000007/metadata/metadata").read_text())
     assert header["arrays"]["eps/attn/v"]["shape"] == [3, 1000]
