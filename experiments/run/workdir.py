@@ -54,7 +54,7 @@ class Workdir:
     Args:
       path: a folder, made if it does not exist; or gs://bucket/name.
       writes: whether this process writes; another one makes and changes nothing.
-      keep_last, keep_every: which states are kept, see `sinder_jax.states.Snapshots`.
+      keep_last, keep_every: which states are kept, see `snapshots.Snapshots`.
 
     Raises:
       OSError: it cannot be made or written to.
