@@ -1,4 +1,3 @@
-import subprocess
 import sys
 
 import ml_dtypes
@@ -7,7 +6,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert.files import reading, sha256, writing
+from convert.files import reading, writing
 from convert.files.tensors import StateDict
 from samples import (
     SMALL,
@@ -118,46 +117,6 @@ def test_tensors_may_come_in_any_order(suffix, tmp_path):
     backwards = ((key, state[key]) for key in reversed(state))
     writing.write_tensors(other, StateDict.of(state).specs, backwards)
     assert path.read_bytes() == other.read_bytes()
-
-
-# --- The side file ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_sha256sum_accepts_the_side_file(suffix, tmp_path):
-    path = file_with(suffix, tmp_path)
-    writing.write_state_dict(path, random_state(SMALL["mlp"]))
-    command = ["sha256sum", "--strict", "-c", f"{path.name}.sha256"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 0 and f"{path.name}: OK" in ended.stdout
-    assert sha256.check(path)
-
-
-def test_changed_bytes_contradict_the_side_file(tmp_path):
-    path = tmp_path / "model.safetensors"
-    writing.write_state_dict(path, random_state(SMALL["mlp"]))
-    with path.open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(b"x")
-    assert "model.safetensors: damaged" in error_of(sha256.check, path)
-
-
-def test_a_side_file_that_is_none_is_refused(tmp_path):
-    path = tmp_path / "model.safetensors"
-    writing.write_state_dict(path, random_state(SMALL["mlp"]))
-    for text in ("nothing", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64} model\n"):
-        sha256.side_file(path).write_text(text)
-        assert "damaged" in error_of(sha256.check, path)
-
-
-def test_stale_side_file_is_not_left_beside_a_new_file(tmp_path):
-    path = tmp_path / "model.safetensors"
-    sha256.side_file(path).write_text("of another file")
-    state = random_state(SMALL["mlp"])
-    error_of(writing.write_state_dict, path, state, kind=FileExistsError)
-    assert not path.exists()
-    writing.write_state_dict(path, state, overwrite=True)
-    assert sha256.check(path)
 
 
 # --- Hugging Face directories -----------------------------------------------------
