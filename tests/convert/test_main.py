@@ -9,6 +9,7 @@ import pytest
 import convert
 from convert.__main__ import main
 from convert.files import writing
+from loading import loaded
 from samples import assert_same_bytes, read_state_dict
 from sinder_jax import checkpoint, param_tree, vit
 
@@ -225,16 +226,9 @@ def test_evil_pickle_ends_in_one_line_and_runs_nothing(tmp_path, capsys):
 
 
 def test_help_shows_a_real_call_without_loading_jax():
-    program = (
-        "import runpy, sys; sys.argv = ['convert', '--help']\n"
-        "try: runpy.run_module('convert', run_name='__main__')\n"
-        "except SystemExit: print('loaded:', {'jax', 'torch'} & set(sys.modules))"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert "python -m convert to-jax dinov2_vitl14_pretrain.pth" in ended.stdout
-    assert "loaded: set()" in ended.stdout
+    output, names = loaded("convert.__main__", main=["--help"])
+    assert "python -m convert to-jax dinov2_vitl14_pretrain.pth" in output
+    assert not {"jax", "torch"} & names
 
 
 def test_program_ends_with_code_2_and_no_traceback(tmp_path):

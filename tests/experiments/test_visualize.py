@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from experiments import visualize
+from loading import loaded
 from sinder_jax import checkpoint, cli, defects, loss, param_tree, vit
 from sinder_jax.data import decode
 from sinder_jax.model import Model
@@ -242,16 +243,9 @@ def test_a_mistake_gives_one_line_and_code_2(
 
 
 def test_help_shows_a_call_and_needs_no_jax():
-    code = (
-        "import sys; from experiments import visualize\n"
-        "try: visualize.main(['--help'])\n"
-        "except SystemExit as end: print(end.code, 'jax' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert "python -m experiments.visualize photos/" in done.stdout
-    assert done.stdout.endswith("0 False\n")
+    output, names = loaded("experiments.visualize", main=["--help"])
+    assert "python -m experiments.visualize photos/" in output
+    assert "jax" not in names
 
 
 def test_the_command_ends_with_its_code_and_without_a_traceback(tmp_path):
