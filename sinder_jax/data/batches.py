@@ -1,11 +1,10 @@
-"""Photographs in: which ones, in which order, and batches of them for ever.
+"""The training list, and an endless stream of batches from it.
 
-    spec --open_photographs--> photographs --training_list--> those to repair on
-    photographs, start --stream--> Batch, Batch, ...      image k is photographs[k % n]
+    photographs --training_list--> n photographs to repair on; --held_out--> the others
+    n photographs, start --stream--> Batch, Batch, ...    image k is photographs[k % n]
 
-The position in the training list is one number k: nothing else is needed to continue,
-whatever the hosts, processes and threads that read. `sources` says where photographs
-lie and `decode` what is done to each; both can be had from here.
+One number k is the position in the stream: a run continues from k on any number of
+hosts, processes and threads.
 """
 
 import dataclasses
@@ -23,13 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
-from sinder_jax.data.decode import (
-    UnreadableImage,
-    check_side,
-    normalize,
-    training_crop,
-    training_keep,
-)
+from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
 from sinder_jax.families import Statistics
 
@@ -38,20 +31,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# How a photograph becomes an image: the middle square, or nearly the whole.
-RESIZES = {"crop": training_crop, "keep": training_keep}
+# Ways to cut a photograph: to the middle square, or hardly at all.
+RESIZES = {"crop": decode.training_crop, "keep": decode.training_keep}
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # workers leave them to their parent
+SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ignored by workers; their parent answers
 
 
 class Batch(NamedTuple):
-    """B images of a training list, in its order.
+    """B consecutive images of the stream.
 
     Attributes:
-      positions: the number k of each image, counted over all walks of the list.
-      images: normalized pixels; zeros where the file could not be read. Height and
-        width are `size`, except for `resize="keep"`.
-      valid: False where the file could not be read.
+      positions: number k of each image, counted over all passes through the list.
+      images: normalized pixels; zeros where the file is unreadable. Height and width
+        are `size`, except with `resize="keep"`.
+      valid: False where the file is unreadable.
       errors: one message per unreadable file, in the order of `positions`.
     """
 
@@ -70,12 +63,12 @@ def training_list(
     """Thins a list to about `num_images`, evenly (the authors' slice).
 
     Args:
-      photographs: see `open_photographs`.
-      num_images: how many are wanted, at least 1. Every n-th is taken, n being the
-        whole part of len(photographs) / num_images and at least 1, so the result is
-        somewhat longer than asked for, or all there are.
-      shuffle_seed: of the order of the result; 0, as the authors', leaves it as it is.
-        The same seed gives the same order with any release of NumPy.
+      photographs: see `listing.open_photographs`.
+      num_images: photographs wanted, at least 1. Takes every n-th, where n is
+        len(photographs) // num_images and at least 1, so the result is somewhat longer
+        than `num_images`, or the whole list.
+      shuffle_seed: of the order of the result; 0 keeps the order, as the authors do.
+        A seed gives the same order with every release of NumPy.
 
     Raises:
       ValueError: `num_images` is below 1.
@@ -83,14 +76,14 @@ def training_list(
     chosen = list(photographs[:: _every(photographs, num_images)])
     if not shuffle_seed:
         return chosen
-    # Raw bits of PCG64, which NumPy promises to keep; what Generator makes of them it
-    # may change, and a run that goes on after an update would see another order.
+    # NumPy promises to keep the raw bits of PCG64, but not what Generator makes of
+    # them: after an update a resumed run would see another order.
     keys = np.random.PCG64(shuffle_seed).random_raw(len(chosen))
     return [chosen[i] for i in np.argsort(keys, kind="stable")]
 
 
 def held_out(photographs: Sequence[T], num_images: int) -> list[T]:
-    """The photographs that are not on the training list, in their order.
+    """The photographs that `training_list` leaves out, in their order.
 
     Raises:
       ValueError: `num_images` is below 1.
@@ -102,7 +95,7 @@ def held_out(photographs: Sequence[T], num_images: int) -> list[T]:
 
 def _every(photographs: Sequence[T], num_images: int) -> int:
     if num_images < 1:
-        raise ValueError(f"num_images is {num_images}, and must be at least 1")
+        raise ValueError(f"got num_images={num_images}, expected at least 1")
     return max(1, len(photographs) // num_images)
 
 
@@ -122,19 +115,17 @@ def stream(
     num_workers: int = 0,
     resize: str = "crop",
 ) -> Generator[Batch, None, None]:
-    """Reads a training list cyclically and for ever, from position `start` on.
+    """Reads a training list over and over, from position `start` on.
 
-    Image k is photographs[k % n], resized and normalized. The sequence is the same for
-    any number of threads and workers, and a stream started at k continues one that got
-    there: it is built anew from k, since a Grain iterator's own state is of use only to
-    as many workers and hosts as wrote it. A file that cannot be read keeps its place:
-    zeros, `valid` False and a message.
+    Image k is photographs[k % n], resized and normalized, for any number of threads and
+    workers. A stream started at k continues one that got there. It starts from k alone,
+    because Grain can restore the state of an iterator only on as many workers and hosts
+    as saved it. An unreadable file keeps its place, with zeros for pixels.
 
-    Closing the stream ends the threads and processes that read ahead for it. Processes
-    leave a Ctrl-C or SIGTERM, which a terminal or a batch system sends to them too, to
-    this one, and end by themselves when this one is gone, however it ended. They import
-    its main module, as ever with multiprocessing: a script needs `if __name__ ==
-    "__main__"`.
+    Closing the stream ends its reading threads and workers. Workers ignore Ctrl-C and
+    SIGTERM, which a terminal or batch system sends to them too, and end when this
+    process ends for any reason. They import its main module, as always with
+    multiprocessing: a script needs `if __name__ == "__main__"`.
 
     Args:
       photographs: the training list, n photographs.
@@ -143,24 +134,24 @@ def stream(
       statistics: of the images that the model was trained on.
       start: position of the first image of the first step, from 0.
       batch_size: images of a step, on all hosts together.
-      part: (index, count): of `count` equal parts of each step only this one is read,
-        as one host of several does. The parts are consecutive images.
-      num_threads: threads that read ahead, in each process; 0 reads when asked.
+      part: (index, count): reads only this one of `count` equal parts of each step, as
+        one of several hosts does. A part is consecutive images.
+      num_threads: threads that read ahead in each process; 0 reads on demand.
       num_workers: processes that read ahead; 0 reads in this process.
-      resize: "crop", the middle square as the authors; or "keep", nearly the whole
+      resize: "crop", the authors' middle square; or "keep", nearly the whole
         photograph, cut to one of the seven shapes of `decode.buckets`, so that a step
-        is compiled seven times at most. Images of different shapes make no batch: with
-        "keep" `batch_size` is 1. A file that cannot be read has the square shape.
+        is compiled at most seven times. As shapes differ, "keep" needs `batch_size` 1.
+        An unreadable file has the square shape.
 
     Yields:
       Batches of batch_size / count images.
 
     Raises:
-      ValueError: an empty list or an argument out of its range; raised by the call,
-        not by the first batch.
-      ChildProcessError: a worker was ended by someone else; raised by a batch.
+      ValueError: the list is empty or an argument out of range; raised by the call, not
+        by the first batch.
+      ChildProcessError: a worker was killed; raised with a batch.
     """
-    check_side("size", size, patch_size)
+    decode.check_side("size", size, patch_size)
     if not photographs:
         raise ValueError("the training list is empty: no images to stream")
     for name, value, least in (
@@ -170,13 +161,13 @@ def stream(
         ("num_workers", num_workers, 0),
     ):
         if value < least:
-            raise ValueError(f"{name} is {value}, and must be at least {least}")
+            raise ValueError(f"got {name}={value}, expected at least {least}")
     index, count = part
     if not 0 <= index < count:
-        raise ValueError(f"part is {part}, and must be (index, count), index from 0")
+        raise ValueError(f"got part={part}, expected (index, count), index from 0")
     if batch_size % count:
         raise ValueError(
-            f"batch_size is {batch_size}, and must be a multiple of the {count} parts"
+            f"got batch_size={batch_size}, expected a multiple of the {count} parts"
         )
     check_resize(resize, batch_size)
     share = batch_size // count
@@ -184,7 +175,7 @@ def stream(
         photographs, size, patch_size, resize, start + index * share, share, batch_size
     )
 
-    import grain  # takes a second, which `--help` and tests of files need not wait for
+    import grain  # takes a second, which `--help` and many tests can do without
 
     ahead = 2 * share  # images
     options = grain.ReadOptions(
@@ -204,13 +195,13 @@ def stream(
 
 
 def check_resize(resize: str, batch_size: int) -> None:
-    """Raises ValueError unless images of a step can be resized so."""
+    """Raises ValueError unless `resize` is known and allows so large a batch."""
     if resize not in RESIZES:
-        raise ValueError(f"resize is {resize!r}, and must be {' or '.join(RESIZES)}")
+        raise ValueError(f"got resize={resize!r}, expected {' or '.join(RESIZES)}")
     if resize == "keep" and batch_size != 1:
         raise ValueError(
-            "resize=keep gives images of several shapes, so that a step takes one and "
-            f"not {batch_size}"
+            f"got {batch_size} images a step, expected 1: resize=keep gives images "
+            "of several shapes"
         )
 
 
@@ -223,11 +214,11 @@ def _until_closed(dataset: "grain.IterDataset") -> Generator[Batch, None, None]:
         if "Worker process was terminated" not in str(error):
             raise
         raise ChildProcessError(
-            f"a process that reads images ended before its time, maybe for want of "
-            f"memory; start again, or with fewer: {error}"
+            "a process that reads images was killed, perhaps for lack of memory; start "
+            f"again, or with fewer: {error}"
         ) from error
     finally:
-        iterator.close()  # ends the reading threads with the caller's loop
+        iterator.close()  # ends the reading threads
 
 
 def _first(iterator: Iterator[Batch]) -> Batch:
@@ -245,13 +236,13 @@ def _first(iterator: Iterator[Batch]) -> Batch:
 
 class _Example(NamedTuple):
     position: int
-    pixels: UInt8[np.ndarray, "height width 3"]  # a quarter of what floats would be
+    pixels: UInt8[np.ndarray, "height width 3"]  # a quarter of the size of floats
     error: str | None
 
 
 @dataclasses.dataclass(frozen=True)
 class _Read:
-    """Reads the i-th image of one part of every step; sent to workers as it is."""
+    """Reads the i-th image of one part of every step; workers get a copy."""
 
     photographs: Sequence[Photograph]
     size: int
@@ -267,7 +258,7 @@ class _Read:
         photograph = self.photographs[position % len(self.photographs)]
         try:
             image = photograph.read()
-        except UnreadableImage as error:
+        except decode.UnreadableImage as error:
             nothing = np.zeros((self.size, self.size, 3), np.uint8)
             return _Example(position, nothing, str(error))
         image = RESIZES[self.resize](image, self.size, patch_size=self.patch_size)
@@ -276,7 +267,8 @@ class _Read:
 
 def _collate(statistics: Statistics, examples: Sequence[_Example]) -> Batch:
     valid = np.array([example.error is None for example in examples])
-    images = np.stack([normalize(example.pixels, statistics) for example in examples])
+    pixels = (example.pixels for example in examples)
+    images = np.stack([decode.normalize(each, statistics) for each in pixels])
     images[~valid] = 0
     return Batch(
         positions=np.array([example.position for example in examples], np.int64),
@@ -287,7 +279,7 @@ def _collate(statistics: Statistics, examples: Sequence[_Example]) -> Batch:
 
 
 def _allow_absl_flags() -> None:
-    """Grain asks absl for flags when it starts workers; our programs have none."""
+    """Grain asks absl for flags as it starts workers; our programs have none."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -295,7 +287,7 @@ def _allow_absl_flags() -> None:
 
 
 def _serve_parent(index: int, count: int) -> None:
-    """Runs first in worker `index` of `count`: it lives as long as its parent."""
+    """Runs first in worker `index` of `count`, and ties its life to its parent's."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -305,4 +297,4 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None, "runs in workers only"
     parent.join()
-    os._exit(1)  # the main thread may wait for ever on a queue that nobody empties
+    os._exit(1)  # the main thread may be waiting on a full queue

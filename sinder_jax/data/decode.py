@@ -1,9 +1,9 @@
-"""One picture: file -> RGB -> resized and cut to whole patches -> normalized.
+"""One photograph: decoded, resized, cut to whole patches, normalized.
 
     file --read_rgb--> RGB --training_crop | training_keep | visual_resize--> RGB
     RGB --normalize--> float32 array --to_uint8--> the same pixels
 
-Sizes follow torchvision's arithmetic on PIL images, which the authors used.
+Sizes follow torchvision's arithmetic on PIL images, as in the authors' code.
 """
 
 import io
@@ -18,17 +18,17 @@ from sinder_jax.families import Statistics
 
 MAX_ASPECT = 100  # long side / short side; beyond it one resized image fills gigabytes
 
-# Width and height of the shapes that `training_keep` cuts to: what cameras make, and so
-# few that a step is compiled seven times at most.
+# Width and height of the shapes that `training_keep` cuts to: the usual ones of
+# cameras, and so few that a step is compiled at most seven times.
 ASPECTS = ((1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1))
 
-# What Pillow may try on a file, whatever its name: ImageNet holds a PNG called .JPEG.
-# Formats that start another program (EPS runs Ghostscript) stay out.
+# Formats that Pillow may try on any file: ImageNet has a PNG called .JPEG. Not those
+# that start another program (EPS runs Ghostscript).
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 
 class UnreadableImage(ValueError):
-    """A file that holds no image Pillow can decode whole. The message names it."""
+    """Pillow cannot decode all of a file. The message names the file."""
 
 
 # --- Reading --------------------------------------------------------------------------
@@ -39,19 +39,19 @@ def read_rgb(
 ) -> Image.Image:
     """Decodes a file to 8-bit RGB at full size.
 
-    EXIF rotation is not applied and JPEGs are never decoded at reduced size, as in the
-    authors' loader. Transparent pixels are laid over white; 16-bit samples keep their
-    high byte; grayscale, palette and CMYK images are converted by Pillow.
+    As in the authors' loader, EXIF rotation is ignored and JPEGs are decoded at full
+    size. Transparent images are put on white, 16-bit samples keep their high byte, and
+    Pillow converts grayscale, palette and CMYK images.
 
     Args:
       source: path of a local file, or the bytes of a file.
-      name: what messages call it; None means the path.
+      name: of the image in messages; None means the path.
 
     Raises:
-      UnreadableImage: the file is missing, truncated, not an image, larger than
-        Pillow's limit against decompression bombs (about 179 million pixels), more
-        than `MAX_ASPECT` times longer than wide or the reverse, or of 32-bit
-        samples, whose range is unknown.
+      UnreadableImage: the file is missing, truncated, or not an image; exceeds Pillow's
+        limit against decompression bombs (about 179 million pixels); has one side more
+        than `MAX_ASPECT` times the other; or has 32-bit samples, whose range is
+        unknown.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     name = name or ("image" if isinstance(file, io.BytesIO) else os.fspath(file))
@@ -60,14 +60,14 @@ def read_rgb(
             _check_aspect(image)
             return _to_rgb(image)
     except MemoryError:
-        raise  # of this machine, not of the file
+        raise  # not the fault of the file
     except UnreadableImage as error:
         raise UnreadableImage(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
         reason = f"not an image in one of the formats {', '.join(_FORMATS)}"
         raise UnreadableImage(f"{name}: {reason}") from error
     except Exception as error:
-        # Decoders meet a broken file with OSError, SyntaxError, struct.error, and more.
+        # On broken files decoders raise OSError, SyntaxError, struct.error and others.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(f"{name}: {reason}") from error
 
@@ -100,10 +100,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def training_crop(image: Image.Image, size: int, *, patch_size: int) -> Image.Image:
-    """Resizes the short side to `size` and cuts the middle square out.
+    """Resizes the short side to `size` and crops to the middle square.
 
     This is torchvision's `Resize(size, BICUBIC)` and `CenterCrop(size)` on a PIL image:
-    Pillow's bicubic filter (antialiased), the long side rounded down, the crop placed
+    Pillow's antialiased bicubic filter, the long side rounded down, the crop starting
     at half the surplus, rounded half to even.
 
     Args:
@@ -115,7 +115,7 @@ def training_crop(image: Image.Image, size: int, *, patch_size: int) -> Image.Im
       RGB, `size` × `size` pixels.
 
     Raises:
-      ValueError: `size` is no whole number of patches.
+      ValueError: `size` is not a whole number of patches.
     """
     check_side("size", size, patch_size)
     image = _resize_short_side(image, size)
@@ -123,10 +123,9 @@ def training_crop(image: Image.Image, size: int, *, patch_size: int) -> Image.Im
 
 
 def training_keep(image: Image.Image, size: int, *, patch_size: int) -> Image.Image:
-    """Resizes and cuts to the one of seven shapes whose aspect is nearest.
+    """Resizes and crops to the nearest of seven shapes, to keep most of the picture.
 
-    Where `training_crop` drops what is outside the middle square, this keeps nearly the
-    whole picture. The authors' code has no such option.
+    The authors' code has no such option.
 
     Args:
       image: RGB, any size.
@@ -134,12 +133,12 @@ def training_keep(image: Image.Image, size: int, *, patch_size: int) -> Image.Im
       patch_size: pixels per patch side.
 
     Returns:
-      RGB of the shape in `buckets` whose aspect is nearest (their ratio, so that 2:1 is
-      as far from 1:1 as 1:2 is), resized as `training_crop` to just cover it and cut
-      around the middle. A picture nearest to the square gives `training_crop`'s.
+      RGB of the shape in `buckets` with the nearest aspect (by ratio: 2:1 is as far
+      from 1:1 as 1:2 is), resized as by `training_crop` to just cover the shape, and
+      cropped around the middle. If the square is nearest, the same as `training_crop`.
 
     Raises:
-      ValueError: `size` is no whole number of patches.
+      ValueError: `size` is not a whole number of patches.
     """
     aspect = math.log(image.width / image.height)
     width, height = min(
@@ -157,11 +156,11 @@ def training_keep(image: Image.Image, size: int, *, patch_size: int) -> Image.Im
 def buckets(size: int, patch_size: int) -> list[tuple[int, int]]:
     """The shapes of `training_keep`: (width, height) in pixels for each of `ASPECTS`.
 
-    The short side is `size`, the long one rounded to whole patches; small sizes may
-    give the same shape twice.
+    The short side is `size`, the long one rounded to whole patches. At small sizes two
+    shapes may coincide.
 
     Raises:
-      ValueError: `size` is no whole number of patches.
+      ValueError: `size` is not a whole number of patches.
     """
     check_side("size", size, patch_size)
     patches = size // patch_size
@@ -182,10 +181,10 @@ def visual_resize(
     patch_size: int,
     max_side: int = 1792,
 ) -> Image.Image:
-    """Resizes the short side and keeps the aspect, for pictures to look at.
+    """Resizes the short side and keeps the aspect, as the authors' visualization.
 
-    The authors' visualization: no crop but what is needed on the right and at the
-    bottom, to leave whole patches and at most `max_side` pixels.
+    Crops on the right and at the bottom, to whole patches and at most `max_side`
+    pixels.
 
     Args:
       image: RGB, any size.
@@ -198,7 +197,7 @@ def visual_resize(
       RGB, both sides multiples of `patch_size`.
 
     Raises:
-      ValueError: `short_side` or `max_side` is no whole number of patches.
+      ValueError: `short_side` or `max_side` is not a whole number of patches.
     """
     check_side("short_side", short_side, patch_size)
     check_side("max_side", max_side, patch_size)
@@ -210,12 +209,12 @@ def visual_resize(
 
 
 def check_side(name: str, side: int, patch_size: int) -> None:
-    """Raises ValueError, with sizes near it, unless `side` is whole patches."""
+    """Raises ValueError, with the nearest sizes, unless `side` is whole patches."""
     if side > 0 and side % patch_size == 0:
         return
     below = max(1, side // patch_size) * patch_size
     raise ValueError(
-        f"{name} is {side} pixels, and must be a multiple of the patch size "
+        f"{name}: got {side} pixels, expected a multiple of the patch size "
         f"{patch_size}, such as {below} or {below + patch_size}"
     )
 
@@ -248,7 +247,7 @@ def normalize(
       statistics: of the images that the model was trained on.
     """
     pixels = np.asarray(image).astype(np.float32)
-    # Rows of all three colors at once: twenty times as fast as innermost axes of 3.
+    # By rows of all three colors: twenty times as fast as an innermost axis of 3.
     rows = pixels.reshape(len(pixels), -1)
     rows /= np.float32(255)
     mean, std = np.asarray(statistics, np.float32)

@@ -1,10 +1,10 @@
-"""Where photographs lie: a folder, a list of files, a TFDS dataset, the sample.
+"""Where photographs are: a folder, a list of files, a TFDS dataset, the sample.
 
     "folder:/data/train" --open_photographs--> [Photograph, ...]    nothing decoded yet
     Photograph --read--> RGB                                        or UnreadableImage
 
-The list is in an order that no file system changes. A photograph is small and can be
-sent to another process, which then opens what it reads from by itself.
+The order does not depend on the file system. A `Photograph` is small and can be sent to
+another process, which opens the file or dataset itself.
 """
 
 import abc
@@ -15,10 +15,10 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from PIL import Image
 
 from sinder_jax.data import decode
@@ -41,37 +41,37 @@ _SAMPLES = (
     "retina.jpg",
     "rocket.jpg",
 )
-_LISTING_THREADS = 32  # requests to a bucket at a time
 # NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION
 _TFDS_NAME = re.compile(r"\w+(/[\w.-]+)?(:[\w.*]+)?")
 _USUAL_SPLITS = ("train", "test", "validation")
 
 
 class Photograph(abc.ABC):
-    """One photograph that can be read, and told from all others by its name."""
+    """One photograph, with a name that no other photograph has."""
 
     __slots__ = ()
 
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """What metrics and messages call it: the path of a file, as it was given."""
+        """Its name in metrics and messages; for a file the path as the user gave it."""
 
     @abc.abstractmethod
     def read(self) -> Image.Image:
-        """Decodes it to 8-bit RGB at full size, see `decode.read_rgb`.
+        """Decodes the photograph to 8-bit RGB at full size, see `decode.read_rgb`.
 
         Raises:
-          UnreadableImage: it cannot be had or decoded; the message begins with `name`.
+          UnreadableImage: the file cannot be read or decoded; the message begins with
+            `name`.
         """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class File(Photograph):
-    """A photograph in a file of its own.
+    """A photograph in its own file.
 
     Attributes:
-      path: of a file of a disk, or gs://bucket/a.jpg.
+      path: on a disk, or gs://bucket/a.jpg.
     """
 
     path: str
@@ -98,7 +98,7 @@ class Record(Photograph):
 
     Attributes:
       split: the split.
-      index: its number in the split, from 0.
+      index: number of the record in the split, from 0.
     """
 
     split: "_TfdsSplit"
@@ -112,38 +112,38 @@ class Record(Photograph):
         try:
             content = self.split.images[self.index]["image"]
         except (OSError, RuntimeError, ValueError) as error:
-            # What array_record and pyarrow raise on a missing or damaged file.
+            # array_record and pyarrow raise these on a missing or damaged file.
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
         return decode.read_rgb(content, name=self.name)
 
 
 def open_photographs(spec: str) -> Sequence[Photograph]:
-    """Lists the photographs that a line of text names; none is decoded.
+    """Lists the photographs that `spec` names, without decoding any.
 
     Args:
       spec: one of
 
-        `PATH` or `folder:PATH`: the files below a folder, of a disk or gs://bucket/…,
+        `PATH` or `folder:PATH`: the files below a folder, on a disk or gs://bucket/…,
         in the order of `list_images`.
 
-        `list:FILE`: the paths in a text file, one a line, in the order of the file,
-        relative to the file's folder. Empty lines and those that begin with # are
-        skipped. Whether the files exist is seen when they are read.
+        `list:FILE`: the paths in a text file, one per line, in the order of the file,
+        relative to the file's folder. Empty lines and lines that begin with # are
+        skipped. A missing image is noticed when it is read.
 
         `tfds:NAME[/SPLIT]`: the feature `image` of a dataset that tensorflow_datasets
-        has prepared as array_record or parquet (a parquet split is held in memory by
-        every process that reads it), below the environment variable `TFDS_DATA_DIR`
-        or else ~/tensorflow_datasets. NAME is what `tfds.builder` takes, with /CONFIG
-        or :VERSION; what follows the last / is the split if the dataset has such a
-        split, as `imagenet2012/validation` or `imagenet2012/train[:10%]`; else the
-        split is `train`. The order is that of the records.
+        has prepared as array_record or parquet (every process that reads a parquet
+        split holds all of it in memory), below $TFDS_DATA_DIR or else
+        ~/tensorflow_datasets. NAME is as for `tfds.builder`, with /CONFIG or :VERSION.
+        The part after the last / is the split if the dataset has a split of that name,
+        as in `imagenet2012/validation` or `imagenet2012/train[:10%]`; else the split is
+        `train`. The order is that of the records.
 
         `sample`: the photographs inside scikit-image, see `sample_images`.
 
     Raises:
       FileNotFoundError: there is no such folder, file, or prepared dataset.
-      OSError: it cannot be read.
-      ValueError: nothing in it, or it is of another kind; says what is allowed.
+      OSError: the folder, file or dataset cannot be read.
+      ValueError: it holds no image, or `spec` has another form; says what is allowed.
     """
     kind, colon, rest = spec.partition(":")
     if colon and not rest:
@@ -169,13 +169,13 @@ def open_photographs(spec: str) -> Sequence[Photograph]:
 
 
 def list_images(folder: str | os.PathLike) -> list[Path]:
-    """Lists the photographs below a local folder in an order no file system changes.
+    """Lists the photographs below a local folder, in the same order on any disk.
 
-    The authors took the order of `glob`, which is that of the directory; here paths
-    are sorted, since the order decides what the repair learns from.
+    The authors took the order of `glob`, which depends on the file system. Here paths
+    are sorted, because a repair learns from photographs in their order.
 
     Args:
-      folder: searched recursively; links to folders are followed, loops are not.
+      folder: searched recursively, through links to folders but not in circles.
 
     Returns:
       Files named .jpg, .jpeg, .png or .webp in any case, sorted by their POSIX path
@@ -183,7 +183,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: it is a file, or no image lies below it.
+      ValueError: `folder` is a file, or there is no image below it.
     """
     return [Path(folder) / path for path in _relative_paths(folder)]
 
@@ -192,14 +192,14 @@ def _relative_paths(folder: str | os.PathLike) -> list[str]:
     if not Path(folder).exists():
         raise FileNotFoundError(f"no such image folder: {folder}")
     if not Path(folder).is_dir():
-        raise ValueError(f"not a folder but a file: {folder}; give the folder it is in")
+        raise ValueError(f"got the file {folder}, expected a folder; give its folder")
     return _in_order(_walk(os.fspath(folder), "", frozenset()), folder)
 
 
 def _walk(folder: str, relative: str, ancestors: frozenset[str]) -> Iterator[str]:
-    # Strings and scandir: ImageNet has 1.3 million files, and a Path takes its time.
+    # Strings and scandir, for ImageNet has 1.3 million files and a Path is slow.
     here = os.path.realpath(folder)
-    if here in ancestors:  # a link back to a folder we are inside of
+    if here in ancestors:  # a link back to a folder above
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -223,27 +223,15 @@ def _in_order(relative: Iterable[str], folder: str | os.PathLike) -> list[str]:
 def _list_bucket(address: str) -> list[str]:
     folder = paths.as_path(address)
     root = os.fspath(folder)
+    prefix = root.removeprefix(paths.BUCKET) + "/"
     with paths.answering(folder):
-        if not folder.exists():
+        objects = fsspec.filesystem("gs").find(root)
+        if not objects and not folder.exists():
             raise FileNotFoundError(f"no such image folder: {address}")
-        found = [os.fspath(path)[len(root) + 1 :] for path in _walk_bucket(folder)]
+    names = (name for name in objects if name.startswith(prefix))
+    images = (name for name in names if name.lower().endswith(SUFFIXES))
+    found = [name.removeprefix(prefix) for name in images]
     return [f"{root}/{path}" for path in _in_order(found, address)]
-
-
-def _walk_bucket(folder: paths.AnyPath) -> Iterator[paths.AnyPath]:
-    """Objects below an address, level by level; what has an image's name is one."""
-    folders = [folder]
-    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-        while folders:
-            others = []
-            for entries in pool.map(lambda folder: list(folder.iterdir()), folders):
-                for entry in entries:
-                    if entry.name.lower().endswith(SUFFIXES):
-                        yield entry
-                    else:
-                        others.append(entry)
-            are_folders = pool.map(lambda entry: entry.is_dir(), others)
-            folders = [x for x, yes in zip(others, are_folders, strict=True) if yes]
 
 
 # --- Lists ----------------------------------------------------------------------------
@@ -256,16 +244,16 @@ def _listed(file: str) -> list[Photograph]:
             raise FileNotFoundError(f"no such list of images: {file}")
         content = None if path.is_dir() else path.read_bytes()
     if content is None:
-        raise ValueError(f"{file} is not a list but a folder: give folder:{file}")
+        raise ValueError(f"got the folder {file}, expected a file; give folder:{file}")
     try:
         lines = [line.strip() for line in content.decode().splitlines()]
     except UnicodeDecodeError:
         raise ValueError(
-            f"{file} is no text in UTF-8; a list has the path of an image in each line"
+            f"{file} is not UTF-8 text; a list has the path of an image on each line"
         ) from None
     named = [line for line in lines if line and not line.startswith("#")]
     if not named:
-        raise ValueError(f"no images in {file}: give the path of one in each line")
+        raise ValueError(f"no images in {file}: give the path of an image on each line")
     prefix = os.fspath(path.parent / "x")[:-1]
     return [
         File(line if "://" in line or os.path.isabs(line) else prefix + line)
@@ -277,12 +265,12 @@ def _listed(file: str) -> list[Photograph]:
 
 
 class _TfdsSplit:
-    """A split of a prepared dataset, opened by each process that reads it.
+    """A split of a prepared dataset, opened by each process that reads from it.
 
     Args:
-      name: what its records are called.
+      name: first part of the names of its records.
       folder: of one version, with dataset_info.json in it.
-      split: as tfds takes it.
+      split: in the notation of tfds.
     """
 
     def __init__(self, name: str, folder: str, split: str):
@@ -294,7 +282,7 @@ class _TfdsSplit:
 
     @property
     def images(self) -> Any:
-        """Its examples by index: dicts with the bytes of image files as stored."""
+        """Examples by index: dicts that hold the stored bytes of image files."""
         with self._lock:
             return self._opened
 
@@ -336,15 +324,14 @@ def _tfds_records(spec: str) -> list[Photograph]:
             f"{', '.join(sorted(features))}"
         )
     if "[" in split and "array_record" not in random_access:
-        # tfds 4.9 gives the whole split there without a word.
+        # tfds 4.9 silently returns the whole split.
         raise ValueError(
-            f"{name} is stored as parquet, of which no part such as {split} can be "
-            "read: give a whole split"
+            f"{name} is stored as parquet, got split {split}, expected a whole split"
         )
     opened = _TfdsSplit(f"{name}/{split}", folder, split)
     try:
         count = len(opened.images)
-    except ValueError as error:  # it explains itself over several lines
+    except ValueError as error:  # a message of several lines
         raise ValueError(
             f"no images in {name}/{split}: {' '.join(str(error).split())}"
         ) from error
@@ -354,7 +341,7 @@ def _tfds_records(spec: str) -> list[Photograph]:
 
 
 def _find_prepared(spec: str) -> tuple[Any, str]:
-    """The builder of a prepared dataset, and the split of it that is meant."""
+    """The builder of a prepared dataset, and the name of the split."""
     head, _, last = spec.rpartition("/")
     split = re.split(r"[\[+]", last)[0]
     builder = _prepared(head)
@@ -380,7 +367,7 @@ def _find_prepared(spec: str) -> tuple[Any, str]:
 
 
 def _prepared(name: str) -> Any:
-    """The builder of a dataset on this disk, without the code that made it, or None."""
+    """The builder of a dataset on this disk, or None; runs no code of the dataset."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import read_only_builder
 
@@ -403,11 +390,11 @@ def _tfds_folder() -> str:
 def sample_images() -> list[Path]:
     """Returns the color photographs inside scikit-image's wheel, sorted by name.
 
-    They are read from the installed package, so nothing is downloaded, and scikit-image
+    The files are in the installed package: nothing is downloaded, and scikit-image
     itself is not imported.
 
     Raises:
-      FileNotFoundError: scikit-image, or every one of these photographs, is missing.
+      FileNotFoundError: scikit-image or all of its photographs are missing.
     """
     package = importlib.util.find_spec("skimage")
     if package is None or not package.submodule_search_locations:

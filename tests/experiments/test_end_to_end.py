@@ -595,7 +595,10 @@ def failure(capsys, *arguments: object, workdir: Path | None = None) -> str:
         (["--config=tiny.py", "--config.data="], "no photographs: add --config.data="),
         (["--config=tiny.py", "--config.data=nowhere"], "no such image folder: nowh"),
         (["--config=tiny.py", "--config.data=empty"], "no images in empty: looked"),
-        (["--config=tiny.py", "--config.data=notes.py"], "not a folder but a file"),
+        (
+            ["--config=tiny.py", "--config.data=notes.py"],
+            "got the file notes.py, ",
+        ),
         (["--config=tiny.py", "--config.data=bad"], "none of the 2 images of bad can"),
         (["--config=tiny.py", "--config.model=x"], "config.model=x is unknown"),
         (["--config=giant.py"], "no weights of dinov2_vitg14. Fetch"),

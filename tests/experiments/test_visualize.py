@@ -212,7 +212,7 @@ def test_unreadable_images_are_named_counted_and_skipped(
             {"--compare": "{wide}"},
             "embed_dim \\(32 and 48\\), num_register_tokens \\(0 and",
         ),
-        ({"--short-side": "60"}, "--short-side is 60 pixels.* such as 56 or 70"),
+        ({"--short-side": "60"}, "--short-side: got 60 pixels.* such as 56 or 70"),
         ({"--short-side": "wide"}, "--short-side: invalid int"),
         ({"--mask-thr": "0"}, "mask_thr must be above 0"),
         ({"--out": "photos/b.png"}, "photos/b.png: "),

@@ -4,7 +4,7 @@ Objects only: a directory is what objects' names have in common, making one does
 nothing, and an object appears when it is closed. Renaming copies one object after the
 other. `stop_after` ends all writing and removing after so many objects, as a kill does.
 
-What is replaced: the file system that etils.epath takes for gs:// (gcsfs), and where
+What is replaced: the file system of gs:// (gcsfs), also for etils.epath, and where
 Orbax sends TensorStore. All between is the real code.
 """
 
@@ -128,6 +128,7 @@ def install(monkeypatch, root: Path) -> Bucket:
     monkeypatch.setitem(sys.modules, "gcsfs", module)
     monkeypatch.setattr(gpath, "_is_tf_installed", lambda: False)
     monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", lambda name: made)
+    monkeypatch.setattr(fsspec, "filesystem", lambda protocol: made)
 
     def kvstore(path):
         return {"driver": "file", "path": str(made.place(path))}

@@ -264,7 +264,7 @@ def test_visual_resize_trims_right_and_bottom_only():
 def test_sizes_that_are_no_whole_patches_raise_with_sizes_near_them(side):
     image = Image.new("RGB", (50, 50))
     for call in (crop, keep, look_at):
-        with pytest.raises(ValueError, match=f"is {side} pixels.* multiple of .*14"):
+        with pytest.raises(ValueError, match=f"got {side} pixels.* multiple of .*14"):
             call(image, side)
     with pytest.raises(ValueError, match="such as 504 or 518"):
         crop(image, 510)

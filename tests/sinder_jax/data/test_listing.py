@@ -1,6 +1,5 @@
-"""sources.py: folders, lists, TFDS datasets, buckets, the sample."""
+"""listing.py: folders, lists, TFDS datasets, buckets, the sample."""
 
-import importlib.util
 import json
 import os
 import pickle
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import bucket as buckets
 import places
 from photos import save_noise, write_dataset
 from samples import error_of
@@ -63,7 +63,7 @@ def test_missing_empty_and_wrong_folders_raise_with_their_path(tmp_path):
     ):
         listing.list_images(tmp_path)
     (tmp_path / "a.png").touch()
-    with pytest.raises(ValueError, match=r"not a folder but a file: .*a\.png"):
+    with pytest.raises(ValueError, match=r"got the file .*a\.png, expected a folder"):
         listing.list_images(tmp_path / "a.png")
 
 
@@ -145,14 +145,14 @@ def test_lists_that_cannot_be_read_say_why(tmp_path):
     missing = error_of(opened, f"list:{tmp_path}/no.txt", kind=FileNotFoundError)
     assert missing == f"no such list of images: {tmp_path}/no.txt"
     assert error_of(opened, f"list:{tmp_path}") == (
-        f"{tmp_path} is not a list but a folder: give folder:{tmp_path}"
+        f"got the folder {tmp_path}, expected a file; give folder:{tmp_path}"
     )
     (tmp_path / "empty.txt").write_text("\n# a.png\n")
     assert error_of(opened, f"list:{tmp_path}/empty.txt") == (
-        f"no images in {tmp_path}/empty.txt: give the path of one in each line"
+        f"no images in {tmp_path}/empty.txt: give the path of an image on each line"
     )
     save_noise(tmp_path / "a.png")
-    assert "is no text in UTF-8" in error_of(opened, f"list:{tmp_path}/a.png")
+    assert "is not UTF-8 text" in error_of(opened, f"list:{tmp_path}/a.png")
 
 
 # --- TFDS -----------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_a_part_of_a_split_is_that_part(datasets, files, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(datasets))
     if datasets.name.startswith("parquet"):  # TFDS would give the whole
         message = error_of(listing.open_photographs, "tfds:tiny_photos/train[3:5]")
-        assert "stored as parquet, of which no part such as train[3:5]" in message
+        assert "stored as parquet, got split train[3:5], expected a whole" in message
         return
     found = listing.open_photographs("tfds:tiny_photos/train[3:5]")
     for one, file in zip(found, files[3:5], strict=True):
@@ -341,37 +341,15 @@ def test_tensorflow_is_never_imported(tmp_path, files):
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-    """gs:// kept in memory: fsspec's own, under the name that epath asks for."""
-    from etils.epath import backend
-    from fsspec.implementations import memory
-
-    class Bucket(memory.MemoryFileSystem):
-        protocol = ("gs", "gcs")
-        store: dict = {}
-        pseudo_dirs = [""]
-
-        @classmethod
-        def _strip_protocol(cls, path):
-            return super()._strip_protocol(path.removeprefix("gs://"))
-
-    storage = Bucket()
-    monkeypatch.setattr(backend.fsspec_backend, "fs", lambda path: storage)
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util,
-        "find_spec",
-        lambda name, *rest: name == "gcsfs" or find_spec(name, *rest),
-    )
-    yield storage
-    Bucket.store.clear()
+def bucket(monkeypatch, tmp_path):
+    return buckets.install(monkeypatch, tmp_path / "cloud")
 
 
 def put(bucket, folder: Path):
     """Copies the files below a folder to gs://photos/train."""
     for file in sorted(folder.rglob("*.*")):
         address = f"gs://photos/train/{file.relative_to(folder).as_posix()}"
-        bucket.pipe_file(address, file.read_bytes())
+        bucket.put_object(address, file.read_bytes())
 
 
 def test_a_bucket_gives_the_photographs_of_a_folder(bucket, tmp_path):
