@@ -9,6 +9,7 @@ wide figures scroll sideways where there is no room for them.
 import base64
 import html
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.study import verdict
@@ -33,44 +34,7 @@ class Inlined(NamedTuple):
     inches: float
 
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-       color: #1a1a1a; background: #fff; max-width: 48rem; margin: 0 auto;
-       padding: 1.5rem 1rem 4rem; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0.2rem 0 1rem; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 0.6rem; border-bottom: 1px solid #ccc; }
-.kicker { color: #555; margin: 0; overflow-wrap: anywhere; }
-.verdict { border-left: 4px solid #0072B2; padding: 0.1rem 0 0.1rem 1rem; }
-.verdict.defect { border-color: #D55E00; }
-.verdict.sound { border-color: #009E73; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.9rem; margin: 0.5rem 0; }
-th, td { text-align: right; padding: 0.25rem 0.9rem 0.25rem 0; vertical-align: top;
-         border-bottom: 1px solid #e3e3e3; font-variant-numeric: tabular-nums; }
-td { white-space: nowrap; }
-td:first-child, td.text { white-space: normal; }
-th:first-child, td:first-child { text-align: left; }
-td.text { text-align: left; overflow-wrap: anywhere; min-width: 12rem; }
-thead th { font-weight: 600; border-bottom: 1px solid #888; }
-figure { margin: 1.6rem 0; }
-figure img { display: block; width: calc(1.4in * var(--inches)); height: auto;
-             max-width: 100%; }
-figure.wide img { min-width: 36rem; }
-figcaption { font-size: 0.9rem; color: #333; margin-top: 0.4rem; }
-footer { margin-top: 3rem; color: #555; font-size: 0.85rem; }
-code { font-size: 0.9em; overflow-wrap: anywhere; }
-@page { margin: 16mm; }
-@media print {
-  body { font-size: 10pt; max-width: none; padding: 0; }
-  h2 { break-after: avoid; }
-  figure, tr, .verdict { break-inside: avoid; }
-  figure img { width: auto; max-width: min(100%, calc(1.1in * var(--inches)));
-               max-height: 210mm; }
-  figure.wide img { min-width: 0; }
-  .scroll { overflow: visible; }
-}
-"""
+STYLE = Path(__file__).with_name("page.css")
 
 WIDE = 5.0  # inches; from here on a figure may not shrink to a phone's width
 
@@ -108,7 +72,7 @@ def render(summary: Numbers, figures: Sequence[Inlined]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(headline)}</title>\n<style>{STYLE}</style>\n</head>\n"
+        f"<title>{_text(headline)}</title>\n<style>\n{STYLE.read_text()}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"
     )
 
