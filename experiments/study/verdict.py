@@ -65,23 +65,12 @@ def _of_model(study: Study, subject: Subject) -> Numbers:
 def _of_forecast(found: Arrays) -> Numbers:
     found = weight_figures.carriers(found)
     block = int(found["block"])
-    blamed = zip(
-        *(
-            found[f"blamed_{name}"]
-            for name in ("block", "kernel", "index", "value", "share")
-        ),
-        strict=True,
-    )
+    gaps = found["gaps"]
     return {
         "has_defect": bool(found["has_defect"]),
         "block": block,
-        "gap": float(
-            found["gaps"][block:].max() if block >= 0 else found["gaps"].max()
-        ),
-        "blamed": [
-            dict(zip(("block", "kernel", "index", "value", "share"), row, strict=True))
-            for row in blamed
-        ],
+        "gap": float(gaps[max(block, 0) :].max()),
+        "blamed": weight_figures.blamed(found),
         "verdict": str(found["verdict"]),
     }
 
@@ -157,17 +146,12 @@ def _kernels(study: Study) -> list[Numbers]:
     before, after = study.subjects
     found = weight_figures.carriers(study.cache(study.forecast(before)))
     rows = []
-    for block, kernel, index, value in zip(
-        found["blamed_block"],
-        found["blamed_kernel"],
-        found["blamed_index"],
-        found["blamed_value"],
-        strict=True,
-    ):
-        changes = study.cache(study.changes())[str(kernel)][block]
+    for each in weight_figures.blamed(found):
+        index, value = each["index"], each["value"]
+        changes = study.cache(study.changes())[str(each["kernel"])][each["block"]]
         if index < len(changes):
-            row = {"block": block, "kernel": kernel, "index": index, "before": value}
-            rows.append(row | {"after": value + changes[index]})
+            place = {name: each[name] for name in ("block", "kernel", "index")}
+            rows.append({**place, "before": value, "after": value + changes[index]})
     return rows
 
 

@@ -4,6 +4,7 @@ study --draw_*--> Drawn, as in `token_figures`
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -19,13 +20,8 @@ def draw_forecast(study: Study) -> Iterator[Drawn]:
     first = carriers(found[study.first])
     gaps = {subject.name: each["gaps"] for subject, each in found.items()}
     labels = [
-        f"{kernel}, $\\sigma_{{{index}}}$ = {value:.2f}"
-        for kernel, index, value in zip(
-            first["blamed_kernel"],
-            first["blamed_index"],
-            first["blamed_value"],
-            strict=True,
-        )
+        f"{each['kernel']}, $\\sigma_{{{each['index']}}}$ = {each['value']:.2f}"
+        for each in blamed(first)
     ]
     yield Drawn(
         "forecast",
@@ -48,6 +44,13 @@ def carriers(forecast: Arrays) -> Arrays:
         name: values[enough] if name.startswith("blamed_") else values
         for name, values in forecast.items()
     }
+
+
+def blamed(forecast: Arrays) -> list[dict[str, Any]]:
+    """The triplets that a forecast blames, by "block", "kernel", "index" and so on."""
+    names = ("block", "kernel", "index", "value", "share")
+    columns = [forecast[f"blamed_{name}"] for name in names]
+    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def draw_spectra(study: Study) -> Iterator[Drawn]:

@@ -15,17 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sinder_jax.plots import style
-from sinder_jax.plots.style import (
-    BLUE,
-    COLUMN,
-    GRAY,
-    GREEN,
-    ORANGE,
-    PAGE,
-    SKY,
-    VERMILION,
-    Photo,
-)
+from sinder_jax.plots.style import COLUMN, GRAY, PAGE, VERMILION, Photo
 
 Values = Float[np.ndarray, "L N"]
 Marks = Bool[np.ndarray, "L N"]
@@ -41,7 +31,7 @@ def violins(
     marked: Marks | None = None,
     *,
     log: bool = False,
-    color: str = BLUE,
+    color: str = style.BLUE,
 ) -> Axes:
     """One violin per block, its median as a white dash; marked tokens as dots.
 
@@ -70,12 +60,8 @@ def violins(
         body.set(facecolor=color, alpha=0.75, linewidth=0)
     drawn["cmedians"].set_color("white")
     block, _ = np.nonzero(marked)
-    ax.plot(
-        *(block, values[marked], "."),
-        color=VERMILION,
-        markersize=3,
-        markeredgewidth=0,
-    )
+    dots = ax.plot(block, values[marked], ".", color=VERMILION)
+    dots[0].set(markersize=3, markeredgewidth=0)
     return style.block_axis(ax, len(values))
 
 
@@ -177,13 +163,19 @@ def theory(
     ax = figure.subplots()
     at = np.arange(len(to_theory))
     ax.plot(at, to_random, ":", color=GRAY, label="random direction")
-    ax.plot(at, to_layerwise, "--^", color=ORANGE, label="block $i$ alone")
-    ax.plot(at, to_theory, "-o", color=BLUE, label=r"theory, $\nu_i$")
+    ax.plot(at, to_layerwise, "--^", color=style.ORANGE, label="block $i$ alone")
+    ax.plot(at, to_theory, "-o", color=style.BLUE, label=r"theory, $\nu_i$")
     if pairwise.shape[1]:
         ax.plot(at, pairwise, "_", color=VERMILION, alpha=0.6, markersize=4)
         ax.plot([], [], "_", color=VERMILION, label="between two images")
         ax.fill_between(
-            at, 0, spread, color=GREEN, alpha=0.3, lw=0, label="spread over images"
+            at,
+            0,
+            spread,
+            color=style.GREEN,
+            alpha=0.3,
+            lw=0,
+            label="spread over images",
         )
     style.degree_axis(ax, "angle to the measured\ndirection (degrees)")
     ax.set_title("Theory against experience")
@@ -252,17 +244,14 @@ def blocks(
         of one block share their colors.
       mask_thr: μ, for the label.
     """
+    angles = {"cmap": "cividis", "vmin": 10 * np.floor(heat.min() / 10), "vmax": 90}
+    masks = {"cmap": "gray", "vmin": 0, "vmax": 1}
     rows = {
         "PCA": (pca, {}),
-        "angle": (
-            heat,
-            {"cmap": "cividis", "vmin": 10 * np.floor(heat.min() / 10), "vmax": 90},
-        ),
-        f"detected\n$\\mu$ = {mask_thr:g}": (
-            detected,
-            {"cmap": "gray", "vmin": 0, "vmax": 1},
-        ),
-    } | {f"target\n$\\tau$ = {tau:g}": (each, {}) for tau, each in targets.items()}
+        "angle": (heat, angles),
+        f"detected\n$\\mu$ = {mask_thr:g}": (detected, masks),
+        **{f"target\n$\\tau$ = {tau:g}": (x, {}) for tau, x in targets.items()},
+    }
     side = (PAGE - 0.9) / max(len(chosen), 4)
     height = len(rows) * (side * heat.shape[1] / heat.shape[2] + 0.04)
     figure = style.new_figure(0.9 + side * len(chosen), 2.0 + height)
@@ -328,7 +317,7 @@ def growth(
     ax = figure.subplots()
     at = np.arange(len(attention))
     ax.axhline(0, color="black", lw=0.6)
-    ax.bar(at - 0.2, attention.mean(axis=1), 0.4, color=SKY, label="attention")
+    ax.bar(at - 0.2, attention.mean(axis=1), 0.4, color=style.SKY, label="attention")
     ax.bar(at + 0.2, ffn.mean(axis=1), 0.4, color=VERMILION, label="FFN")
     sums = start[None] + np.cumsum(attention + ffn, axis=0)
     ax.plot(at, sums.mean(axis=1), "-o", color="black", markersize=2, label="sum")
