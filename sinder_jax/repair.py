@@ -231,7 +231,9 @@ def _update(
 
 def is_done(options: RepairOptions, state: RepairState) -> Bool[Array, ""]:
     """The stopping rule: `max_iter` images, or enough of the last had no defect."""
-    needed = math.ceil(options.stop_share * options.history - 1e-9)  # 0.56·25 is 14
+    needed = math.ceil(
+        options.stop_share * options.history - 1e-9
+    )  # 0.07·100 exceeds 7
     return (state.num_images >= options.max_iter) | (
         jnp.sum(~state.had_defect) >= needed
     )

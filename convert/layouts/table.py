@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
-from sinder_jax import kernels, param_tree, vit
+from sinder_jax import families, kernels, param_tree, vit
 from sinder_jax.storage.ahead import ahead
 
 Index = tuple[Any, ...]
@@ -41,6 +41,8 @@ STRIP = 32  # columns; 16 to 64 were equally fast on 1536 x 8192
 # The leaf for which a layout may have no tensor, since only pre-training reads it. It
 # becomes zeros.
 OPTIONAL = "mask_token"
+# No layout has tensors for these if the family has no LayerScale. They become ones.
+LAYER_SCALES = ("blocks/ls1/gamma", "blocks/ls2/gamma")
 
 
 class Row(NamedTuple):
@@ -110,12 +112,15 @@ def slots(rows: tuple[Row, ...], config: vit.ViTConfig) -> Table:
         for path, leaf in param_tree.flatten(param_tree.shapes(config)).items()
     }
     has_registers = config.num_register_tokens > 0
+    absent = () if families.of(config).layer_scale else LAYER_SCALES
     rows = tuple(
         row
         for row in rows
-        if row.path in shapes and row.registers in (None, has_registers)
+        if row.path in shapes
+        and row.path not in absent
+        and row.registers in (None, has_registers)
     )
-    uncovered = shapes.keys() - {row.path for row in rows} - {OPTIONAL}
+    uncovered = shapes.keys() - {row.path for row in rows} - {OPTIONAL, *absent}
     assert not uncovered, f"no row of the layout makes {sorted(uncovered)}"
     found = {}
     for in_blocks, group in itertools.groupby(rows, key=lambda row: "{i}" in row.key):
@@ -163,12 +168,13 @@ def from_tensors(
       tensor: returns a tensor of any float format by its PyTorch name.
 
     Returns:
-      float32, in its own memory; zero where no tensor provides values.
+      float32, in its own memory; zero where no tensor provides values, or
+      one if the leaf is a LayerScale.
     """
     # Not np.zeros: only np.empty gets the large pages that make filling it fast.
     leaf = np.empty(shape, np.float32)
     if not any(slot.path == path for slot in table.values()):
-        leaf[...] = 0
+        leaf[...] = 1 if path in LAYER_SCALES else 0
     for key, slot in table.items():
         if slot.path == path:
             with np.errstate(over="ignore"):  # a float64 too large becomes infinite

@@ -1,4 +1,4 @@
-r"""SINDER on DINOv2 ViT-B/14, with the authors' settings for the giant.
+r"""SINDER on DINOv2 ViT-B, with the authors' settings for the giant.
 
     python -m experiments.repair --config=base.py --workdir=runs/base \
         --config.checkpoint=dinov2_vitb14 --config.data=/data/imagenet/train

@@ -1,4 +1,4 @@
-r"""SINDER on DINOv2 ViT-g/14: the authors' settings.
+r"""SINDER on DINOv2 ViT-g: the authors' settings.
 
     python -m experiments.repair --config=giant.py --workdir=runs/giant \
         --config.checkpoint=dinov2_vitg14 --config.data=/data/imagenet/train

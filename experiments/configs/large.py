@@ -1,4 +1,4 @@
-r"""SINDER on DINOv2 ViT-L/14, with the authors' settings for the giant.
+r"""SINDER on DINOv2 ViT-L, with the authors' settings for the giant.
 
     python -m experiments.repair --config=large.py --workdir=runs/large \
         --config.checkpoint=dinov2_vitl14 --config.data=/data/imagenet/train

@@ -1,4 +1,4 @@
-r"""SINDER on DINOv2 ViT-S/14, with the authors' settings for the giant.
+r"""SINDER on DINOv2 ViT-S, with the authors' settings for the giant.
 
     python -m experiments.repair --config=small.py --workdir=runs/small \
         --config.checkpoint=dinov2_vits14 --config.data=/data/imagenet/train

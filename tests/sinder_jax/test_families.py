@@ -127,6 +127,25 @@ def test_a_new_family_travels_through_files(other, tmp_path):
         np.testing.assert_array_equal(leaf, param_tree.flatten(params)[path])
 
 
+@pytest.mark.parametrize("layout", OTHER.layouts)
+def test_files_of_a_family_without_layer_scale_have_none(layout, other, monkeypatch):
+    plain = dataclasses.replace(OTHER, layer_scale=False)
+    monkeypatch.setitem(families.FAMILIES, "other", plain)
+    params = random_params(param_tree.flatten(param_tree.shapes(other)))
+    for name in ("ls1", "ls2"):
+        params["blocks"][name]["gamma"] = np.ones((2, 64), np.float32)
+    state = convert.to_torch(other, params, layout=layout)
+    assert not [key for key in state if "gamma" in key or "lambda" in key]
+    config, back = convert.from_torch(state, family="other")
+    assert config == other
+    for name in ("ls1", "ls2"):
+        np.testing.assert_array_equal(
+            back["blocks"][name]["gamma"], params["blocks"][name]["gamma"]
+        )
+    with pytest.raises(ValueError, match="4 missing"):  # DINOv2 has LayerScale
+        convert.from_torch(convert.to_torch(other, params, layout=layout) | {})
+
+
 def random_params(shapes):
     rng = np.random.default_rng(1)
     return param_tree.unflatten(
