@@ -11,11 +11,9 @@ The modules are named after the concepts of the paper (arXiv:2407.16826):
     placement   arrays whole on every device, or split over them
     repair      the repair step: search the defect, update ε in the active blocks
     data        photographs in a fixed order: sources lists them, decode reads one
-    analysis    norms, angles, PCA, and all of the next three
-    spectra     what the weights say: singular values, block maps, clamping
-    tokens      what tokens say of a direction: separation, growth, learning targets
-    forecast    whether and where a model has a defect, from its weights alone
-    pictures, plots     what the experiments show
+    analysis    numbers: forecast and spectra of the weights; tokens along a direction;
+                defective, which says what a defective token is; pca
+    plots       figures of these numbers, by matplotlib
     checkpoint  models on disk, on top of store (arrays with digests); states of a run
     paths       places on a disk and in a bucket
     kernels     names, places and axes of the trainable kernels

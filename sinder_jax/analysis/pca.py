@@ -12,19 +12,19 @@ from jaxtyping import Array, Float, UInt8
 
 AnyArray = Array | np.ndarray
 
-# A component that spans less than this share of the widest one is rounding noise of
+# A component whose range is below this share of the widest range is rounding noise of
 # float32 (eps 1.2e-7 times the sums of a few hundred channels), not a feature.
 _NOISE = 1e-5
 
 
 class PCABasis(NamedTuple):
-    """Three principal components of tokens and how they become colors.
+    """Three principal components of tokens, and the ranges that become colors.
 
     Attributes:
-      mean: what is subtracted from a token first.
-      components: orthonormal rows, the widest first.
-      low: coordinate that becomes 0, for red, green and blue.
-      high: coordinate that becomes 255.
+      mean: subtracted from every token first.
+      components: orthonormal rows, largest variance first.
+      low: coordinates that become 0, for red, green and blue.
+      high: coordinates that become 255.
     """
 
     mean: Float[Array, " D"]
@@ -38,13 +38,12 @@ def pca_basis(
 ) -> PCABasis:
     """Finds the three leading principal components of tokens (appendix A).
 
-    A principal component has no sign. Here the token that lies farthest out along a
-    component has a positive coordinate, so that it is bright, not dark: where there
-    are defective tokens, these.
+    A principal component has no sign. Here the token farthest out along a component has
+    a positive coordinate, so that it is bright: defective tokens, if there are any.
 
     Args:
-      tokens: at least three, of at least three channels; of one image or, for colors
-        that can be compared, of several.
+      tokens: at least three, with at least three channels; from one image, or from
+        several images whose colors are to be compared.
 
     Raises:
       ValueError: fewer than three tokens or channels.
@@ -88,8 +87,8 @@ def pca_rgb(
     Args:
       tokens: [H, W, D] for a picture.
       basis: of other tokens, from `pca_basis`: the same color then means the same
-        token in both pictures, and what lies outside the basis' range is clipped.
-        None: of these tokens, as in appendix A of the paper.
+        token in both pictures, and coordinates outside its range are clipped. None:
+        the basis of these tokens, as in appendix A of the paper.
 
     Returns:
       Red, green and blue from 0 to 255. A component whose range is rounding noise

@@ -43,7 +43,7 @@ def patch_tokens(
       blocks: counted from 0; None: all.
 
     Raises:
-      ValueError: a side of the image is no multiple of the patch size.
+      ValueError: a side of the image is not a multiple of the patch size.
 
     Example:
       >>> from sinder_jax import planted
@@ -104,14 +104,14 @@ def angles(
 ) -> Float[Array, "*grid"]:
     """Returns the angle between every token and a line, in degrees from 0 to 90.
 
-    The line has no sign, as a singular direction has none (figures 2, 6 and 8 of the
-    paper). A token or a direction of norm zero points nowhere: 90.
+    The line has no sign, like a singular direction (figures 2, 6 and 8 of the paper).
+    The angle is 90 if the token or the direction is zero.
 
-    The angle comes from the tangent, for an arc cosine in float32 knows no angle
+    The angle is computed from its tangent: an arc cosine in float32 has no values
     between 0 and 0.02 degrees.
 
     Args:
-      tokens: one or many.
+      tokens: any number of tokens.
       direction: of any length.
 
     Example:
@@ -132,12 +132,12 @@ def angles(
 
 
 class Empirical(NamedTuple):
-    """The direction of the highest-norm tokens, and how much images agree on it.
+    """The direction of the highest-norm tokens, and how well the images agree on it.
 
     Attributes:
-      direction: unit vector; sign so that most of its tokens lie on its side.
-      spread: root mean square of the angles between the images' directions and this
-        one; degrees.
+      direction: unit vector; its sign is that of most of its tokens.
+      spread: root mean square of the angles between the images' directions and
+        `direction`; degrees.
       per_image: unit rows, one for each image.
       pairwise: angles between the images' directions; degrees.
     """
@@ -152,14 +152,14 @@ class Empirical(NamedTuple):
 def empirical_direction(
     tokens: Float[AnyArray, "B H W D"], *, count: int = 3
 ) -> Empirical:
-    """The mean direction of the highest-norm tokens (figure 2: theory and experience).
+    """Returns the mean direction of the highest-norm tokens (figure 2).
 
     The mean of lines is the leading singular vector of their unit vectors: the line
     with the least sum of squared sines to them, whatever their signs.
 
     Args:
       tokens: patch tokens of one block, of one or more images.
-      count: tokens of each image, those of the highest norm; 1 to H·W.
+      count: number of highest-norm tokens taken from each image; 1 to H·W.
 
     Raises:
       ValueError: `count` out of range.
@@ -176,7 +176,7 @@ def empirical_direction(
     images, rows, columns, width = tokens.shape
     if not 1 <= count <= rows * columns:
         raise ValueError(
-            f"count must be 1 to {rows * columns} tokens of an image, got {count}."
+            f"count must be 1 to {rows * columns} tokens of an image, got {count}"
         )
     tokens = tokens.reshape(images, rows * columns, width)
     _, highest = lax.top_k(jnp.linalg.norm(tokens, axis=-1), count)
@@ -196,7 +196,7 @@ def _mean_line(units: Float[Array, "N D"]) -> Float[Array, " D"]:
 
 
 def random_directions(key: Array, count: int, width: int) -> Float[Array, "count D"]:
-    """Unit rows, uniform on the sphere: the control of figure 8.
+    """Returns unit rows, uniform on the sphere: the control of figure 8.
 
     Example:
       >>> import jax
@@ -209,18 +209,18 @@ def random_directions(key: Array, count: int, width: int) -> Float[Array, "count
 def separation(
     values: Float[AnyArray, "*grid"], positives: Bool[AnyArray, "*grid"]
 ) -> float:
-    """Area under the ROC curve: how often a positive has more than a negative.
+    """Returns the area under the ROC curve, from 0 to 1.
 
-    The probability that a random positive has a larger value than a random negative,
-    a tie counting one half: 1 if a threshold tells them apart, 0.5 if the values know
-    nothing. Small angles are defects: give minus the angles.
+    It is the probability that a random positive has a larger value than a random
+    negative, where a tie counts one half: 1 if a threshold separates them, 0.5 by
+    chance. Defects have small angles: pass the negative of the angles.
 
     Args:
       values: any score, for instance minus the angles to ν_i.
-      positives: which tokens are defective, found by other means, for instance norms.
+      positives: the defective tokens, told by another sign, for instance their norms.
 
     Returns:
-      From 0 to 1; NaN where there are no positives or nothing else.
+      NaN if all or none of the tokens are positive.
 
     Example:
       >>> import numpy as np
@@ -250,15 +250,15 @@ def learning_targets(
     *,
     window: int = 3,
 ) -> Float[Array, "n H W D"]:
-    """Equation (7) for every patch and several temperatures (figure 6, last rows).
+    """Returns equation (7) for every patch and several temperatures (figure 6).
 
-    Near the border the window is cut off and its weights still add up to 1. In the
-    repair only outliers, which are never there, have a target.
+    Near the border the window is cut off, and its weights still add up to 1. In the
+    repair only outliers have a target, and outliers are never on the border.
 
     Args:
       tokens: patch tokens of one image after a block.
-      direction: of that block.
-      temperatures: τ, each above 0; plain numbers also under `jax.jit`.
+      direction: the singular defect direction of that block.
+      temperatures: τ, each above 0; plain numbers, also under `jax.jit`.
       window: 3 or 5.
 
     Raises:
@@ -295,16 +295,16 @@ def _targets(
 
 
 class Growth(NamedTuple):
-    """Parts of every patch token's length along a direction, in units of the norm.
+    """Contributions to every patch token's length along a direction.
 
-    start + sum over blocks of (attention + ffn) is end, up to rounding. Pick tokens by
-    a mask: `growth.ffn[:, mask]` is [L, tokens].
+    start + sum over blocks of (attention + ffn) is end, up to rounding. Select tokens
+    by a mask: `growth.ffn[:, mask]` is [L, tokens].
 
     Attributes:
-      start: of the token before block 0.
-      attention: what γ1·Attn(LN1 x) of each block adds.
-      ffn: what γ2·FFN(LN2 x) of each block adds.
-      end: of the token after the last block.
+      start: the token's length along the direction before block 0.
+      attention: added by γ1·Attn(LN1 x) of each block.
+      ffn: added by γ2·FFN(LN2 x) of each block.
+      end: the token's length along the direction after the last block.
     """
 
     start: Float[Array, "B H W"]
@@ -320,17 +320,17 @@ def growth(
     images: Float[AnyArray, "B height width 3"],
     direction: Float[AnyArray, " D"],
 ) -> Growth:
-    """How much the attention and the FFN of each block add to a token along a line.
+    """Measures what the attention and the FFN of each block add to tokens along a line.
 
     Args:
       config: the architecture; static under `jax.jit`.
       params: the params tree.
       images: normalized pixels.
-      direction: one for all blocks, for instance ν of the last one; of any length.
-        Its sign is chosen so that the longest token along it ends up positive.
+      direction: for all blocks, for instance ν of the last block; of any length. Its
+        sign is chosen so that the longest token along it ends up positive.
 
     Raises:
-      ValueError: a side of the images is no multiple of the patch size.
+      ValueError: a side of the images is not a multiple of the patch size.
 
     Example:
       >>> import jax
