@@ -70,10 +70,7 @@ class TorchModel:
             if key in self.specs or slot.path != tables.OPTIONAL
         }
         self.formats = sorted({spec.dtype for spec in self.specs.values()})
-        self.shapes = {
-            path: tuple(leaf.shape)
-            for path, leaf in param_tree.flatten(param_tree.shapes(self.config)).items()
-        }
+        self.shapes = param_tree.leaf_shapes(self.config)
         if misfits := self._misfits():
             raise ValueError(
                 f"the tensors do not make a {infer.describe(self.config)} in "

@@ -336,8 +336,7 @@ def repaired_leaf(
     """
     check_scale(scale)
     leaf, config = np.asarray(leaf), delta.config
-    shapes = param_tree.flatten(param_tree.shapes(config))
-    want = shapes[path].shape if path in shapes else "no such leaf"
+    want = param_tree.leaf_shapes(config).get(path, "no such leaf")
     if leaf.shape != want or leaf.dtype != np.float32:
         raise ValueError(
             f"{path} is {leaf.dtype} {leaf.shape}; in this model it is float32 {want}"

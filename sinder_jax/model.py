@@ -66,8 +66,7 @@ class Model:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the leaves by flat name."""
-        tree = param_tree.flatten(param_tree.shapes(self.config))
-        return {path: tuple(leaf.shape) for path, leaf in tree.items()}
+        return param_tree.leaf_shapes(self.config)
 
     def leaves(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (flat name, array) of every leaf; checks the digest at the end.
@@ -151,13 +150,9 @@ def open_checkpoint(path: StrPath) -> Model:
         config, provenance, digest = parse_description(reader.metadata)
     except ValueError as error:
         raise ValueError(f"{path}: not a model checkpoint ({error})") from None
-    # Checked before anything is read: views of one number, with the stored shapes.
-    stored = {
-        name: np.broadcast_to(np.float32(0), entry["shape"])
-        for name, entry in reader.arrays.items()
-    }
-    try:
-        param_tree.check_shapes(config, param_tree.unflatten(stored))
+    stored = {name: tuple(entry["shape"]) for name, entry in reader.arrays.items()}
+    try:  # before anything is read
+        param_tree.check_leaf_shapes(config, stored)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -1,13 +1,13 @@
 """The params tree of a model: flat names, shapes, checks, digest of the weights.
 
     {"blocks": {"norm1": {...}}} --flatten--> {"blocks/norm1/scale": ...} --unflatten-->
-    config --shapes--> the tree that a model must have --check--> or an error by name
-    leaves one by one --ModelDigest--> SHA-256 of all that decides a model's features
+    config --shapes--> the tree that a model must have --check--> an error naming leaves
+    leaves, one by one --ModelDigest--> SHA-256 of everything that decides its features
 
-A model's digest names its weights, not a file: hub file, Hugging Face directory, timm
-file and checkpoint of the same weights share it. So it leaves out the mask token, which
-only pre-training reads, and adds the class token to its position embedding, as timm
-stores them where a model has registers.
+A digest identifies the weights of a model, not a file: hub file, Hugging Face
+directory, timm file and checkpoint of the same weights share one digest. So it leaves
+out the mask token, which only pre-training reads, and adds the class token to its
+position embedding, because timm stores the sum for models with registers.
 """
 
 import functools
@@ -62,6 +62,11 @@ def shapes(config: ViTConfig) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: leaf, _shapes(config))
 
 
+def leaf_shapes(config: ViTConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the leaves by flat name, in a fixed order."""
+    return {path: tuple(leaf.shape) for path, leaf in flatten(shapes(config)).items()}
+
+
 def num_params(config: ViTConfig) -> int:
     """Number of parameters, counted from the shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(shapes(config)))
@@ -69,12 +74,15 @@ def num_params(config: ViTConfig) -> int:
 
 def check_shapes(config: ViTConfig, params: Mapping[str, Any]) -> None:
     """Raises ValueError naming every leaf that is missing, surplus or misshapen."""
-    want, got = (
-        {path: tuple(np.shape(leaf)) for path, leaf in flatten(tree).items()}
-        for tree in (shapes(config), params)
-    )
+    got = {path: tuple(np.shape(leaf)) for path, leaf in flatten(params).items()}
+    check_leaf_shapes(config, got)
+
+
+def check_leaf_shapes(config: ViTConfig, got: Mapping[str, tuple[int, ...]]) -> None:
+    """As `check_shapes`, for the shapes of the leaves by flat name."""
+    want = leaf_shapes(config)
     wrong = [f"{path} is missing" for path in want.keys() - got.keys()]
-    wrong += [f"{path} is not of this model" for path in got.keys() - want.keys()]
+    wrong += [f"{path} is surplus" for path in got.keys() - want.keys()]
     wrong += [
         f"{path} has shape {got[path]}, not {want[path]}"
         for path in want.keys() & got.keys()
@@ -82,14 +90,14 @@ def check_shapes(config: ViTConfig, params: Mapping[str, Any]) -> None:
     ]
     if wrong:
         listed = "; ".join(sorted(wrong))
-        raise ValueError(f"params do not fit {config}: {listed}.")
+        raise ValueError(f"params do not fit {config}: {listed}")
 
 
 def check_finite(params: Mapping[str, Any]) -> None:
     """Raises ValueError naming every array that holds NaN or infinity."""
     bad = [p for p, leaf in flatten(params).items() if not is_finite(np.asarray(leaf))]
     if bad:
-        raise ValueError(f"params hold values that are not finite: {'; '.join(bad)}.")
+        raise ValueError(f"params hold values that are not finite: {'; '.join(bad)}")
 
 
 def check(config: ViTConfig, params: Mapping[str, Any]) -> None:
@@ -102,13 +110,11 @@ def check(config: ViTConfig, params: Mapping[str, Any]) -> None:
     check_shapes(config, params)
     wrong = [why for path, x in flatten(params).items() if (why := misfit(path, x))]
     if wrong:
-        raise ValueError(
-            "params are not finite float32 numbers: " + "; ".join(wrong) + "."
-        )
+        raise ValueError(f"params are not finite float32 numbers: {'; '.join(wrong)}")
 
 
 def misfit(path: str, array: Any) -> str:
-    """Why an array cannot be a leaf, in words; empty if it is finite float32."""
+    """Says why an array cannot be a leaf; empty if it is finite float32."""
     if array.dtype != np.float32:
         return f"{path} is {array.dtype}, not float32"
     return "" if is_finite(np.asarray(array)) else f"{path} holds NaN or infinity"
@@ -128,25 +134,25 @@ def is_finite(array: np.ndarray) -> bool:
 
 def digest_of_array(array: np.ndarray) -> str:
     """SHA-256 of an array's bytes in C order, as 64 hexadecimal digits."""
-    # A view of bytes: hashlib knows no bfloat16.
+    # A view of bytes, because hashlib does not know bfloat16.
     flat = np.ascontiguousarray(array).reshape(-1)
     return hashlib.sha256(flat.view(np.uint8).data).hexdigest()
 
 
 class ModelDigest:
-    """Digest of a model whose leaves come one after the other, in any order."""
+    """Digest of a model from its leaves, one by one and in any order."""
 
     def __init__(self):
         self._lines: dict[str, str] = {}
         self._together: dict[str, np.ndarray] = {}
 
     def add(self, path: str, array: np.ndarray, sha256: str = "") -> None:
-        """Takes in one leaf of the params.
+        """Adds one leaf of the params.
 
         Args:
           path: its flat name, such as "blocks/attn/proj/kernel".
           array: float32, of the shape in `shapes(config)`.
-          sha256: `digest_of_array(array)`; empty if not known yet.
+          sha256: `digest_of_array(array)`; empty to compute it here.
         """
         if path in (CLASS_TOKEN, POSITIONS):
             self._together[path] = np.array(array)

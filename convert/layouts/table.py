@@ -107,10 +107,7 @@ Table = dict[str, Slot]
 
 def slots(rows: tuple[Row, ...], config: vit.ViTConfig) -> Table:
     """The slot of every tensor of a model by PyTorch name, in the order of the rows."""
-    shapes = {
-        path: tuple(leaf.shape)
-        for path, leaf in param_tree.flatten(param_tree.shapes(config)).items()
-    }
+    shapes = param_tree.leaf_shapes(config)
     has_registers = config.num_register_tokens > 0
     absent = () if families.of(config).layer_scale else LAYER_SCALES
     rows = tuple(

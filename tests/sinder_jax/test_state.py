@@ -207,7 +207,7 @@ def altered_params(path: str, alter: Any) -> dict[str, Any]:
             lambda x: x[:5],
             r"fc1/kernel has shape \(5, 48, 192",
         ),
-        ("head/kernel", lambda _: np.ones(3), "head/kernel is not of this model"),
+        ("head/kernel", lambda _: np.ones(3), "head/kernel is surplus"),
     ],
     ids=["missing", "misshapen", "surplus"],
 )

@@ -356,7 +356,7 @@ def test_params_that_do_not_fit_are_all_named():
         param_tree.check_shapes(config, traverse_util.unflatten_dict(wrong, sep="/"))
     for part in (
         "mask_token is missing",
-        "register_tokens is not of this model",
+        "register_tokens is surplus",
         "norm/bias has shape (3,), not (16,)",
     ):
         assert part in str(caught.value)
