@@ -23,7 +23,6 @@ from ml_collections import ConfigDict
 from experiments import config as config_files
 from experiments.run import cluster, inputs, results, sharing, sinks, tracing
 from experiments.run.cluster import Cluster, Vote
-from experiments.run.frozen import Thawed, freeze, thaw
 from experiments.run.heartbeat import Heartbeat, own_command, refuse_if_alive
 from experiments.run.journal import Dispatched, Journal
 from experiments.run.progress import Progress, duration
@@ -33,6 +32,8 @@ from experiments.run.workdir import Workdir
 from sinder_jax import cli, families, param_tree, repair
 from sinder_jax.data import batches
 from sinder_jax.data.listing import Photograph
+from sinder_jax.storage import original as stored
+from sinder_jax.storage.original import Original
 
 EXAMPLE = """\
 examples:
@@ -77,7 +78,7 @@ class Job(NamedTuple):
 class Course(NamedTuple):
     """Where the run stands: the state in motion, and what it is held against."""
 
-    original: Thawed
+    original: Original
     runner: Runner
     observer: results.Observer
     position: int
@@ -178,13 +179,13 @@ def begin(job: Job, heartbeat: Heartbeat) -> Course:
     processes.say(f"{config.images_per_step} images a step on {job.devices_as_text}")
     # Computed once, stored, read by every process and every resume.
     if processes.is_first and not workdir.frozen.exists():
-        freeze(config, workdir, heartbeat.phase)
+        inputs.prepare(config, workdir, heartbeat.phase)
     while not workdir.frozen.exists():  # not in a collective, which may time out
         time.sleep(1.0)
     processes.barrier()
     heartbeat.phase("loading")
-    original = thaw(workdir)
-    model, params = original.model, original.params
+    original = stored.load(workdir.frozen)
+    model, params = original.model.config, original.model.params
     with on_host():  # the runner makes a copy for each device, or splits it over them
         frozen, state = repair.init(
             model, params, job.options, original.directions, original.factors
@@ -237,8 +238,8 @@ def loop(
     stream = batches.stream(
         job.train,
         config.image_size,
-        patch_size=course.original.model.patch_size,
-        statistics=families.of(course.original.model).statistics,
+        patch_size=course.original.model.config.patch_size,
+        statistics=families.of(course.original.model.config).statistics,
         start=position,
         batch_size=batch,
         part=(processes.process, processes.processes),
@@ -315,15 +316,8 @@ def finish(job: Job, course: Course, heartbeat: Heartbeat, began: float) -> None
     saved, repaired = course.runner.saved(), course.runner.params()
     if not workdir.writes:
         return
-    files = results.export(workdir, original.model, repaired, original.provenance)
-    files += results.export_delta(
-        workdir,
-        original.model,
-        original.params,
-        original.factors,
-        param_tree.flatten(saved["eps"]),
-        original.provenance,
-    )
+    files = results.export(workdir, original.model, repaired)
+    files += results.export_delta(workdir, original, param_tree.flatten(saved["eps"]))
     with workdir.output("before_after.png") as path:
         results.save_png(path, course.observer.picture(watch(job), repaired))
     measures = {

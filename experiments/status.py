@@ -1,9 +1,9 @@
-"""Where a run stands, and whether it is alive: one screen, from its files alone.
+"""Shows where a run stands and if it is alive: one screen, from its files alone.
 
-    workdir/{config,alive,summary}.json, metrics.jsonl, states/ --read--> Status
-    Status --lines--> text        (--json: the same numbers for a program)
+    workdir/{config,alive,summary}.json, metrics.jsonl, states/ --read--> dict
+    dict --lines--> text        (--json: the same numbers for a program)
 
-JAX is not started, so that it may be asked for on any machine, and at any time.
+JAX is not started: a status can be asked for on any machine, at any time.
 """
 
 import json
@@ -15,15 +15,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from experiments.run import heartbeat
 from experiments.run.progress import duration
 from sinder_jax import cli
+from sinder_jax.storage import run_files
+from sinder_jax.storage.paths import AnyPath, as_path
 
-WINDOW = 100  # images with a defect that a median loss is of, at most
-NAMED = 5  # files that are named of those that are bad
-KNOWN = ("config.json", heartbeat.FILE, "metrics.jsonl", "frozen", "states")
+WINDOW = 100  # at most so many images with a defect make up a median loss
+NAMED = 5  # so many bad files are named
 BARS = "▁▂▃▄▅▆▇█"
 ESSENTIALS = ("lr", "momentum", "mask_thr", "active_blocks", "images_per_step")
 EXAMPLE = """\
@@ -41,140 +40,114 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Prints the status of a workdir; returns 0.
 
     Raises:
-      ValueError, OSError: the folder holds no run, or cannot be read.
+      ValueError, OSError: the folder holds no run or cannot be read.
     """
-    args = _parser().parse_args(argv)
-    status = read(epath.Path(args.workdir), now=time.time())
-    if args.json:
-        print(json.dumps(status, indent=2))
-    else:
-        print("\n".join(lines(status)))
+    parser = cli.Parser(
+        prog="python -m experiments.status",
+        description="Show where a repair stands and if it is alive.",
+        epilog=EXAMPLE,
+    )
+    parser.add_argument("workdir", metavar="WORKDIR", help="of the repair, local or gs")
+    parser.add_argument("--json", action="store_true", help="for a program")
+    args = parser.parse_args(argv)
+    status = read(as_path(args.workdir), now=time.time())
+    print(json.dumps(status, indent=2) if args.json else "\n".join(lines(status)))
     return 0
 
 
 # --- Reading --------------------------------------------------------------------------
 
 
-def read(workdir: Any, *, now: float) -> dict[str, Any]:
-    """All that is known of a run, as JSON values; what is not yet known is None.
+def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
+    """Everything known of a run, as JSON values; None for what is not known yet.
 
     Args:
-      workdir: an `etils.epath.Path`.
+      workdir: a folder of a disk or a bucket.
       now: seconds, Unix time.
 
     Raises:
-      ValueError: `workdir` is no folder, or holds no file of a run.
+      ValueError: `workdir` is not a folder, or holds no file of a run.
     """
     if not workdir.is_dir():
         raise ValueError(f"{workdir} is no folder: give the --workdir of a repair")
-    if not any((workdir / name).exists() for name in KNOWN):
+    if not run_files.is_workdir(workdir):
         raise ValueError(f"{workdir} holds no run: give the --workdir of a repair")
-    config = _read_json(workdir / "config.json")
-    alive = _read_json(workdir / heartbeat.FILE)
-    summary = _read_json(workdir / "summary.json")
-    rows = _read_rows(workdir / "metrics.jsonl")
-    states, damaged = _read_states(workdir / "states")
+    config, alive, summary = (
+        _read_json(workdir / name)
+        for name in (run_files.CONFIG, run_files.ALIVE, run_files.SUMMARY)
+    )
+    rows = run_files.read_metrics(workdir)
+    folder = workdir / run_files.STATES
+    states = [run_files.number_of(path) for path in run_files.numbered(folder)]
     # A bucket's metrics are written with each state only; the sign of life is newer.
-    told = (_of(alive, "images"), rows[-1]["image"] + 1 if rows else 0)
-    images = max(0, *states, *(n for n in told if isinstance(n, int)))
-    finished = _of(summary, "finished") is True  # else it says how far the run came
+    counts = (alive.get("images"), rows[-1]["image"] + 1 if rows else 0)
+    images = max(0, *states, *(n for n in counts if isinstance(n, int)))
+    finished = summary.get("finished") is True
+    limit = config.get("max_iter")
     return {
         "workdir": str(workdir),
-        "model": _of(config, "model"),
-        "checkpoint": _of(config, "checkpoint"),
-        "data": _of(config, "data"),
-        **{key: _of(config, key) for key in ESSENTIALS},
-        "prepared": (workdir / "frozen").exists(),
+        **{key: config.get(key) for key in ("model", "checkpoint", "data")},
+        **{key: config.get(key) for key in ESSENTIALS},
+        "prepared": (workdir / run_files.FROZEN).exists(),
         **_life(alive, finished, now),
         "images": images,
-        "max_iter": _of(config, "max_iter"),
-        **_pace(alive, images, _of(config, "max_iter")),
-        **_stopping(config, rows),
+        "max_iter": limit,
+        **_pace(alive.get("history") or [], images, limit),
+        "share_without_defect": rows[-1].get("skipped") if rows else None,
+        "history": config.get("history"),
+        "stop_share": config.get("stop_share"),
         **_defects(rows),
-        **_bad(rows),
+        **_bad(rows, "not_finite", "finite"),
+        **_bad(rows, "unreadable", "readable"),
         "newest_state": max(states, default=None),
         "images_lost_if_killed": 0 if finished else images - max(states, default=0),
-        "damaged_states": damaged,
+        "damaged_states": sorted(path.name for path in folder.glob("*.damaged")),
         "finished": finished,
-        "files": _of(summary, "files") or [],
+        "files": summary.get("files") or [],
     }
 
 
-def _read_json(path: Any) -> dict[str, Any] | None:
-    """A file's object; None where there is none, or not yet a whole one."""
+def _read_json(path: AnyPath) -> dict[str, Any]:
+    """A file's object; empty if there is none, or not a complete one yet."""
     try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):  # also bytes that are no text
-        return None
-    return value if isinstance(value, dict) else None
-
-
-def _of(values: Mapping[str, Any] | None, key: str) -> Any:
-    return None if values is None else values.get(key)
-
-
-def _read_rows(path: Any) -> list[Row]:
-    """The whole lines; one that a kill or a running write cut is passed over."""
-    try:
-        text = path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
-        return []
-    rows: list[Row] = []
-    for line in text.split("\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get("image"), int):
-            rows.append(row)
-    return rows
-
-
-def _read_states(folder: Any) -> tuple[list[int], list[str]]:
-    """Numbers of images that there are states of; names of those set aside."""
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    states = [int(name) for name in names if name.isascii() and name.isdigit()]
-    return sorted(states), sorted(name for name in names if name.endswith(".damaged"))
+        return run_files.read_json(path)
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 # --- Counting -------------------------------------------------------------------------
 
 
-def _life(alive: dict[str, Any] | None, finished: bool, now: float) -> dict[str, Any]:
+def _life(alive: Row, finished: bool, now: float) -> dict[str, Any]:
+    life = running = None
     try:
-        life = None if alive is None else heartbeat.judge(alive, now=now)
-        running = None if alive is None else max(0.0, now - alive["started"])
-    except (KeyError, TypeError, AttributeError):  # of another version
-        alive = life = running = None
+        if alive:
+            life = heartbeat.judge(alive, now=now)
+            running = max(0.0, now - alive["started"])
+    except (KeyError, TypeError, AttributeError):  # written by another version
+        alive, life = {}, None
     return {
-        "phase": "finished" if finished else _of(alive, "phase"),
+        "phase": "finished" if finished else alive.get("phase"),
         "alive": None if life is None else life.alive and not finished,
         "sign_of_life_seconds_ago": None if life is None else round(life.age, 1),
         "process_was_looked_for": life is not None and life.seen,
-        **{key: _of(alive, key) for key in ("host", "pid", "devices", "processes")},
+        **{key: alive.get(key) for key in ("host", "pid", "devices", "processes")},
         "running_seconds": running,
-        "command": _of(alive, "command"),
+        "command": alive.get("command"),
     }
 
 
-def _pace(alive: Row | None, images: int, max_iter: int | None) -> dict[str, Any]:
-    """Images a second over the last minutes, and how long all would take at most."""
-    history = _of(alive, "history") or []
+def _pace(
+    history: Sequence[Sequence[float]], images: int, limit: int | None
+) -> dict[str, Any]:
+    """Images per second over the last minutes, and how long the rest takes at most."""
     rate = left = None
     if len(history) > 1:
         (begin, first), (end, last) = history[0], history[-1]
         rate = (last - first) / (end - begin) if end > begin else None
-    if rate and max_iter is not None:
-        left = (max_iter - images) / rate
+    if rate and limit is not None:
+        left = (limit - images) / rate
     return {"images_per_second": rate, "seconds_left_at_most": left}
-
-
-def _stopping(config: Row | None, rows: Sequence[Row]) -> dict[str, Any]:
-    return {
-        "share_without_defect": rows[-1].get("skipped") if rows else None,
-        "history": _of(config, "history"),
-        "stop_share": _of(config, "stop_share"),
-    }
 
 
 def _defects(rows: Sequence[Row]) -> dict[str, Any]:
@@ -186,37 +159,24 @@ def _defects(rows: Sequence[Row]) -> dict[str, Any]:
     return {
         "images_with_defect": len(found),
         "defects_by_block": {str(block): counts[block] for block in sorted(counts)},
-        "loss_at_start": _median(losses[:window]),
-        "loss_now": _median(losses[-window:]),
+        "loss_at_start": statistics.median(losses[:window]) if losses else None,
+        "loss_now": statistics.median(losses[-window:]) if losses else None,
         "loss_window": window,
     }
 
 
-def _bad(rows: Sequence[Row]) -> dict[str, Any]:
-    bad = [row for row in rows if row.get("finite") is False]
-    unreadable = [row for row in rows if row.get("readable") is False]
-    return {
-        "images_not_finite": len(bad),
-        "files_not_finite": _names(bad),
-        "images_unreadable": len(unreadable),
-        "files_unreadable": _names(unreadable),
-    }
-
-
-def _median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    """The first few different files."""
-    return list(dict.fromkeys(str(row.get("file")) for row in rows))[:NAMED]
+def _bad(rows: Sequence[Row], name: str, key: str) -> dict[str, Any]:
+    """Number of images whose `key` is false, and the first few different files."""
+    bad = [str(row.get("file")) for row in rows if row.get(key) is False]
+    files = list(dict.fromkeys(bad))[:NAMED]
+    return {f"images_{name}": len(bad), f"files_{name}": files}
 
 
 # --- One screen -----------------------------------------------------------------------
 
 
 def lines(status: Mapping[str, Any]) -> list[str]:
-    """The status as text, a label before every line."""
+    """The status as text, each line with its label."""
     shown = {
         "run": status["workdir"],
         "model": _model_line(status),
@@ -251,7 +211,7 @@ def _life_line(status: Row) -> str:
     if status["finished"]:
         return "finished"
     if ago is None:
-        return f"unknown: no {heartbeat.FILE}"
+        return f"unknown: no {run_files.ALIVE}"
     seen = f"last sign of life {duration(ago)} ago"
     where = f"process {status['pid']} on {status['host']}"
     if status["alive"]:
@@ -349,17 +309,6 @@ def _next_line(status: Row) -> str:
 
 def _is_unicode() -> bool:
     return (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
-
-
-def _parser() -> cli.Parser:
-    parser = cli.Parser(
-        prog="python -m experiments.status",
-        description="Say where a repair stands, and whether it is alive.",
-        epilog=EXAMPLE,
-    )
-    parser.add_argument("workdir", metavar="WORKDIR", help="of the repair, local or gs")
-    parser.add_argument("--json", action="store_true", help="for a program")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""A sign of life: `alive.json` in the workdir says that a run lives, and what it does.
+"""Signs of life: `alive.json` in the workdir says that a run is alive and what it does.
 
-    phase, images --Heartbeat, every 5 s--> alive.json --judge--> alive, or not since
+    phase, images --Heartbeat, every 5 s--> alive.json --judge--> alive or dead
 
-A thread of its own writes it, so that a long compilation or factorization counts as
-alive and a slow disk never holds up the run. Of many processes only the first writes.
+A thread writes the file, so that a run counts as alive during a long compilation or
+factorization, and never waits for a slow disk. Only process 0 writes.
 """
 
 import json
@@ -13,39 +13,42 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from experiments.run import stopping
 from sinder_jax import cli
+from sinder_jax.storage import files, run_files
+from sinder_jax.storage.paths import AnyPath
 
-FILE = "alive.json"
 EVERY = 5.0  # seconds between two signs of life
-SILENT = 30.0  # seconds without one: dead, where the process itself cannot be looked at
-HISTORY = 60  # pairs of time and images, for the rate: five minutes of them or more
-LAST_WORDS = 10.0  # seconds the end of a run waits for the last write
-# A phase that begins like this is the last one.
+SILENT = 30.0  # seconds of silence that mean dead, if the process cannot be looked up
+HISTORY = 60  # pairs of time and images, for the rate: five minutes or more
+LAST_WORDS = 10.0  # seconds that the end of a run waits for the last write
+# A phase that begins with one of these is the last one.
 ENDS = ("finished", "stopped", "failed")
 
 
 class Heartbeat:
-    """Writes `alive.json`, whole or not at all; use as a context manager.
+    """Writes `alive.json`; use as a context manager.
 
-    Leaving the block ends it as "finished", or as "failed: ..." where an exception
-    passes, unless the phase already says how the run ended. That it cannot be written
-    is nobody's concern here: the run will find out itself.
+    Leaving the block writes "finished", or "failed: ..." after an exception, unless the
+    phase already says how the run ended. Errors of writing are ignored here: the run
+    meets them itself.
 
     Args:
-      workdir: a `pathlib.Path` or an `etils.epath.Path`, which may be remote.
+      workdir: a folder of a disk or a bucket.
       devices: as text, such as "8 x TPU v4".
       processes: how many there are.
-      command: what started the run; None: this process's own command line.
-      writes: False for the processes that leave it to another one.
+      command: how to start the run again; None: this process's command line.
+      writes: False for processes that leave writing to process 0.
     """
 
     def __init__(
         self,
-        workdir: Any,
+        workdir: AnyPath,
         *,
         devices: str = "",
         processes: int = 1,
@@ -54,7 +57,7 @@ class Heartbeat:
     ):
         now = time.time()
         self._writes = writes
-        self._path = workdir / FILE
+        self._path = workdir / run_files.ALIVE
         self._facts: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -74,31 +77,27 @@ class Heartbeat:
         )
 
     def __enter__(self) -> "Heartbeat":
-        """Writes the first sign of life and keeps on."""
+        """Starts the thread that writes."""
         if self._writes:
             self._thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Writes how the run ended."""
+        """Writes how the run ended and stops the thread."""
         if not self._facts["phase"].startswith(ENDS):
             self._facts["phase"] = _ending(error)
         self._closing = True
         self._changed.set()
         if self._writes:
-            self._thread.join(LAST_WORDS)  # not for ever: the disk may hang
+            self._thread.join(LAST_WORDS)  # the disk may hang
 
     def phase(self, text: str) -> None:
-        """What the run does from now on; written at once, by the thread."""
+        """Sets what the run does from now on; the thread writes it at once."""
         self._facts["phase"] = " ".join(text.split())
         self._changed.set()
 
-    def devices(self, text: str, processes: int) -> None:
-        """What the run computes on, once that is known."""
-        self._facts |= {"devices": text, "processes": processes}
-
     def images(self, passed: int) -> None:
-        """How many images the run has passed."""
+        """Sets how many images the run has passed."""
         self._facts["images"] = passed
 
     def _beat(self) -> None:
@@ -113,17 +112,9 @@ class Heartbeat:
         history = self._facts["history"]
         if not history or history[-1][1] != passed:
             self._facts["history"] = [*history[1 - HISTORY :], (now, passed)]
-        # An object of a bucket appears whole; a file does by its renaming.
-        remote = "://" in str(self._path)
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        try:
-            text = json.dumps(self._facts | {"time": now}) + "\n"
-            (self._path if remote else partial).write_text(text)
-            if not remote:
-                partial.replace(self._path)
-        # A remote disk's client raises what it likes; the next beat tries again.
-        except Exception:
-            pass
+        # A bucket's client may raise anything; the next beat tries again.
+        with suppress(Exception):
+            files.write(self._path, json.dumps(self._facts | {"time": now}) + "\n")
 
 
 def _ending(error: BaseException | None) -> str:
@@ -139,7 +130,7 @@ def _ending(error: BaseException | None) -> str:
 
 
 def own_command() -> str:
-    """This process's command line, to be typed again."""
+    """This process's command line, ready to be typed again."""
     program = sys.argv[0]
     module = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None)
     start = [Path(sys.executable).name, *(["-m", module] if module else [program])]
@@ -150,12 +141,12 @@ def own_command() -> str:
 
 
 class Life(NamedTuple):
-    """Whether a run is alive.
+    """Whether a run is alive, and how that was found out.
 
     Attributes:
-      alive: the judgement.
+      alive: True if the run counts as alive.
       age: seconds since the last sign of life, by this machine's clock.
-      seen: the process itself could be looked for; otherwise only `age` counts.
+      seen: True if the process could be looked up; otherwise only `age` counts.
     """
 
     alive: bool
@@ -163,15 +154,15 @@ class Life(NamedTuple):
     seen: bool
 
 
-def judge(facts: dict[str, Any], *, now: float) -> Life:
-    """Whether the run that wrote this `alive.json` still lives.
+def judge(facts: Mapping[str, Any], *, now: float) -> Life:
+    """Tells if the run that wrote this `alive.json` is still alive.
 
-    On the same machine the process is looked for: by its number and the moment it
-    began, since numbers are given again. Elsewhere, in another container too, a sign of
-    life younger than 30 s counts; the clocks of the two machines should agree.
+    On the same machine the process is looked up, by its number and its start time:
+    numbers are used again. Elsewhere, also in another container, a sign of life younger
+    than 30 s counts; the clocks of the two machines should agree.
 
     Args:
-      facts: what `alive.json` holds.
+      facts: the content of `alive.json`.
       now: seconds, Unix time.
     """
     age = max(0.0, now - facts["time"])
@@ -185,10 +176,10 @@ def judge(facts: dict[str, Any], *, now: float) -> Life:
     return Life(age < SILENT, age, False)
 
 
-def refuse_if_alive(workdir: Any) -> None:
+def refuse_if_alive(workdir: AnyPath) -> None:
     """Refuses a workdir in which another run is writing.
 
-    A run of another machine that was alive a moment ago is given time to prove it.
+    Waits for a sign of life of a run on another machine that was alive a moment ago.
 
     Args:
       workdir: as for `Heartbeat`.
@@ -214,15 +205,15 @@ def refuse_if_alive(workdir: Any) -> None:
         )
 
 
-def _read(workdir: Any) -> dict[str, Any] | None:
+def _read(workdir: AnyPath) -> dict[str, Any] | None:
     try:
-        return json.loads((workdir / FILE).read_text())
-    except Exception:  # not there yet, or a remote disk's client raises what it likes
+        return run_files.read_json(workdir / run_files.ALIVE)
+    except Exception:  # not written yet, or a bucket's client fails
         return None
 
 
 def _process(pid: int) -> dict[str, str] | None:
-    """The process space and start of a live process; None: none, or not Linux."""
+    """PID namespace and start time of a live process; None if dead or not on Linux."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -1,23 +1,30 @@
 """What a repair reads: photographs and weights, or how to get them.
 
-config.data --> photographs to repair on, others held out
-config.checkpoint --> ViTConfig, params (planted, for the demo)
+config.data --photographs--> those to repair on, others held out
+config.checkpoint --load_model--> Model (planted, for the demo)
+Model --prepare--> model, factors and directions in workdir/frozen
 """
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import convert
 from convert import fetch
 from convert.files import writing
-from sinder_jax import param_tree, planted, repair, vit
+from experiments.run.progress import duration
+from experiments.run.workdir import Workdir
+from sinder_jax import defects, factor, planted, repair, vit
 from sinder_jax.data import batches, decode, listing
 from sinder_jax.data.listing import Photograph
-from sinder_jax.storage import paths
+from sinder_jax.model import Model
+from sinder_jax.storage import original, paths
+from sinder_jax.storage.original import Original
 
 PLANTED = "planted"
 # What must agree with config.model; the rest is how a checkpoint is resampled.
@@ -34,7 +41,7 @@ LARGEST = 2**31 - 1  # positions are counted in int32
 
 
 def repair_options(config: ConfigDict) -> repair.RepairOptions:
-    """The options of the step; `active_blocks=0` in a config means all.
+    """Returns the step's options; `active_blocks=0` in a config means all blocks.
 
     Raises:
       ValueError: an option or an interval out of range.
@@ -55,16 +62,16 @@ def repair_options(config: ConfigDict) -> repair.RepairOptions:
 def photographs(
     config: ConfigDict, say: Callable[[str], None] = print
 ) -> tuple[list[Photograph], list[Photograph]]:
-    """The training list, and the photographs that are not on it.
+    """Returns the training list and the photographs that are not on it.
 
     Args:
-      config: says where they are and how many are wanted.
-      say: is told when there are fewer.
+      config: says where they are and how many to use.
+      say: called with one line if there are fewer.
 
     Raises:
-      ValueError: no data given, or no image there that can be read; says what to give.
-        Also a side that is no whole patches, or a `config.resize` that cannot be.
-      FileNotFoundError: there is no such folder, list or dataset.
+      ValueError: no data given, no readable image, an image size that is not a multiple
+        of the patch size, or an impossible `config.resize`; says what to give.
+      FileNotFoundError: no such folder, list or dataset.
     """
     patch_size = architecture(config).patch_size
     decode.check_side("config.image_size", config.image_size, patch_size)
@@ -78,7 +85,7 @@ def photographs(
     train = batches.training_list(
         found, config.num_images, shuffle_seed=config.shuffle_seed
     )
-    if not any(map(is_readable, train)):  # ends at the first that is
+    if not any(map(is_readable, train)):  # stops at the first readable one
         raise ValueError(
             f"none of the {len(train)} images of {config.data} can be read, the first "
             f"is {train[0].name}"
@@ -88,13 +95,13 @@ def photographs(
             f"only {len(found)} photographs in {config.data}, {config.num_images} "
             "asked for: all are used, over and over"
         )
-    names = {photograph.name for photograph in train}  # a list may have one twice
+    names = {photograph.name for photograph in train}  # a list may repeat one
     rest = batches.held_out(found, config.num_images)
     return train, [photograph for photograph in rest if photograph.name not in names]
 
 
 def check_resize(config: ConfigDict) -> None:
-    """Refuses a `config.resize` that is unknown, or impossible for so many images.
+    """Refuses an unknown `config.resize`, or one that needs single-image steps.
 
     Raises:
       ValueError: says what to give.
@@ -108,7 +115,7 @@ def check_resize(config: ConfigDict) -> None:
 
 
 def is_readable(photograph: Photograph) -> bool:
-    """Whether a photograph can be had and decoded; does both."""
+    """True if a photograph can be read and decoded; does both."""
     try:
         photograph.read()
     except decode.UnreadableImage:
@@ -120,8 +127,8 @@ def check_weights_given(config: ConfigDict) -> None:
     """Refuses a config without weights, before anything is written.
 
     Raises:
-      ValueError: an unknown model, or no checkpoint; says what to fetch and to call.
-      FileNotFoundError: the checkpoint does not exist; likewise.
+      ValueError: an unknown model or no checkpoint; says what to fetch and to run.
+      FileNotFoundError: the checkpoint does not exist; says the same.
     """
     if config.model == PLANTED:
         if config.checkpoint:
@@ -163,39 +170,25 @@ def how_to_get(model: str) -> str:
     )
 
 
-class Original(NamedTuple):
-    """The model that a repair starts from.
-
-    Attributes:
-      config: its architecture, resampled as the run's config says.
-      params: its params, float32.
-      provenance: where its weights come from, see `sinder_jax.model.Model`.
-    """
-
-    config: vit.ViTConfig
-    params: dict[str, Any]
-    provenance: dict[str, Any]
-
-
-def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
-    """The original model.
+def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
+    """Opens the model to repair; its config resamples as the run's config says.
 
     Args:
-      config: names model and checkpoint, a directory of ours, of a disk or a bucket, or
-        PyTorch files.
-      planted_file: where planted weights, if it is them, are written and read from.
+      config: names model and checkpoint: a directory of ours, on a disk or in a bucket,
+        or PyTorch files.
+      planted_file: where a planted model is written, and read like any other.
 
     Raises:
       ValueError: no checkpoint, a damaged one, or one of another model.
     """
     path = paths.as_path(config.checkpoint)
-    want = architecture(config)
     if config.model == PLANTED:
         path = planted_file
         made = planted.planted_model(config.seed)
         state_dict = convert.to_torch(made.config, made.params)
         writing.write_state_dict(path, state_dict, overwrite=True)
     model = convert.open_model(path)
+    want = architecture(config)
     wrong = [
         f"{name} is {getattr(model.config, name)} and not {getattr(want, name)}"
         for name in ARCHITECTURE
@@ -203,10 +196,47 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Original:
     ]
     if wrong:
         raise ValueError(f"{path} is not {config.model}: {', '.join(wrong)}")
-    return Original(
-        dataclasses.replace(
-            model.config, interpolate_antialias=config.interpolate_antialias
-        ),
-        param_tree.unflatten(dict(model.leaves())),
-        dict(model.provenance),
+    resampled = dataclasses.replace(
+        model.config, interpolate_antialias=config.interpolate_antialias
+    )
+    return dataclasses.replace(model, config=resampled)
+
+
+def prepare(
+    config: ConfigDict,
+    workdir: Workdir,
+    show_phase: Callable[[str], None] = lambda phase: None,
+) -> None:
+    """Loads the model, computes factors and directions, and stores all three.
+
+    Every start and every process of the run reads the stored ones: ε belongs to that
+    basis.
+
+    Args:
+      config: the run's config.
+      workdir: where they are stored.
+      show_phase: called with the name of each phase.
+    """
+    with workdir.output("planted.safetensors") as path:
+        model = load_model(config, path)
+        params = model.params
+    vit.patch_grid(model.config, config.image_size, config.image_size)
+    began = time.monotonic()
+    show_phase("directions")
+    print(f"directions of {model.config.depth} blocks, {config.method}", flush=True)
+    found = defects.singular_defects(
+        model.config,
+        params,
+        config.method,
+        key=jax.random.key(config.seed),
+        num_probes=config.num_probes,
+    )
+    show_phase("singular values")
+    print(f"singular values of {4 * model.config.depth} kernels", flush=True)
+    factors = factor.factorize(model.config, params)
+    print(f"both took {duration(time.monotonic() - began)}", flush=True)
+    show_phase("storing the original model")
+    directions = found.directions.astype(np.float32)
+    original.save(
+        workdir.frozen, Original(model, factors, directions), found.gaps.tolist()
     )

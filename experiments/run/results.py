@@ -20,36 +20,36 @@ from convert import layouts, saving
 from experiments.run import sinks
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, delta, factor, families, vit
+from sinder_jax import checkpoint, delta, families, vit
 from sinder_jax.analysis import defective
 from sinder_jax.analysis.tokens import last_patches
 from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
 from sinder_jax.model import Model
 from sinder_jax.storage import array_store, delta_file, files
+from sinder_jax.storage.original import Original
 
 
-def export(
-    workdir: Workdir,
-    config: vit.ViTConfig,
-    params: Any,
-    provenance: Mapping[str, Any],
-) -> list[str]:
-    """Writes the repaired model for JAX and PyTorch; names what was written.
+def export(workdir: Workdir, original: Model, params: Any) -> list[str]:
+    """Writes the repaired model for JAX and PyTorch; returns the names of the files.
 
-    `repaired/` is a checkpoint, `repaired.safetensors` has the hub's names, and so has
-    `repaired.pth`, written where torch is installed. All say where the weights that
-    were repaired come from.
+    `repaired/` is a checkpoint; `repaired.safetensors` and, where torch is installed,
+    `repaired.pth` have the hub's names. All say where the repaired weights come from.
+
+    Args:
+      workdir: where they are written.
+      original: the model before the repair.
+      params: the repaired params.
     """
-    repaired = Model.of(config, params, provenance)
+    repaired = Model.of(original.config, params, original.provenance)
     repaired = repaired.with_step(f"repaired by {array_store.tool()}")
     target = workdir.path / "repaired"
-    if not target.exists():  # else from a finish that was cut short: the same model
-        checkpoint.save(target, config, params, repaired.provenance)
+    if not target.exists():  # else a finish was cut short: the same model
+        checkpoint.save(target, repaired.config, params, repaired.provenance)
     names = ["repaired.safetensors"]
     if importlib.util.find_spec("torch"):
         names.append("repaired.pth")
-    table = layouts.table_of("dinov2", config)
+    table = layouts.table_of("dinov2", repaired.config)
     for name in names:
         with workdir.output(name) as path:
             saving.save(path, repaired, table, overwrite=True)
@@ -57,23 +57,24 @@ def export(
 
 
 def export_delta(
-    workdir: Workdir,
-    config: vit.ViTConfig,
-    params: Any,
-    factors: factor.Factors,
-    eps: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    workdir: Workdir, original: Original, eps: Mapping[str, Any]
 ) -> list[str]:
     """Writes what the repair changed, `repaired.patch.safetensors`; names the file.
 
-    Nothing is written where it changed nothing.
+    Writes nothing if the repair changed nothing.
+
+    Args:
+      workdir: where it is written.
+      original: model and factors before the repair.
+      eps: ε by kernel name, [L, S].
     """
     if not any(np.any(e) for e in eps.values()):
         return []
-    made = delta.from_eps(config, params, factors, eps)
+    model = original.model
+    made = delta.from_eps(model.config, model.params, original.factors, eps)
     with workdir.output("repaired.patch.safetensors") as path:
-        path.unlink(missing_ok=True)  # from a finish cut short: the same patch
-        delta_file.save(path, made, {"provenance": json.dumps(dict(provenance))})
+        path.unlink(missing_ok=True)  # left by a finish that was cut short
+        delta_file.save(path, made, {"provenance": json.dumps(dict(model.provenance))})
     return [path.name]
 
 

@@ -1,9 +1,9 @@
-"""`--profile=START:STOP`: what the devices do between two images, as a trace.
+"""`--profile=START:STOP`: a trace of the devices between two numbers of images.
 
     "100:120" --parse--> Span --Tracer.at(images)--> workdir/profile/
 
-TensorBoard (with its profile plugin) and xprof show the trace. Not called `profile`,
-which is a module of Python's own.
+TensorBoard (with its profile plugin) and xprof show the trace. Not called `profile`:
+Python has a module of that name.
 """
 
 import shutil
@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from etils import epath
+
+from sinder_jax.storage import files, paths
+from sinder_jax.storage.paths import StrPath
 
 FOLDER = "profile"
 
@@ -46,24 +48,24 @@ def parse(text: str) -> Span:
 class Tracer:
     """Traces the span of a run; use as a context manager around the loop.
 
-    A trace that cannot be made is said once and does not end the run.
+    A failed trace is a warning and does not end the run.
 
     Args:
       span: from `parse`; None: no trace.
-      workdir: the trace goes into its folder `profile`; may be remote.
+      workdir: the trace goes into its folder `profile`; may be in a bucket.
     """
 
-    def __init__(self, span: Span | None, workdir: Any):
-        self._span, self._target = span, epath.Path(workdir) / FOLDER
-        self._remote = "://" in str(self._target)
-        self._folder: Path | None = None  # where a trace is being written to
+    def __init__(self, span: Span | None, workdir: StrPath):
+        self._span, self._target = span, paths.as_path(workdir) / FOLDER
+        self._remote = paths.is_remote(self._target)
+        self._folder: Path | None = None  # of the trace being written
 
     def __enter__(self) -> "Tracer":
         """Nothing yet: the first image decides."""
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        """Completes a trace that the loop's end cuts short."""
+        """Stops a trace that is still on when the loop ends."""
         if self._folder is not None:
             self._stop()
         elif self._span is not None:
@@ -75,8 +77,8 @@ class Tracer:
 
         Args:
           position: images passed so far.
-          pending: what the devices are still computing. It is waited for where the
-            trace starts or stops, so that it holds the steps of its span, whole.
+          pending: what the devices are still computing; waited for before the trace
+            starts or stops, so that it holds whole steps.
         """
         if self._span is None:
             return
@@ -92,7 +94,7 @@ class Tracer:
         try:
             jax.profiler.start_trace(folder)
             self._folder = folder
-        except Exception as error:  # of the profiler's, of many kinds
+        except Exception as error:  # the profiler raises many kinds
             self._span = None
             self._say(f"no trace: {error}")
 
@@ -102,18 +104,10 @@ class Tracer:
         try:
             jax.profiler.stop_trace()
             if self._remote:  # the profiler writes local files only
-                _upload(folder, self._target)
+                files.upload(folder, self._target)
+                shutil.rmtree(folder)
         except Exception as error:
             self._say(f"the trace is lost: {error}")
 
     def _say(self, text: str) -> None:
         print(f"warning: --profile: {text}", file=sys.stderr)
-
-
-def _upload(folder: Path, target: Any) -> None:
-    """Moves the files of a local folder to a remote one."""
-    for source in (path for path in folder.rglob("*") if path.is_file()):
-        copy = target / source.relative_to(folder).as_posix()
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(source.read_bytes())
-    shutil.rmtree(folder)

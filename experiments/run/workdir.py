@@ -1,20 +1,15 @@
-"""The files of a repair run: what it was started with, where it stands, what it made.
+"""The files of a repair run, as the run itself reads and writes them.
 
-    workdir/config.json       the config of the first start
-    workdir/frozen/           original params, factors, directions: written once
-    workdir/states/00000120/  ε, momentum, history after 120 images; the last ones
-    workdir/metrics.jsonl     one line an image
-    workdir/pictures/, before_after.png, repaired*, summary.json
+    config, states, metrics, pictures, summary --Workdir--> DIR or gs://bucket/name
 
-It is a folder of a disk, or gs://bucket/name. Each file appears whole or not at all;
-summary.json is the last one and ends a run, or says how far it came. No line can be
-added to an object of a bucket: there metrics.jsonl is written anew before each state.
+`storage.run_files` lists the files. Each appears whole or not at all; summary.json is
+last and ends a run, or says how far it came. An object in a bucket cannot grow: there
+metrics.jsonl is written anew before each state.
 """
 
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,12 +18,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sinder_jax import checkpoint
-from sinder_jax.storage import errors, paths
+from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.snapshots import Snapshots
 
 KEPT_STATES = 2
-# What may be changed when a run goes on: it does not change the result.
+# What may change when a run goes on: it does not change the result.
 FREE_KEYS = (
     "checkpoint",
     "checkpoint_every",
@@ -46,19 +41,19 @@ FREE_KEYS = (
 
 
 class Workdir:
-    """Reads and writes the files of one run; see the module's list.
+    """Reads and writes the files of one run.
 
-    Of a run of several processes one writes, and all read. A writer is to be closed, or
-    what it saved last may be lost.
+    One process of a run writes, and all read. Close a workdir that writes, or its last
+    state may be lost.
 
     Args:
       path: a folder, made if it does not exist; or gs://bucket/name.
-      writes: whether this process writes; another one makes and changes nothing.
+      writes: False for a process that must not make or change anything.
       keep_last, keep_every: which states are kept, see `snapshots.Snapshots`.
 
     Raises:
-      OSError: it cannot be made or written to.
-      ValueError: it is of a bucket, and what reads buckets is not installed.
+      OSError: the folder cannot be made or written to.
+      ValueError: a bucket, and the package that reads buckets is not installed.
     """
 
     def __init__(
@@ -71,6 +66,11 @@ class Workdir:
     ):
         self.path = paths.as_path(path)
         self.writes = writes
+        self.frozen = self.path / run_files.FROZEN
+        self.states = self.path / run_files.STATES
+        self.metrics = self.path / run_files.METRICS
+        self.pictures = self.path / run_files.PICTURES
+        self.summary = self.path / run_files.SUMMARY
         self._kept = {"keep_last": keep_last, "keep_every": keep_every}
         self._config: dict[str, Any] = {}
         self._lines: list[str] | None = None  # of metrics.jsonl, only for a bucket
@@ -93,10 +93,11 @@ class Workdir:
                 probe.unlink()
         except OSError as error:
             raise OSError(
-                f"--workdir={self.path} cannot be written to: {_reason(error)}"
+                f"--workdir={self.path} cannot be written to: {files.reason(error)}"
             ) from None
         if not paths.is_remote(self.path):
-            for name in ("frozen", "repaired"):  # what a kill left of hours of writing
+            # What a kill left of hours of writing.
+            for name in (run_files.FROZEN, run_files.REPAIRED):
                 for partial in Path(self.path).glob(f".{name}.*/"):
                     paths.remove(partial)
 
@@ -105,24 +106,24 @@ class Workdir:
     def settle_config(
         self, config: ConfigDict, *, images_per_step: int, force: bool = False
     ) -> None:
-        """Stores the config, or holds it against the one the run was started with.
+        """Stores the config, or compares it to the one the run was started with.
 
         Args:
-          config: its `images_per_step`, where 0, is set: to the stored one or, at the
+          config: if its `images_per_step` is 0, it is set to the stored one or, at the
             first start, to the argument.
           images_per_step: the number to start with.
-          force: go on with a config that changes the result. The one before is kept as
-            config.json.before_1 and so on.
+          force: go on with a config that changes the result. The previous one is kept
+            as config.json.before_1 and so on.
 
         Raises:
-          ValueError: a key that changes the result differs; names each.
+          ValueError: keys that change the result differ; names each.
         """
-        path = self.path / "config.json"
-        if not self.frozen.exists():  # nothing has been computed by another config
+        path = self.path / run_files.CONFIG
+        if not self.frozen.exists():  # nothing was computed with another config
             config.images_per_step = config.images_per_step or images_per_step
             self._store_config(config)
             return
-        stored = _read_json(path)
+        stored = run_files.read_json(path)
         config.images_per_step = config.images_per_step or stored["images_per_step"]
         changed = "; ".join(
             f"{key} was {stored.get(key)!r} and is {value!r}"
@@ -133,13 +134,16 @@ class Workdir:
             raise ValueError(
                 f"{self.path} holds a run with another config: {changed}. Choose "
                 "another --workdir, or go on with what it was started with; --force "
-                "goes on with the new one."
+                "goes on with the new one"
             )
         if changed and self.writes:
-            before = self._keep_config(path)
+            number = 1
+            while (before := path.with_name(f"{path.name}.before_{number}")).exists():
+                number += 1
+            files.write(before, path.read_text())
             print(
                 f"warning: {self.path} goes on with another config: {changed}. The one "
-                f"before is {before.name}.",
+                f"before is {before.name}",
                 file=sys.stderr,
             )
             self._store_config(config)
@@ -149,43 +153,28 @@ class Workdir:
         self._config = config.to_dict()
         if self.writes:
             text = json.dumps(self._config, indent=2) + "\n"
-            write_text(self.path / "config.json", text)
+            files.write(self.path / run_files.CONFIG, text)
 
-    def _keep_config(self, path: AnyPath) -> AnyPath:
-        number = 1
-        while (before := path.with_name(f"{path.name}.before_{number}")).exists():
-            number += 1
-        write_text(before, path.read_text())
-        return before
+    def _check_exists(self) -> None:
+        """Refuses to write into a workdir that was removed since the run started.
 
-    def _check_there(self) -> None:
-        """Before anything is written: nobody is to find half a run.
+        Otherwise half a run would lie there.
 
         Raises:
-          OSError: the folder was removed since the run was started.
+          OSError: the folder is gone.
         """
         if not self.writes:
-            raise RuntimeError("this process must leave writing to another one.")
+            raise RuntimeError("this process must leave writing to process 0")
         if paths.is_remote(self.path):
             return
-        settled = not self._config or (self.path / "config.json").exists()
+        settled = not self._config or (self.path / run_files.CONFIG).exists()
         if not (self.path.is_dir() and settled):
             raise FileNotFoundError(
                 f"--workdir={self.path} was removed while the run was going on: "
-                "nothing more is written."
+                "nothing more is written"
             )
 
-    # --- Frozen model and states ----------------------------------------------------
-
-    @property
-    def frozen(self) -> AnyPath:
-        """The checkpoint of what a repair reads and never changes."""
-        return self.path / "frozen"
-
-    @property
-    def states(self) -> AnyPath:
-        """The folder of the states."""
-        return self.path / "states"
+    # --- States ---------------------------------------------------------------------
 
     def save_state(
         self,
@@ -193,31 +182,31 @@ class Workdir:
         saved: Mapping[str, Any],
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Starts to write a state (`repair.to_saved`), after the metrics up to it.
+        """Starts to save a state (`repair.to_saved`), after the metrics up to it.
 
-        Its arrays may be changed at once. Old states are removed once it is there.
+        The arrays may be changed at once. Old states are removed once it is saved.
 
         Args:
           num_images: images passed so far, also the position in the training list.
           saved: nested dicts of arrays.
-          metadata: JSON values to be kept beside the config.
+          metadata: JSON values to store beside the config.
 
         Raises:
-          OSError: it cannot be written, or the one before could not.
+          OSError: this state, or the previous one, cannot be written.
         """
-        self._check_there()
+        self._check_exists()
         self._sync_metrics()
-        told = {"config": self._config, "position": num_images}
-        self._open_states().save(num_images, saved, {**told, **(metadata or {})})
+        values = {"config": self._config, "position": num_images, **(metadata or {})}
+        self._open_states().save(num_images, saved, values)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The newest state whose bytes are whole, or None on a first start.
+        """Returns the newest undamaged state, or None on a first start.
 
-        Newer ones that are damaged are said and set aside under another name, by the
-        process that writes. The others are to load when that one has loaded.
+        The process that writes reports newer, damaged ones and renames them. The others
+        must load after it has loaded.
 
         Raises:
-          store.DamagedError: there are states, and all are damaged.
+          DamagedError: there are states, and all are damaged.
         """
         if not self.writes:
             newest = checkpoint.load_newest(self.states)
@@ -229,19 +218,19 @@ class Workdir:
         for path, error in newest.damaged.items():
             aside = states.set_aside(path)
             print(
-                f"warning: {error} It is set aside as {aside.name}; going on from the "
-                f"one before, {newest.path.name}.",
+                f"warning: {error}; it is set aside as {aside.name}, going on from the "
+                f"one before, {newest.path.name}",
                 file=sys.stderr,
             )
         return newest.tree
 
     def wait(self) -> None:
-        """Waits until the state saved last is there, or raises OSError."""
+        """Waits until the last state is saved, or raises OSError."""
         if self._states is not None:
             self._states.wait()
 
     def close(self) -> None:
-        """As `wait`, then ends what runs in the background; metrics are written."""
+        """Writes the metrics, waits for pending saves, stops the background threads."""
         states, self._states = self._states, None
         try:
             self._sync_metrics()
@@ -257,151 +246,92 @@ class Workdir:
 
     # --- Metrics --------------------------------------------------------------------
 
-    @property
-    def metrics(self) -> AnyPath:
-        """One JSON object a line for every image, in order."""
-        return self.path / "metrics.jsonl"
-
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds lines. They reach a disk's file at once, a bucket with the next state.
+        """Adds lines. A file on a disk has them at once, a bucket with the next state.
 
         Raises:
-          OSError: they cannot be written, or a state could not (`Snapshots.check`).
+          OSError: the lines, or a state before them, cannot be written.
         """
         lines = [json.dumps(row) + "\n" for row in rows]
-        self._check_there()
+        self._check_exists()
         if self._states is not None:
             self._states.check()
         if paths.is_remote(self.path):
-            self._lines = self._read_lines()
-            self._lines += lines
+            self._lines = self._read_lines() + lines
             return
         with _naming(self.metrics), self.metrics.open("a") as file:
             file.writelines(lines)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines, up to the first that is not."""
+        """One dict per image; see `run_files.read_metrics_lines`."""
         return [json.loads(line) for line in self._read_lines()]
 
     def rewind_metrics(self, num_images: int) -> None:
-        """Drops the lines of images that a run going on from there will see again.
+        """Drops lines of images that a run will see again when it goes on from there.
 
-        And what follows a line that a kill cut.
+        Also drops what follows a line that a kill cut short.
         """
         lines = self._read_lines()
         kept = [line for line in lines if json.loads(line)["image"] < num_images]
-        self._check_there()
+        self._check_exists()
         self._lines = kept if paths.is_remote(self.path) else None
-        write_text(self.metrics, "".join(kept))
+        files.write(self.metrics, "".join(kept))
 
     def _read_lines(self) -> list[str]:
         if self._lines is not None:
             return self._lines
-        if not self.metrics.exists():
-            return []
-        lines = []
-        for line in self.metrics.read_bytes().split(b"\n")[:-1]:
-            if not _is_row(line):
-                break
-            lines.append(line.decode() + "\n")
-        return lines
+        return run_files.read_metrics_lines(self.path)
 
     def _sync_metrics(self) -> None:
-        """Before a state: one that is there must not lack the lines up to it."""
+        """Called before a state: it must not exist without the lines up to it."""
         if self._lines is not None:
-            write_text(self.metrics, "".join(self._lines))
+            files.write(self.metrics, "".join(self._lines))
         elif self.writes and not paths.is_remote(self.path) and self.metrics.exists():
             with _naming(self.metrics), self.metrics.open("a") as file:
                 os.fsync(file.fileno())
 
-    # --- What it made ---------------------------------------------------------------
-
-    @property
-    def pictures(self) -> AnyPath:
-        """Folder of the pictures made on the way."""
-        return self.path / "pictures"
+    # --- Results --------------------------------------------------------------------
 
     @contextmanager
     def output(self, name: str) -> Iterator[Path]:
-        """A path of a disk to write to; what is there then is in the workdir.
+        """Yields a local path to write to; the file is in the workdir afterwards.
 
-        In a bucket with all that was written beside it.
+        For a bucket everything written beside it is uploaded, too.
 
         Args:
           name: below the workdir, such as "pictures/image_00000020.png".
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
-        self._check_there()
+        self._check_exists()
         target = self.path / name
-        if not paths.is_remote(target):
+        if paths.is_remote(target):
+            with files.replacing(target) as local:
+                yield local
+        else:
             target.parent.mkdir(exist_ok=True)
             yield Path(target)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder, target.name)
-            for file in sorted(Path(folder).rglob("*")):
-                if file.is_file():
-                    place = target.parent / file.relative_to(folder)
-                    with paths.answering(place):
-                        place.write_bytes(file.read_bytes())
-
-    @property
-    def summary(self) -> AnyPath:
-        """The numbers of a run that is finished, or how far it came."""
-        return self.path / "summary.json"
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
-        """Writes summary.json, after the states and metrics it tells of."""
-        self._check_there()
+        """Writes summary.json, after the states and metrics that it sums up."""
+        self._check_exists()
         self._sync_metrics()
         self.wait()
-        write_text(self.summary, json.dumps(values, indent=2) + "\n")
+        files.write(self.summary, json.dumps(values, indent=2) + "\n")
 
     def finished(self) -> bool:
-        """Whether the run came to its end: summary.json says so."""
-        return self.summary.exists() and _read_json(self.summary).get("finished", False)
-
-
-def write_text(path: AnyPath, text: str) -> None:
-    """Writes a file whole or not at all.
-
-    Raises:
-      OSError: it cannot be written; names it.
-    """
-    if paths.is_remote(path):
-        with paths.answering(path):
-            path.write_text(text)
-        return
-    partial = path.with_name(f".{path.name}.partial")
-    with _naming(path):
-        partial.write_text(text)
-        os.replace(partial, path)
+        """True if the run came to its end, according to summary.json."""
+        if not self.summary.exists():
+            return False
+        return run_files.read_json(self.summary).get("finished", False)
 
 
 @contextmanager
 def _naming(path: AnyPath) -> Iterator[None]:
-    """Names the file in an error of a write: a full disk's own does not."""
+    """Names the file in an error of appending: a full disk's own error does not."""
     try:
         yield
     except OSError as error:
-        raise OSError(f"{path} cannot be written: {_reason(error)}") from None
-
-
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _read_json(path: AnyPath) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({errors.reason_of(error)}).") from None
-
-
-def _is_row(line: bytes) -> bool:
-    try:
-        return "image" in json.loads(line)
-    except (ValueError, TypeError):
-        return False
+        reason = files.reason(error)
+        raise OSError(f"{path} cannot be written: {reason}") from None

@@ -774,12 +774,12 @@ def test_photographs_that_vanish_end_the_run(tmp_path, monkeypatch, capsys):
     for i in range(3):
         Image.new("RGB", (60, 60), (80 * i, 0, 0)).save(photos / f"{i}.png")
 
-    def go_away(*arguments, freeze=repair.freeze):
-        freeze(*arguments)
+    def go_away(*arguments, prepare=repair.inputs.prepare):
+        prepare(*arguments)
         for file in photos.iterdir():
             file.unlink()
 
-    monkeypatch.setattr(repair, "freeze", go_away)
+    monkeypatch.setattr(repair.inputs, "prepare", go_away)
     line = failure(
         capsys, *TINY, NO_PICTURES, f"--config.data={photos}", workdir=tmp_path / "run"
     )

@@ -124,7 +124,7 @@ def test_stopped_before_its_first_step_it_has_nothing_to_save(
     workdir = begun(tmp_path / "run", whole)
     with monkeypatch.context() as patched:
         patched.setattr(
-            repair, "thaw", lambda workdir: os.kill(os.getpid(), signal.SIGTERM)
+            repair.stored, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM)
         )
         run(workdir, *SHORT, code=cli.TRY_AGAIN)
     assert "stopped by SIGTERM: the same command goes on" in capsys.readouterr().err

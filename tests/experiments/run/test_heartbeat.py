@@ -10,8 +10,10 @@ import time
 import pytest
 from etils import epath
 
+import bucket
 from experiments.run import heartbeat, stopping
 from experiments.run.heartbeat import Heartbeat, judge
+from sinder_jax.storage import paths
 
 
 def facts(workdir):
@@ -99,27 +101,12 @@ def test_a_disk_that_fails_is_the_runs_own_concern(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_object_of_a_bucket_is_written_without_renaming(monkeypatch):
-    written = []
-
-    class Bucket:
-        name = "alive.json"
-
-        def __str__(self):
-            return "gs://bucket/run/alive.json"
-
-        def __truediv__(self, name):
-            return self
-
-        def with_name(self, name):
-            return None
-
-        def write_text(self, text):
-            written.append(json.loads(text))
-
-    with Heartbeat(Bucket()):
-        until(lambda: written)
-    assert written[-1]["phase"] == "finished"
+def test_a_sign_of_life_reaches_a_bucket(tmp_path, monkeypatch):
+    bucket.install(monkeypatch, tmp_path)
+    (tmp_path / "b" / "run").mkdir(parents=True)
+    with Heartbeat(paths.as_path("gs://b/run")):
+        until(lambda: (tmp_path / "b" / "run" / "alive.json").exists())
+    assert facts(tmp_path / "b" / "run")["phase"] == "finished"
 
 
 def test_the_history_is_bounded_and_ends_with_the_newest(tmp_path):

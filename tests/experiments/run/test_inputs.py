@@ -224,15 +224,13 @@ def test_a_checkpoint_of_any_kind_gives_the_same_model(
         writing.write_state_dict(source, convert.to_torch(architecture, params))
     given = config(model=model, checkpoint=str(source))
     inputs.check_weights_given(given)
-    loaded, loaded_params, _ = inputs.load_model(
-        given, tmp_path / "planted.safetensors"
-    )
+    model = inputs.load_model(given, tmp_path / "planted.safetensors")
     # The authors' antialias; registers keep the offset they were trained with.
-    assert loaded == dataclasses.replace(architecture, interpolate_antialias=True)
-    assert_same(loaded_params, params)
+    assert model.config == dataclasses.replace(architecture, interpolate_antialias=True)
+    assert_same(model.params, params)
     given.interpolate_antialias = False
-    loaded, *_ = inputs.load_model(given, tmp_path / "planted.safetensors")
-    assert loaded == dataclasses.replace(architecture, interpolate_antialias=False)
+    config_ = inputs.load_model(given, tmp_path / "planted.safetensors").config
+    assert config_ == dataclasses.replace(architecture, interpolate_antialias=False)
     assert not (tmp_path / "planted.safetensors").exists()
 
 
@@ -263,18 +261,19 @@ def test_a_checkpoint_of_another_image_size_is_still_that_model(small_hub, tmp_p
     architecture = dataclasses.replace(PLAIN, img_size=56)
     checkpoint.save(tmp_path / "fine", architecture, weights(architecture))
     given = config(model="dinov2_vits14", checkpoint=str(tmp_path / "fine"))
-    loaded, params, _ = inputs.load_model(given, tmp_path / "planted.safetensors")
-    assert loaded.img_size == 56 and params["pos_embed"].shape == (1, 17, 64)
+    model = inputs.load_model(given, tmp_path / "planted.safetensors")
+    assert model.config.img_size == 56
+    assert model.params["pos_embed"].shape == (1, 17, 64)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_planted_weights_go_through_a_file_in_hub_layout(seed, tmp_path):
     file = tmp_path / "planted.safetensors"
     given = config("tiny.py", seed=seed)
-    loaded, params, _ = inputs.load_model(given, file)
+    model = inputs.load_model(given, file)
     made = planted.planted_model(seed)
-    assert loaded == dataclasses.replace(made.config, interpolate_antialias=True)
-    assert_same(params, made.params)
+    assert model.config == dataclasses.replace(made.config, interpolate_antialias=True)
+    assert_same(model.params, made.params)
     assert_same(convert.from_torch(read_state_dict(file))[1], made.params)
     inputs.load_model(given, file)  # again, after a start that was cut short
 

@@ -17,6 +17,7 @@ from samples import read_state_dict
 from sinder_jax import checkpoint, param_tree, vit
 from sinder_jax.analysis import defective
 from sinder_jax.data import listing
+from sinder_jax.model import Model
 
 CONFIG = vit.ViTConfig(64, 3, 1, "mlp", img_size=56)
 SIZE = 112
@@ -196,11 +197,12 @@ def test_a_picture_is_written_as_png_whole_or_not_at_all(tmp_path, monkeypatch):
 # --- results: the repaired model ------------------------------------------------------
 
 PROVENANCE = {"source": "hub.pth", "steps": ["to-jax"]}
+ORIGINAL = Model.of(CONFIG, weights(CONFIG, 0), PROVENANCE)
 
 
 def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
     workdir = Workdir(str(tmp_path))
-    names = results.export(workdir, CONFIG, two_models[0], PROVENANCE)
+    names = results.export(workdir, ORIGINAL, two_models[0])
     has_torch = importlib.util.find_spec("torch") is not None
     files = ["repaired.safetensors", *(["repaired.pth"] if has_torch else [])]
     assert names == ["repaired", *files]
@@ -215,7 +217,7 @@ def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
 
 
 def test_exports_say_where_the_weights_come_from(two_models, tmp_path):
-    results.export(Workdir(str(tmp_path)), CONFIG, two_models[0], PROVENANCE)
+    results.export(Workdir(str(tmp_path)), ORIGINAL, two_models[0])
     digests = set()
     for path in tmp_path.iterdir():
         if path.suffix == ".sha256":
@@ -230,7 +232,7 @@ def test_exports_say_where_the_weights_come_from(two_models, tmp_path):
 
 def test_without_torch_no_pth_is_written(two_models, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    names = results.export(Workdir(str(tmp_path)), CONFIG, two_models[0], PROVENANCE)
+    names = results.export(Workdir(str(tmp_path)), ORIGINAL, two_models[0])
     assert names == ["repaired", "repaired.safetensors"]
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == [*names, "repaired.safetensors.sha256"]
@@ -238,8 +240,8 @@ def test_without_torch_no_pth_is_written(two_models, tmp_path, monkeypatch):
 
 def test_an_export_that_was_cut_short_is_completed(two_models, tmp_path):
     workdir = Workdir(str(tmp_path))
-    results.export(workdir, CONFIG, two_models[0], PROVENANCE)
+    results.export(workdir, ORIGINAL, two_models[0])
     expected = (tmp_path / "repaired.safetensors").read_bytes()
     (tmp_path / "repaired.safetensors").write_bytes(b"half")
-    results.export(workdir, CONFIG, two_models[0], PROVENANCE)
+    results.export(workdir, ORIGINAL, two_models[0])
     assert (tmp_path / "repaired.safetensors").read_bytes() == expected

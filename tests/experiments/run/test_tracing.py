@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.run import tracing
+import bucket
 from experiments.run.tracing import Span, Tracer, parse
 
 
@@ -93,13 +93,23 @@ def test_a_profiler_that_fails_does_not_end_the_run(monkeypatch, tmp_path, capsy
     assert capsys.readouterr().err == message
 
 
-def test_files_for_a_remote_workdir_are_moved_there(tmp_path):
-    local, remote = tmp_path / "local", tmp_path / "remote"
-    (local / "plugins" / "x").mkdir(parents=True)
-    (local / "plugins" / "x" / "host.xplane.pb").write_bytes(b"trace")
-    tracing._upload(local, remote)
-    assert (remote / "plugins" / "x" / "host.xplane.pb").read_bytes() == b"trace"
-    assert not local.exists()
+def test_a_trace_for_a_bucket_is_uploaded(tmp_path, monkeypatch):
+    bucket.install(monkeypatch, tmp_path / "cloud")
+    folders = []
+
+    def start(folder):
+        folders.append(folder)
+        (folder / "plugins").mkdir()
+        (folder / "plugins" / "host.xplane.pb").write_bytes(b"trace")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", start)
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: None)
+    with Tracer(Span(0, 1), "gs://b/run") as tracer:
+        tracer.at(0)
+        tracer.at(1)
+    stored = tmp_path / "cloud" / "b" / "run" / "profile"
+    assert (stored / "plugins" / "host.xplane.pb").read_bytes() == b"trace"
+    assert not folders[0].exists()
 
 
 def test_a_trace_is_really_written(tmp_path):
