@@ -93,7 +93,7 @@ class Workdir:
                 probe.unlink()
         except OSError as error:
             raise OSError(
-                f"--workdir={self.path} cannot be written to: {files.reason(error)}"
+                f"--workdir={self.path} cannot be written to: {error.strerror or error}"
             ) from None
         if not paths.is_remote(self.path):
             # What a kill left of hours of writing.
@@ -333,5 +333,5 @@ def _naming(path: AnyPath) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = files.reason(error)
+        reason = error.strerror or error
         raise OSError(f"{path} cannot be written: {reason}") from None
