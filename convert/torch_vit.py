@@ -1,11 +1,11 @@
 """DINOv2's forward pass in PyTorch, straight on the tensors of a state dict.
 
     images [B, 3, height, width] --conv, positions--> tokens [B, T, D] --L blocks-->
-    tokens --norm--> Features;  weights by name, as they stand in a file
+    tokens --norm--> Features;  weights by name, as in the file
 
-A second opinion on a conversion: it shares nothing with the JAX model, neither code nor
-the table of names, so that agreement proves both. Importing this module imports torch;
-`verify` does so when there is something to compare.
+A second opinion on a conversion: this module shares neither code nor the table of names
+with the JAX model, so that agreement proves both. Importing it imports torch; `verify`
+does so when there is something to compare.
 
 It reads the layouts of the torch.hub files and of timm, which differ in:
 
@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 
 State = Mapping[str, torch.Tensor]
+Tokens = Float[torch.Tensor, "B T D"]
+Hidden = Float[torch.Tensor, "B T _"]  # of any width
 
 
 class Features(NamedTuple):
@@ -65,12 +67,16 @@ def features(
       KeyError: a tensor is missing.
       RuntimeError: from PyTorch, when shapes do not fit.
     """
-    grid = _linear_patches(state_dict, images)
+    weights = _Weights(state_dict, num_heads, norm_epsilon)
+    kernel = state_dict["patch_embed.proj.weight"]
+    bias = state_dict["patch_embed.proj.bias"]
+    grid = F.conv2d(images, kernel, bias, stride=kernel.shape[-1]).movedim(1, -1)
     rows, columns = grid.shape[1:3]
     tokens = _embed(state_dict, grid, interpolate_antialias, interpolate_offset)
-    for i in range(_depth(state_dict)):
-        tokens = _block(state_dict, f"blocks.{i}.", tokens, num_heads, norm_epsilon)
-    tokens = _norm(state_dict, "norm", tokens, norm_epsilon)
+    found = (re.match(r"blocks\.(\d+)\.", key) for key in state_dict)
+    for i in range(1 + max((int(match[1]) for match in found if match), default=-1)):
+        tokens = _block(weights, f"blocks.{i}.", tokens)
+    tokens = weights.norm("norm", tokens)
     first = tokens.shape[1] - rows * columns
     return Features(
         cls=tokens[:, 0],
@@ -115,23 +121,12 @@ def resample_positions(
     return resampled[0].permute(1, 2, 0)
 
 
-# --- Images to tokens -------------------------------------------------------------
-
-
-def _linear_patches(
-    state: State, images: Float[torch.Tensor, "B 3 height width"]
-) -> Float[torch.Tensor, "B H W D"]:
-    kernel = state["patch_embed.proj.weight"]
-    bias = state["patch_embed.proj.bias"]
-    return F.conv2d(images, kernel, bias, stride=kernel.shape[-1]).movedim(1, -1)
-
-
 def _embed(
     state: State,
     patches: Float[torch.Tensor, "B H W D"],
     antialias: bool,
     offset: float,
-) -> Float[torch.Tensor, "B T D"]:
+) -> Tokens:
     positions, cls = state["pos_embed"][0], state["cls_token"]
     side = math.isqrt(len(positions))
     if side**2 != len(positions):  # 1 + M x M is never a square, M x M always
@@ -142,69 +137,53 @@ def _embed(
     patches = patches + resample_positions(
         grid, rows, columns, antialias=antialias, offset=offset
     )
+    registers = [state[x] for x in ("register_tokens", "reg_token") if x in state]
     # Registers have no position: they enter after it is added.
-    parts = [cls, *_registers(state), patches.flatten(1, 2)]
+    parts = [cls, *registers, patches.flatten(1, 2)]
     return torch.cat([part.expand(len(patches), -1, -1) for part in parts], dim=1)
-
-
-def _registers(state: State) -> list[torch.Tensor]:
-    return [state[name] for name in ("register_tokens", "reg_token") if name in state]
 
 
 # --- Blocks -----------------------------------------------------------------------
 
 
-def _depth(state: State) -> int:
-    found = (re.match(r"blocks\.(\d+)\.", key) for key in state)
-    return 1 + max((int(match[1]) for match in found if match), default=-1)
+class _Weights(NamedTuple):
+    """A state dict, and what its tensors do not tell."""
+
+    state: State
+    num_heads: int
+    epsilon: float
+
+    def linear(self, name: str, x: Hidden) -> Hidden:
+        return F.linear(x, self.state[f"{name}.weight"], self.state[f"{name}.bias"])
+
+    def norm(self, name: str, x: Tokens) -> Tokens:
+        weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon)
 
 
-def _block(
-    state: State,
-    block: str,
-    x: Float[torch.Tensor, "B T D"],
-    num_heads: int,
-    epsilon: float,
-) -> Float[torch.Tensor, "B T D"]:
-    normed = _norm(state, block + "norm1", x, epsilon)
-    attention = _attention(state, block + "attn.", normed, num_heads)
-    x = x + attention * state[block + "ls1.gamma"]
-    ffn = _ffn(state, block + "mlp.", _norm(state, block + "norm2", x, epsilon))
-    return x + ffn * state[block + "ls2.gamma"]
+def _block(weights: _Weights, block: str, x: Tokens) -> Tokens:
+    attention = _attention(weights, block + "attn.", weights.norm(block + "norm1", x))
+    x = x + attention * weights.state[block + "ls1.gamma"]
+    ffn = _ffn(weights, block + "mlp.", weights.norm(block + "norm2", x))
+    return x + ffn * weights.state[block + "ls2.gamma"]
 
 
-def _attention(
-    state: State, name: str, x: Float[torch.Tensor, "B T D"], num_heads: int
-) -> Float[torch.Tensor, "B T D"]:
+def _attention(weights: _Weights, name: str, x: Tokens) -> Tokens:
     # Rows of qkv: q, k, v; within each, the head is the slow index.
-    qkv = _linear(state, name + "qkv", x).unflatten(-1, (3, num_heads, -1))
+    qkv = weights.linear(name + "qkv", x).unflatten(-1, (3, weights.num_heads, -1))
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     mixed = F.scaled_dot_product_attention(q, k, v)
-    return _linear(state, name + "proj", mixed.transpose(1, 2).flatten(2))
+    return weights.linear(name + "proj", mixed.transpose(1, 2).flatten(2))
 
 
-def _ffn(
-    state: State, name: str, x: Float[torch.Tensor, "B T D"]
-) -> Float[torch.Tensor, "B T D"]:
-    packed = name + "w12.weight" in state
+def _ffn(weights: _Weights, name: str, x: Tokens) -> Tokens:
+    packed = name + "w12.weight" in weights.state
     first, last = ("w12", "w3") if packed else ("fc1", "fc2")
-    hidden = _linear(state, name + first, x)
-    if packed or hidden.shape[-1] == 2 * state[name + last + ".weight"].shape[1]:
+    hidden = weights.linear(name + first, x)
+    width = weights.state[f"{name}{last}.weight"].shape[1]
+    if packed or hidden.shape[-1] == 2 * width:
         gate, value = hidden.chunk(2, dim=-1)
         hidden = F.silu(gate) * value
     else:
         hidden = F.gelu(hidden)
-    return _linear(state, name + last, hidden)
-
-
-def _linear(
-    state: State, name: str, x: Float[torch.Tensor, "B T in"]
-) -> Float[torch.Tensor, "B T out"]:
-    return F.linear(x, state[name + ".weight"], state[name + ".bias"])
-
-
-def _norm(
-    state: State, name: str, x: Float[torch.Tensor, "B T D"], epsilon: float
-) -> Float[torch.Tensor, "B T D"]:
-    weight, bias = state[name + ".weight"], state[name + ".bias"]
-    return F.layer_norm(x, x.shape[-1:], weight, bias, epsilon)
+    return weights.linear(name + last, hidden)
