@@ -53,19 +53,14 @@ def backbone_keys(names: Sequence[str]) -> Backbone:
     """
     keys, left_out = {name: name for name in names}, []
     while prefix := _prefix(keys):
-        inside = {
-            bare.removeprefix(prefix): name
-            for bare, name in keys.items()
-            if bare.startswith(prefix)
-        }
-        for bare, name in keys.items():
-            if bare.startswith(prefix):
-                continue
-            if re.match(OTHERS, bare):
-                left_out.append(name)
-            else:
-                inside[bare] = name  # surplus: the comparison with the table names it
-        keys = inside
+        beside = [
+            bare
+            for bare in keys
+            if not bare.startswith(prefix) and re.match(OTHERS, bare)
+        ]
+        left_out += [keys.pop(bare) for bare in beside]
+        # Names without the prefix stay: the comparison with the table names them.
+        keys = {bare.removeprefix(prefix): name for bare, name in keys.items()}
     return Backbone(_without_chunks(keys), left_out)
 
 

@@ -93,18 +93,17 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            names = [entry.filename for entry in entries]
-            pickles = [name for name in names if name.endswith("data.pkl")]
+            pickles = [x for x in entries if x.filename.endswith("data.pkl")]
             total = sum(entry.file_size for entry in entries)
+            packed = any(x.compress_type != zipfile.ZIP_STORED for x in entries)
             wrong = {
-                "an archive with compressed entries": any(
-                    entry.compress_type != zipfile.ZIP_STORED for entry in entries
-                ),
+                "an archive with compressed entries": packed,
                 "its entries claim more bytes than it has": total > path.stat().st_size,
-                "an archive with two entries of one name": len({*names}) < len(names),
+                "an archive with two entries of one name": len(entries)
+                > len({entry.filename for entry in entries}),
                 "an archive without one data.pkl": len(pickles) != 1,
                 f"a pickle of over {MOST_PICKLE} bytes": any(
-                    archive.getinfo(name).file_size > MOST_PICKLE for name in pickles
+                    entry.file_size > MOST_PICKLE for entry in pickles
                 ),
             }
             for why, found in wrong.items():
