@@ -1,1 +1,1 @@
-"""What an analysis needs: cached numbers, figures, verdict, report."""
+"""The parts of an analysis: photographs, cached numbers, figures, verdict, report."""

@@ -53,8 +53,8 @@ class Cache:
 
     def path(self, step: Step) -> Path:
         """Returns the file that keeps the step's arrays."""
-        told = {"format": FORMAT, "kind": step.kind, **step.key}
-        digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        key = {"format": FORMAT, "kind": step.kind, **step.key}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return self._folder / f"{step.kind}-{digest[:16]}.npz"
 
     def has(self, step: Step) -> bool:

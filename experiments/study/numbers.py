@@ -82,7 +82,7 @@ class Study:
 
     @property
     def first(self) -> Subject:
-        """The model whose directions are the yardstick."""
+        """The model whose directions are the yardstick for all."""
         return self.subjects[0]
 
     @property
@@ -110,7 +110,7 @@ class Study:
     # --- Weights ---
 
     def forecast(self, subject: Subject) -> Step:
-        """What `analysis.forecast` says; its verdict as an array of one text."""
+        """The arrays of `forecast.forecast`; the verdict is an array of one text."""
 
         def compute() -> Arrays:
             self._turn_to(subject)
@@ -134,7 +134,7 @@ class Study:
         return Step(label, "forecast", {"model": subject.model.digest}, compute)
 
     def directions(self, subject: Subject) -> Step:
-        """ν_i of every block, by the method asked for."""
+        """ν_i of every block, by the method of the options."""
         options = self.options
         if options.method == "analytic":
             return self.forecast(subject)
@@ -246,7 +246,7 @@ class Study:
         return Step(f"learning targets of {photo.name}", "panels", key, compute)
 
     def growth(self, photo: Photo) -> Step:
-        """What each block adds to the tokens along the last direction, first model."""
+        """Growth of the first model's tokens along the direction of the last block."""
 
         def compute() -> Arrays:
             subject = self.first
@@ -303,7 +303,7 @@ class Study:
         return self.cache(self.directions(self.first))["directions"]
 
     def _tokens(self, subject: Subject, photo: Photo) -> jax.Array:
-        """All blocks' patch tokens [L, H, W, D]; the last ones asked for are held."""
+        """Patch tokens of all blocks [L, H, W, D]; holds those of one photograph."""
         if self._held[0] != (subject.name, photo.name):
             self._held = (None, None)  # before the next ones need the room
             image = _normalized(subject.model.config, photo)
@@ -313,7 +313,7 @@ class Study:
         return self._held[1]
 
     def _params_at(self, gamma: float) -> Any:
-        """The first model clamped at γ, on the device; asked for in the order of γ."""
+        """The first model clamped at γ, on the device; call it in the order of γ."""
         if self._clamped is None or self._clamped[0] != gamma:
             self._clamped = None  # before the next one needs the room
             if self._clamping is None:
@@ -358,7 +358,7 @@ def _look(
     direction: Float[Array, " D"],
     random: Float[Array, " D"],
 ) -> dict[str, Array]:
-    """What is kept of one block's tokens, see `Study.look`."""
+    """The arrays of one block, see `Study.look`."""
     norms = token_norms(tokens)
     rows = tokens.reshape(-1, tokens.shape[-1])
     _, highest = jax.lax.top_k(norms.ravel(), min(HIGHEST, len(rows)))

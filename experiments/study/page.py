@@ -80,12 +80,12 @@ def render(summary: Numbers, figures: Sequence[Inlined]) -> str:
 # --- Sections -------------------------------------------------------------------------
 
 
-def _paragraphs(told: dict[str, str]) -> list[str]:
+def _paragraphs(texts: dict[str, str]) -> list[str]:
     """A single paragraph needs no title."""
-    if len(told) == 1:
-        return [f"<p>{_text(text)}</p>" for text in told.values()]
+    if len(texts) == 1:
+        return [f"<p>{_text(text)}</p>" for text in texts.values()]
     return [
-        f"<p><b>{_text(name)}.</b> {_text(text)}</p>" for name, text in told.items()
+        f"<p><b>{_text(name)}.</b> {_text(text)}</p>" for name, text in texts.items()
     ]
 
 
@@ -149,7 +149,7 @@ def _kernels(summary: Numbers) -> str:
 
 def _provenance(model: Numbers, *, several: bool) -> str:
     shape = model["architecture"]
-    told = model["provenance"]
+    origin = model["provenance"]
     registers = shape["num_register_tokens"]
     rows = [
         ["checkpoint", model["path"]],
@@ -164,35 +164,28 @@ def _provenance(model: Numbers, *, several: bool) -> str:
         ["digest of the weights", model["digest"]],
     ]
     labels = {"source": "first read from", "layout": "in layout", "sha256": "SHA-256"}
-    rows += [[label, str(told[k])] for k, label in labels.items() if told.get(k)]
-    rows += [["since then", step] for step in told.get("steps", [])]
+    rows += [[label, str(origin[k])] for k, label in labels.items() if origin.get(k)]
+    rows += [["since then", step] for step in origin.get("steps", [])]
     title = f"<h3>{_text(model['name'])}</h3>" if several else ""
     return title + _table([], rows, text=True)
 
 
 def _photographs(models: Sequence[Numbers]) -> str:
-    head = ["photograph"]
-    head += ["model"] if len(models) > 1 else []
-    head += [
-        "patches",
-        "defect from block",
-        "to",
-        "defective in the last",
-        "norm ratio",
-    ]
+    several = len(models) > 1
+    head = ["photograph", *(["model"] if several else []), "patches"]
+    head += ["defect from block", "to", "defective in the last", "norm ratio"]
     rows = []
     for name in models[0]["photographs"]:
         for model in models:
             one = model["photographs"][name]
-            row = [name, *([model["name"]] if len(models) > 1 else [])]
-            row += [
+            rows.append([name, *([model["name"]] if several else [])])
+            rows[-1] += [
                 str(one["patches"]),
                 _number("block", one["block"]),
                 _number("block", one["last_block"]),
                 f"{one['defective']} ({100 * one['defective_share']:.2g} %)",
                 f"{one['norm_ratio']:.1f}",
             ]
-            rows.append(row)
     return _table(head, rows)
 
 

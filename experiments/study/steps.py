@@ -36,7 +36,7 @@ class Steps:
         self._console = Console(stderr=True, highlight=False)
         self._live = self._console.is_terminal
         self._status = Status("starting", console=self._console)
-        self._label, self._began, self._told = "", 0.0, 0.0
+        self._label, self._began, self._shown = "", 0.0, 0.0
         self.computed = self.reused = 0
 
     def __enter__(self) -> "Steps":
@@ -52,14 +52,14 @@ class Steps:
     def begin(self, label: str) -> None:
         """Starts the clock of a step."""
         self._label, self._began = label, time.monotonic()
-        self._told = self._began
+        self._shown = self._began
         self.show(label)
 
     def inside(self, done: int, total: int) -> None:
         """Shows progress within the step; as plain lines, one every ten seconds."""
         now = time.monotonic()
-        if self._live or now - self._told > 10:
-            self._told = now
+        if self._live or now - self._shown > 10:
+            self._shown = now
             self.show(f"{self._label}: {done} of {total}")
 
     def end(self) -> None:

@@ -264,7 +264,7 @@ def draw_clamp(study: Study) -> Iterator[Drawn]:
 
 
 def draw_growth(study: Study) -> Iterator[Drawn]:
-    """What each block of the first model adds along the last ν."""
+    """Growth of the first model's tokens along the ν of the last block."""
     for photo in study.photos:
         look = study.cache(study.look(study.first, photo))
         found = study.cache(study.growth(photo))
