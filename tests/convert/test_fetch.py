@@ -367,7 +367,6 @@ def hugging_face(server, tmp_path):
 
     def run(source, timeout=20.0, **environment):
         environment = {
-            "PYTHONPATH": str(places.ROOT),
             "HF_ENDPOINT": server.url,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_XET": "1",

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import places
 from benchmarks import synthetic
 from samples import error_of
 from sinder_jax import planted, repair, vit
@@ -30,7 +29,6 @@ from sinder_jax import planted, repair, vit
 def test_any_number_of_devices_gives_the_same_bits(name, steps):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": f"{places.SUPPORT}{os.pathsep}{places.ROOT}",
     }
     command = [sys.executable, "-m", "step_hashes", name, str(steps)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True)

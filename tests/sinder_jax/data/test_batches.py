@@ -325,7 +325,6 @@ def reader(photos, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(places.ROOT)},
         start_new_session=True,
     )
     yield program, json.loads(program.stdout.readline())
