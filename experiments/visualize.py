@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sinder_jax.storage import files
 
     # First everything that can be checked before the long part begins.
-    loss.check_loss_options(mask_thr=args.mask_thr, window=3, temperature=1.0)
+    loss.check_loss_options(mask_thr=args.mask_thr)
     images, out = photos.collect(args.images), Path(args.out)
     check_targets(out, photos.unique_names(images), overwrite=args.overwrite)
     paths = [args.checkpoint, *([args.compare] if args.compare else [])]

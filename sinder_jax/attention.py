@@ -1,9 +1,10 @@
-"""softmax(q·kᵀ/√K)·v and its gradient, the way each kind of device does it fastest.
+"""softmax(q·kᵀ/√K)·v and its gradient, in the fastest way for each kind of device.
 
     q, k, v [B, M, T, K] --two heads at a time (CPU) | all at once--> mixed [B, M, T, K]
 
-All ways compute the same in the same number format; the sums differ in their order. The
-gradient is written out: what JAX derives takes three times as long on a CPU.
+Both ways compute the same sums in the same number format, in a different order. The
+gradient is written out because the one that JAX derives takes three times as long on a
+CPU.
 """
 
 import functools
@@ -15,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Heads at a time on a CPU: their logits stay in its cache. At giant width and 1,370
-# tokens 2 were twice as fast as all 24, 4 were slower than 1 (benchmarks/NOTES.md).
+# On a CPU, where the logits of so few heads stay in the cache. At giant width and 1,370
+# tokens 2 were twice as fast as all 24, and 4 slower than 1 (benchmarks/NOTES.md).
 HEADS_AT_A_TIME = 2
 
 Heads = Float[Array, "B M T K"]
@@ -24,7 +25,7 @@ Heads = Float[Array, "B M T K"]
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def mix(q: Heads, k: Heads, v: Heads, precision: Any) -> Heads:
-    """Values averaged by the softmax of query times key, over K^½, head by head.
+    """Averages the values by softmax(q·kᵀ/√K), head by head.
 
     Args:
       q: queries.
@@ -40,7 +41,7 @@ def _mix_forward(q, k, v, precision):
 
 
 def _mix_backward(precision, residuals, d_mixed):
-    # The weights are computed again: cheaper than 180 MB a block at giant size.
+    # Computes the weights again: cheaper than keeping 180 MB per block at giant size.
     return _in_groups(functools.partial(_backward, precision), *residuals, d_mixed)
 
 
@@ -72,13 +73,13 @@ def _weights(precision: Any, q: Heads, k: Heads) -> Float[Array, "B M T S"]:
 
 
 def _in_groups(function: Callable[..., Any], *heads: Heads) -> Any:
-    """`function` of all heads at once or, on a CPU, of two after two."""
+    """`function` of all heads at once or, on a CPU, of two heads at a time."""
 
-    def two_after_two(*heads: Heads) -> Any:
+    def two_at_a_time(*heads: Heads) -> Any:
         batch, number, *rest = heads[0].shape
         together = HEADS_AT_A_TIME if number % HEADS_AT_A_TIME == 0 else 1
         groups = tuple(x.reshape(-1, 1, together, *rest) for x in heads)
         results = lax.map(lambda group: function(*group), groups)
         return jax.tree.map(lambda x: x.reshape(batch, number, *rest), results)
 
-    return lax.platform_dependent(*heads, cpu=two_after_two, default=function)
+    return lax.platform_dependent(*heads, cpu=two_at_a_time, default=function)

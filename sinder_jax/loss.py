@@ -1,10 +1,10 @@
-"""Outlier mask along a direction, learning target and neighbor loss of one image.
+"""The outliers of one image along a direction, their learning target and the loss.
 
     tokens [H, W, D], direction [D] --cosine--> logits [H, W] --threshold--> mask [H, W]
     tokens, logits --weights of the window--> target [H, W, D]
     tokens, target, mask --mean distance / α--> loss
 
-Arrays only: this file knows of no model. Equations (5) and (7) of the paper.
+Arrays only: nothing here knows a model. Equations (5) and (7) of the paper.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class NeighborLossAux(NamedTuple):
     """What the loss was computed from.
 
     Attributes:
-      mask: the outliers.
+      mask: True for the outliers.
       target: the learning target; not meaningful within window//2 of the border.
       alpha: mean norm of the interior tokens, which the loss is divided by.
     """
@@ -100,8 +100,8 @@ def neighbor_target(
     """Equation (7): mean of the tokens of a window, weighted away from the defect.
 
     Weights are exp(logit/τ) times a Gaussian of the window, normalized; the center is
-    included. Exponents are shifted by the window's maximum, for at τ = 0.01 the plain
-    exponentials underflow. Near the border the window is cut off.
+    included. Exponents are shifted by the window's maximum, because at τ = 0.01 the
+    plain exponentials underflow. Near the border the window is cut off.
 
     Args:
       tokens: patch tokens of one image.
@@ -150,7 +150,7 @@ def neighbor_loss(
       mask_thr: an outlier is this many standard deviations off the mean; above 0.
       window: side of the neighbor window, 3 or 5 patches.
       temperature: τ of the weights, above 0.
-      mask: outliers found before, to be used in place of detecting them again.
+      mask: outliers found before; None detects them.
 
     Returns:
       (loss, `NeighborLossAux`).
@@ -175,8 +175,10 @@ def neighbor_loss(
     return loss, NeighborLossAux(mask, target, alpha)
 
 
-def check_loss_options(*, mask_thr: float, window: int, temperature: float) -> None:
-    """Raises ValueError naming the option that is out of range."""
+def check_loss_options(
+    *, mask_thr: float = 4.0, window: int = 3, temperature: float = 0.1
+) -> None:
+    """Raises ValueError naming the given option that is out of range."""
     if window not in GAUSSIANS:
         raise ValueError(f"window must be 3 or 5 patches, got {window}")
     for name, value in (("mask_thr", mask_thr), ("temperature", temperature)):
@@ -185,7 +187,7 @@ def check_loss_options(*, mask_thr: float, window: int, temperature: float) -> N
 
 
 def _safe_norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
-    """‖x‖₂ along the last axis, whose gradient at zero is zero and not 0/0."""
+    """‖x‖₂ along the last axis; its gradient at zero is zero, not 0/0."""
     squared = jnp.sum(jnp.square(x), axis=-1)
     positive = squared > 0
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, squared, 1.0)), 0.0)

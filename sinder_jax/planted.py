@@ -1,15 +1,16 @@
-"""A small DINOv2-shaped model with a planted singular defect, for the demo and tests.
+"""A small model shaped like DINOv2 with a planted singular defect: demo and tests.
 
     seed --random weights, one FFN unit made by hand--> `PlantedModel`
 
-Nothing here is trained. The defect is planted the way large models have it: in a block
-in the middle, one hidden unit whose gate opens for a few tokens of every image throws
-them far along one direction. The linear map of the block shows it: the direction that
-`defects.singular_defect_directions` computes is the planted one from that block on.
+Nothing here is trained. The defect is planted the way large models have it: in a middle
+block, the gate of one hidden unit opens for a few tokens of every image and throws them
+far along one direction. The linear map of the block shows it: from that block on,
+`defects.singular_defect_directions` returns the planted direction.
 """
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -19,7 +20,7 @@ CONFIG = ViTConfig(
     embed_dim=128, depth=12, num_heads=2, ffn_layer="swiglu", img_size=224
 )
 BLOCK = 5
-NUM_SPOTS = 7  # positions whose tokens lean towards the gate
+NUM_SPOTS = 7  # positions whose tokens lean towards the trigger
 SPOT = 2.2  # how far, in standard deviations of a token's channels
 GATE = 8.0  # norm of the gate's row
 THRESHOLD = 0.7  # the gate opens from this many standard deviations on
@@ -37,7 +38,7 @@ class PlantedModel(NamedTuple):
       config: the architecture; 224 px are its stored grid of 16 x 16 patches.
       params: the params tree, NumPy float32.
       block: the block whose FFN throws tokens.
-      direction: unit vector [D] along which it throws them.
+      direction: the unit vector [D] along which they are thrown.
     """
 
     config: ViTConfig
@@ -66,7 +67,8 @@ def planted_model(seed: int = 0) -> PlantedModel:
         "blocks": blocks,
         "norm": _layer_norm((config.embed_dim,)),
     }
-    return PlantedModel(config, _float32(params), BLOCK, direction)
+    params = jax.tree.map(np.float32, params)
+    return PlantedModel(config, params, BLOCK, direction)
 
 
 def _orthonormal_pair(rng: np.random.Generator, width: int) -> np.ndarray:
@@ -154,9 +156,3 @@ def _damped(vectors: np.ndarray, direction: np.ndarray, factor: float) -> np.nda
 
 def _layer_norm(shape: tuple[int, ...]) -> dict[str, np.ndarray]:
     return {"scale": np.ones(shape), "bias": np.zeros(shape)}
-
-
-def _float32(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: _float32(leaf) for name, leaf in tree.items()}
-    return np.asarray(tree, np.float32)

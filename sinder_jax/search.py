@@ -33,8 +33,7 @@ class Search(NamedTuple):
       traces: ring buffer: what block i computed on the way, at i modulo its length A;
         a `vit.BlockTrace` of [A, 1, T, ...].
       mask: outliers of the last block [H, W].
-      num_outliers: how many.
-      found: True if they make a defect.
+      found: True if they are enough to make a defect.
       finite: True if all tokens so far were finite.
     """
 
@@ -42,7 +41,6 @@ class Search(NamedTuple):
     tokens: Array
     traces: vit.BlockTrace
     mask: Array
-    num_outliers: Array
     found: Array
     finite: Array
 
@@ -132,7 +130,6 @@ class _Walk:
                 lambda one: jnp.zeros((self.window, *one.shape), one.dtype), trace
             ),
             mask=jnp.zeros(self.grid, bool),
-            num_outliers=zero,
             found=jnp.zeros((), bool),
             finite=jnp.all(jnp.isfinite(tokens)),
         )
@@ -154,10 +151,9 @@ class _Walk:
         mask = loss.outlier_mask(
             logits, mask_thr=options.mask_thr, window=options.window
         )
-        count = jnp.sum(mask)
         finite = jnp.all(jnp.isfinite(tokens))
-        found = (count >= options.min_outliers) & finite
-        return Search(block + 1, tokens, traces, mask, count, found, finite)
+        found = (jnp.sum(mask) >= options.min_outliers) & finite
+        return Search(block + 1, tokens, traces, mask, found, finite)
 
     # --- And back ---------------------------------------------------------------------
 
@@ -179,7 +175,7 @@ class _Walk:
             layer=jnp.where(search.found, search.block - 1, -1),
             loss=value,
             alpha=alpha,
-            num_outliers=jnp.where(search.found, search.num_outliers, 0),
+            num_outliers=jnp.where(search.found, jnp.sum(search.mask), 0),
             finite=search.finite & (sound | ~search.found),
             gradients=gradients,
             window=window,

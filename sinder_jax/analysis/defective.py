@@ -66,7 +66,7 @@ def detect(
       >>> int(found.mask.sum()), bool(found.mask[3, 4]), found.logits[3, 4].round(2)
       (1, True, Array(-1., dtype=float32))
     """
-    loss.check_loss_options(mask_thr=mask_thr, window=window, temperature=1.0)
+    loss.check_loss_options(mask_thr=mask_thr, window=window)
     logits = loss.outlier_logits(jnp.asarray(tokens), jnp.asarray(direction))
     mask = loss.outlier_mask(logits, mask_thr=mask_thr, window=window)
     return Detection(logits, mask)

@@ -271,7 +271,7 @@ def learning_targets(
       (2, 6, 5, 16)
     """
     for temperature in temperatures:
-        loss.check_loss_options(mask_thr=1.0, window=window, temperature=temperature)
+        loss.check_loss_options(window=window, temperature=temperature)
     return _targets(tokens, direction, tuple(temperatures), window)
 
 
