@@ -22,6 +22,7 @@ from sinder_jax.state import Frozen, Kernels, RepairOptions, RepairState
 from sinder_jax.vit import ViTConfig
 
 Weights = dict[str, Any]  # of one block, by collection
+Tokens = Float[Array, "1 T D"]
 
 
 class Search(NamedTuple):
@@ -108,7 +109,7 @@ class _Walk:
 
     # --- There ---------------------------------------------------------------------
 
-    def search(self, tokens: Float[Array, "1 T D"]) -> Search:
+    def search(self, tokens: Tokens) -> Search:
         """Runs blocks until the first with a defect, or the last."""
 
         def body(carry):
@@ -204,7 +205,7 @@ class _Walk:
         return value, aux.alpha, d_tokens
 
     def _gradients(
-        self, search: Search, d_tokens: Float[Array, "1 T D"]
+        self, search: Search, d_tokens: Tokens
     ) -> tuple[Kernels, Bool[Array, " L"]]:
         """∂loss/∂ε by kernel, and which blocks are in the window."""
         depth, layer = self.config.depth, search.block - 1
@@ -235,8 +236,8 @@ class _Walk:
         return by_name, (first <= blocks) & (blocks <= last)
 
     def _back_through(
-        self, weights: Weights, trace: vit.BlockTrace, d_out: Float[Array, "1 T D"]
-    ) -> tuple[Weights, Float[Array, "1 T D"]]:
+        self, weights: Weights, trace: vit.BlockTrace, d_out: Tokens
+    ) -> tuple[Weights, Tokens]:
         """∂loss/∂ε and ∂loss/∂input of a block, stage by stage from its trace.
 
         The values of the stages are known, so that only the way back through each of

@@ -21,6 +21,8 @@ from jaxtyping import Array, Float
 from sinder_jax import attention, families, layers, pos_embed
 
 FFN_LAYERS = ("mlp", "swiglu")
+Images = Float[Array, "B height width 3"]
+Tokens = Float[Array, "B T D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,13 +166,13 @@ class Attention(nn.Module):
             self.v = self.dense(width, self.precision)
         self.proj = self.dense(width, self.precision)
 
-    def project(self, x: Float[Array, "B T D"]) -> Float[Array, "B T qkv"]:
+    def project(self, x: Tokens) -> Float[Array, "B T qkv"]:
         """Query, key and value of every token, in this order."""
         if self.dense is layers.Dense:
             return self.qkv(x)
         return jnp.concatenate([self.qk(x), self.v(x)], axis=-1)
 
-    def mix(self, qkv: Float[Array, "B T qkv"]) -> Float[Array, "B T D"]:
+    def mix(self, qkv: Float[Array, "B T qkv"]) -> Tokens:
         """Values averaged by the softmax of query times key, head by head."""
         heads = self.config.num_heads
         # DINOv2 fuses q, k, v in this order; heads are the slow index of a channel.
@@ -199,11 +201,11 @@ class FFN(nn.Module):
             self.w12 = self.dense(2 * hidden, self.precision)
             self.w3 = self.dense(width, self.precision)
 
-    def expand(self, x: Float[Array, "B T D"]) -> Float[Array, "B T up"]:
+    def expand(self, x: Tokens) -> Float[Array, "B T up"]:
         """The hidden layer before its non-linearity: F wide, or 2F for SwiGLU."""
         return self.fc1(x) if self.config.ffn_layer == "mlp" else self.w12(x)
 
-    def contract(self, hidden: Float[Array, "B T up"]) -> Float[Array, "B T D"]:
+    def contract(self, hidden: Float[Array, "B T up"]) -> Tokens:
         """The output of the hidden layer."""
         if self.config.ffn_layer == "mlp":
             return self.fc2(nn.gelu(hidden, approximate=False))
@@ -223,12 +225,12 @@ class BlockTrace(NamedTuple):
       ffn: the FFN's output.
     """
 
-    x: Float[Array, "B T D"]
+    x: Tokens
     qkv: Float[Array, "B T qkv"]
-    mixed: Float[Array, "B T D"]
-    attended: Float[Array, "B T D"]
+    mixed: Tokens
+    attended: Tokens
     hidden: Float[Array, "B T up"]
-    ffn: Float[Array, "B T D"]
+    ffn: Tokens
 
 
 class Block(nn.Module):
@@ -254,9 +256,7 @@ class Block(nn.Module):
         self.norm2 = layers.LayerNorm(epsilon, frozen)
         self.mlp, self.ls2 = FFN(*part), layers.LayerScale(frozen)
 
-    def __call__(
-        self, x: Float[Array, "B T D"]
-    ) -> tuple[Float[Array, "B T D"], BlockTrace]:
+    def __call__(self, x: Tokens) -> tuple[Tokens, BlockTrace]:
         """The block's output, and what it computed on the way."""
         qkv = self.project(x)
         mixed = self.mix(qkv)
@@ -266,31 +266,27 @@ class Block(nn.Module):
         trace = BlockTrace(x, qkv, mixed, attended, hidden, ffn)
         return self.add(attended, ffn), trace
 
-    def project(self, x: Float[Array, "B T D"]) -> Float[Array, "B T qkv"]:
+    def project(self, x: Tokens) -> Float[Array, "B T qkv"]:
         """Stage 1: query, key and value of LN1 x."""
         return self.attn.project(self.norm1(x))
 
-    def mix(self, qkv: Float[Array, "B T qkv"]) -> Float[Array, "B T D"]:
+    def mix(self, qkv: Float[Array, "B T qkv"]) -> Tokens:
         """Stage 2: attention."""
         return self.attn.mix(qkv)
 
-    def attend(
-        self, x: Float[Array, "B T D"], mixed: Float[Array, "B T D"]
-    ) -> Float[Array, "B T D"]:
+    def attend(self, x: Tokens, mixed: Tokens) -> Tokens:
         """Stage 3: the projection, scaled and added."""
         return x + self.ls1(self.attn.proj(mixed))
 
-    def expand(self, attended: Float[Array, "B T D"]) -> Float[Array, "B T up"]:
+    def expand(self, attended: Tokens) -> Float[Array, "B T up"]:
         """Stage 4: the hidden layer of LN2 x."""
         return self.mlp.expand(self.norm2(attended))
 
-    def contract(self, hidden: Float[Array, "B T up"]) -> Float[Array, "B T D"]:
+    def contract(self, hidden: Float[Array, "B T up"]) -> Tokens:
         """Stage 5: the FFN's output."""
         return self.mlp.contract(hidden)
 
-    def add(
-        self, attended: Float[Array, "B T D"], ffn: Float[Array, "B T D"]
-    ) -> Float[Array, "B T D"]:
+    def add(self, attended: Tokens, ffn: Tokens) -> Tokens:
         """Stage 6: scaled and added."""
         return attended + self.ls2(ffn)
 
@@ -331,7 +327,7 @@ class ViT(nn.Module):
         self.blocks = Block(config, dense, self.precision)
         self.norm = layers.LayerNorm(families.of(config).norm_epsilon, frozen)
 
-    def __call__(self, images: Float[Array, "B height width 3"]) -> Features:
+    def __call__(self, images: Images) -> Features:
         """Class token, registers and patches after the final norm.
 
         Args:
@@ -345,7 +341,7 @@ class ViT(nn.Module):
         tokens, _ = self._run_blocks(self.embed(images), keep=())
         return Features(*split_tokens(self.config, self.norm(tokens), rows, columns))
 
-    def embed(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B T D"]:
+    def embed(self, images: Images) -> Tokens:
         """Tokens before the first block: registers carry no position embedding."""
         rows, columns = patch_grid(self.config, *images.shape[1:3])
         patches = self.patch_embed(images)
@@ -365,8 +361,8 @@ class ViT(nn.Module):
         return jnp.concatenate([*extra, patches], axis=1)
 
     def intermediates(
-        self, images: Float[Array, "B height width 3"], *, blocks: tuple[int, ...]
-    ) -> tuple[Float[Array, "B T D"], ...]:
+        self, images: Images, *, blocks: tuple[int, ...]
+    ) -> tuple[Tokens, ...]:
         """Raw tokens after the given blocks, without the final norm.
 
         Args:
@@ -383,8 +379,8 @@ class ViT(nn.Module):
         return tuple(kept[wanted.index(block)] for block in blocks)
 
     def _run_blocks(
-        self, tokens: Float[Array, "B T D"], *, keep: tuple[int, ...]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "kept B T D"]]:
+        self, tokens: Tokens, *, keep: tuple[int, ...]
+    ) -> tuple[Tokens, Float[Array, "kept B T D"]]:
         """All blocks in turn; also the tokens after the blocks in `keep`, stacked."""
         # A block that is not kept writes to a slot past the end, which is dropped.
         slots = np.full(self.config.depth, len(keep))
@@ -409,7 +405,7 @@ class ViT(nn.Module):
 
 
 def split_tokens(
-    config: ViTConfig, tokens: Float[Array, "B T D"], rows: int, columns: int
+    config: ViTConfig, tokens: Tokens, rows: int, columns: int
 ) -> tuple[Float[Array, "B D"], Float[Array, "B R D"], Float[Array, "B H W D"]]:
     """Splits tokens into class token, registers and the grid of patches."""
     first = 1 + config.num_register_tokens
