@@ -9,7 +9,6 @@ during a repair.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from sinder_jax import kernels, linalg, param_tree
+from sinder_jax import kernels, linalg
+from sinder_jax.kernels import BlockWeights
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
@@ -112,29 +112,24 @@ def block_map(
 ) -> Float[np.ndarray, "D D"]:
     """E = M·A, the linear approximation of a block (section 2); float64.
 
-    Arguments as for `ffn_map`.
+    Arguments and errors as for `singular_defects`; `block` counts from 0.
     """
-    ffn = ffn_map(config, params, block, method, **probes)
-    return ffn @ attention_map(config, params, block)
+    weights = kernels.weights(config, params, block)
+    return ffn_map(weights, method, **probes) @ attention_map(weights)
 
 
-def attention_map(
-    config: ViTConfig, params: Params, block: int
-) -> Float[np.ndarray, "D D"]:
+def attention_map(weights: BlockWeights) -> Float[np.ndarray, "D D"]:
     """A = I + diag(γ1)·W_proj·W_v·diag(g1)·C: attention when all tokens are equal.
 
     Returns:
       float64, without the constant part.
     """
-    v, proj, _, _ = kernels.names(config)
-    w_v, w_proj = (kernels.matrix(config, params, block, name) for name in (v, proj))
-    return _residual_map(params, block, 1, lambda scale: w_proj @ (w_v * scale))
+    through = weights.proj @ (weights.v * weights.scale1[None, :])
+    return _with_residual(through, weights.gamma1)
 
 
 def ffn_map(
-    config: ViTConfig,
-    params: Params,
-    block: int,
+    weights: BlockWeights,
     method: str = "analytic",
     *,
     key: Array | None = None,
@@ -143,37 +138,25 @@ def ffn_map(
     """M = I + diag(γ2)·W_out·J·diag(g2)·C, with J the linear fit of the hidden layer.
 
     J is the least-squares fit without intercept of the hidden layer, biases included,
-    to x ~ N(0, I). Arguments and errors as for `singular_defects`; `block` counts from
-    0.
+    to x ~ N(0, I). Options and errors as for `singular_defects`.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    _, _, first, last = kernels.names(config)
-    weight = kernels.matrix(config, params, block, first)
-    bias = vector(params, block, f"{first}/bias")
     if method == "analytic":
-        fit = _SLOPES[config.ffn_layer](weight, bias)
+        fit = _SLOPES[weights.ffn_layer](weights.first, weights.bias)
     else:
         key = jax.random.key(0) if key is None else key
-        key = jax.random.fold_in(key, block)
-        fit = _fit_hidden(config.ffn_layer, weight, bias, key, num_probes)
-    through = kernels.matrix(config, params, block, last) @ fit
-    return _residual_map(params, block, 2, lambda scale: through * scale)
+        fit = _fit_hidden(weights, jax.random.fold_in(key, weights.block), num_probes)
+    through = weights.last @ fit * weights.scale2[None, :]
+    return _with_residual(through, weights.gamma2)
 
 
-def _residual_map(
-    params: Params, block: int, branch: int, through: Callable[[np.ndarray], np.ndarray]
+def _with_residual(
+    through: Float[np.ndarray, "D D"], gamma: Float[np.ndarray, " D"]
 ) -> Float[np.ndarray, "D D"]:
-    """I + diag(γ)·W·diag(g)·C of a residual branch, 1 or 2; `through` is W·diag(g)."""
-    rows = through(vector(params, block, f"norm{branch}/scale")[None, :])
-    rows = rows - rows.mean(axis=1, keepdims=True)  # C = I − 1/D·11ᵀ of the LayerNorm
-    gamma = vector(params, block, f"ls{branch}/gamma")
-    return np.eye(len(rows)) + gamma[:, None] * rows
-
-
-def vector(params: Params, block: int, path: str) -> Float[np.ndarray, " _"]:
-    """One block's vector at `path` below `blocks`, in float64."""
-    return np.asarray(param_tree.leaf(params, f"blocks/{path}")[block], np.float64)
+    """I + diag(γ)·through·C, with the centering C = I − 1/D·11ᵀ of the LayerNorm."""
+    centered = through - through.mean(axis=1, keepdims=True)
+    return np.eye(len(gamma)) + gamma[:, None] * centered
 
 
 # --- The linear fit J of a hidden layer: exactly, by Stein's lemma E[∂h/∂x] -----------
@@ -232,26 +215,23 @@ _SLOPES = {"mlp": gelu_slopes, "swiglu": swiglu_slopes}
 
 
 def _fit_hidden(
-    ffn_layer: str,
-    weight: Float[np.ndarray, "F2 D"],
-    bias: Float[np.ndarray, " F2"],
-    key: Array,
-    num_probes: int,
+    weights: BlockWeights, key: Array, num_probes: int
 ) -> Float[np.ndarray, "F D"]:
     """Least squares h ≈ J·x over random probes; normal equations in float64."""
-    width = weight.shape[1]
+    width = len(weights.v)
     if num_probes < width:
         raise ValueError(
             f"num_probes={num_probes} probes do not determine a fit of width {width}; "
             f"use at least {width} (the authors use 100,000)"
         )
-    layer = jnp.asarray(weight, jnp.float32), jnp.asarray(bias, jnp.float32)
+    layer = (jnp.asarray(x, jnp.float32) for x in (weights.first, weights.bias))
+    moments_of = functools.partial(_probe_moments, weights.ffn_layer, *layer)
     covariance: np.ndarray = np.zeros(())
     moments: np.ndarray = np.zeros(())
     for chunk, start in enumerate(range(0, num_probes, PROBES_PER_CHUNK)):
         size = min(PROBES_PER_CHUNK, num_probes - start)
         x = jax.random.normal(jax.random.fold_in(key, chunk), (size, width))
-        xx, xh = _probe_moments(ffn_layer, *layer, x)
+        xx, xh = moments_of(x)
         covariance = covariance + np.asarray(xx, np.float64)
         moments = moments + np.asarray(xh, np.float64)
     return linalg.solve(covariance, moments).T

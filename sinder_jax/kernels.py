@@ -127,6 +127,43 @@ def matrix(
     return np.asarray(view(config, params, block, name), np.float64).T
 
 
+class BlockWeights(NamedTuple):
+    """What the linear map of one block is made of, in the paper's terms; float64.
+
+    Attributes:
+      block: its index, from 0.
+      ffn_layer: kind of the FFN, as in the config.
+      v, proj, first, last: the trainable kernels in the order of `names`, as matrices
+        that multiply a column.
+      bias: of the FFN's first layer.
+      scale1, scale2: of the LayerNorms before attention and FFN.
+      gamma1, gamma2: of the LayerScales after them.
+    """
+
+    block: int
+    ffn_layer: str
+    v: Float[np.ndarray, "D D"]
+    proj: Float[np.ndarray, "D D"]
+    first: Float[np.ndarray, "up D"]
+    last: Float[np.ndarray, "D F"]
+    bias: Float[np.ndarray, " up"]
+    scale1: Float[np.ndarray, " D"]
+    gamma1: Float[np.ndarray, " D"]
+    scale2: Float[np.ndarray, " D"]
+    gamma2: Float[np.ndarray, " D"]
+
+
+def weights(config: ViTConfig, params: Params, block: int) -> BlockWeights:
+    """Reads what the linear map of a block is made of; arguments as for `view`."""
+    matrices = (matrix(config, params, block, name) for name in names(config))
+    bias = f"{names(config)[2]}/bias"
+    vectors = (
+        np.asarray(param_tree.leaf(params, f"blocks/{path}")[block], np.float64)
+        for path in (bias, "norm1/scale", "ls1/gamma", "norm2/scale", "ls2/gamma")
+    )
+    return BlockWeights(block, config.ffn_layer, *matrices, *vectors)
+
+
 def nest(**by_leaf: Mapping[str, Any]) -> dict[str, Any]:
     """The tree below `blocks` whose layers hold the given leaves.
 

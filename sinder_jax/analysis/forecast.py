@@ -8,7 +8,6 @@ NumPy float64 on the host. The two thresholds were chosen on small models, plant
 random ones; they were not calibrated on published weights.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -236,54 +235,54 @@ def blame(
       ValueError: a block that does not exist.
     """
     config.check_block(block)
-    gain, sides = _kernel_sides(config, params, block, np.asarray(direction, float))
+    weights = kernels.weights(config, params, block)
+    gain, sides = _kernel_sides(weights, np.asarray(direction, float))
+    matrices = (weights.v, weights.proj, weights.first, weights.last)
+    jobs = list(zip(kernels.names(config), matrices, sides, strict=True))
 
-    def largest_shares(name: str) -> list[Blame]:
-        outer, inner = sides[name]
-        kernel = kernels.matrix(config, params, block, name).T
-        u, sigma, v = (np.asarray(x, np.float64) for x in factorize_kernel(kernel))
+    def largest_shares(job: tuple[str, np.ndarray, Sides]) -> list[Blame]:
+        name, matrix, (outer, inner) = job
+        u, sigma, v = (np.asarray(x, np.float64) for x in factorize_kernel(matrix.T))
         shares = (outer @ u) * sigma * (inner @ v) / max(gain, TINY)
         return [
             Blame(block, name, int(k), float(sigma[k]), float(shares[k]))
             for k in np.argsort(-np.abs(shares), kind="stable")[:count]
         ]
 
-    found = sum(in_parallel(largest_shares, list(sides)), [])
+    found = sum(in_parallel(largest_shares, jobs), [])
     found.sort(key=lambda triplet: -abs(triplet.share))
     return gain, tuple(found[:count])
 
 
+Sides = tuple[np.ndarray, np.ndarray]
+
+
 def _kernel_sides(
-    config: ViTConfig, params: Params, block: int, nu: Float[np.ndarray, " D"]
-) -> tuple[float, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    weights: kernels.BlockWeights, nu: Float[np.ndarray, " D"]
+) -> tuple[float, tuple[Sides, Sides, Sides, Sides]]:
     """The gain, and for each kernel a (output side) and x (input side) of `blame`."""
-    leaf = functools.partial(defects.vector, params, block)
-    w_v, w_proj, w_first, w_last = (
-        kernels.matrix(config, params, block, name) for name in kernels.names(config)
-    )
-    attention = defects.attention_map(config, params, block)
-    ffn = defects.ffn_map(config, params, block)
+    w = weights
+    attention, ffn = defects.attention_map(w), defects.ffn_map(w)
     pulled = ffn.T @ nu  # ν seen from between attention and FFN
     answer = attention.T @ pulled
     gain = float(np.linalg.norm(answer))  # of this t: νᵀ·E·t
     trigger = answer / max(gain, TINY)
 
-    x = leaf("norm1/scale") * (trigger - trigger.mean())
-    a = leaf("ls1/gamma") * pulled
-    v, proj, first, last = kernels.names(config)
-    sides = {v: (w_proj.T @ a, x), proj: (a, w_v @ x)}
+    x = w.scale1 * (trigger - trigger.mean())
+    a = w.gamma1 * pulled
+    v, proj = (w.proj.T @ a, x), (a, w.v @ x)
 
     after = attention @ trigger
-    x = leaf("norm2/scale") * (after - after.mean())
-    a = leaf("ls2/gamma") * nu
-    slopes = hidden_slopes(config, w_first, leaf(f"{first}/bias"))
-    up = slopes * (w_first @ x).reshape(slopes.shape)  # of gate and value of a unit
-    back = slopes * (w_last.T @ a)[None, :]
-    return gain, sides | {first: (back.ravel(), x), last: (a, up.sum(axis=0))}
+    x = w.scale2 * (after - after.mean())
+    a = w.gamma2 * nu
+    slopes = hidden_slopes(w.ffn_layer, w.first, w.bias)
+    up = slopes * (w.first @ x).reshape(slopes.shape)  # of gate and value of a unit
+    back = slopes * (w.last.T @ a)[None, :]
+    return gain, (v, proj, (back.ravel(), x), (a, up.sum(axis=0)))
 
 
 def hidden_slopes(
-    config: ViTConfig,
+    ffn_layer: str,
     weight: Float[np.ndarray, "up D"],
     bias: Float[np.ndarray, " up"],
 ) -> Float[np.ndarray, "parts F"]:
@@ -293,11 +292,11 @@ def hidden_slopes(
     and value); where w1 and w2 are parallel the shortest solution is taken.
 
     Args:
-      config: the architecture.
+      ffn_layer: "mlp" or "swiglu".
       weight: of w12 or fc1, as it multiplies a column.
       bias: likewise.
     """
-    if config.ffn_layer == "mlp":
+    if ffn_layer == "mlp":
         fit, rows = defects.gelu_slopes(weight, bias), weight[None]
     else:
         fit, rows = defects.swiglu_slopes(weight, bias), np.stack(np.split(weight, 2))

@@ -14,7 +14,7 @@ from flax import traverse_util
 import convert
 import golden
 import reference
-from sinder_jax import defects, param_tree, vit
+from sinder_jax import defects, kernels, param_tree, vit
 
 SMALL = {"gelu": ("gelu", 2), "swiglu": ("swiglu", 3)}  # recording, planted block
 
@@ -67,7 +67,7 @@ def test_attention_map_matches_the_recorded_one(name):
     config, params = recorded_model(name)
     arrays, _ = golden.load(name)
     for block in range(config.depth):
-        ours = defects.attention_map(config, params, block)
+        ours = defects.attention_map(kernels.weights(config, params, block))
         # recorded in float32
         assert relative(ours, arrays[f"linear/attn_A_{block}"]) < 1e-6
         other = arrays[f"linear/attn_A_{(block + 1) % config.depth}"]
@@ -78,7 +78,7 @@ def test_attention_map_matches_the_recorded_one(name):
 def test_attention_map_matches_the_reference(name):
     config, params = recorded_model(name)
     for block in range(config.depth):
-        ours = defects.attention_map(config, params, block)
+        ours = defects.attention_map(kernels.weights(config, params, block))
         assert ours.dtype == np.float64
         expected = reference.attention_map(reference_model(name), block)
         assert relative(ours, expected) < 1e-13  # float64 on both sides
@@ -95,7 +95,7 @@ def test_attention_map_is_attention_when_all_tokens_are_equal():
     after = [
         reference.after_attention(model, 3, np.tile(token, (7, 1)))[0] for token in x
     ]
-    expected = defects.attention_map(config, params, 3) @ (x[0] - x[1])
+    expected = defects.attention_map(kernels.weights(config, params, 3)) @ (x[0] - x[1])
     # the epsilon of LayerNorm, 1e-6 of a variance of 1
     assert relative(after[0] - after[1], expected) < 2e-6
 
@@ -171,7 +171,7 @@ def test_block_map_matches_the_reference(name):
     config, params = recorded_model(name)
     model = reference_model(name)
     for block in range(config.depth):
-        ours = defects.ffn_map(config, params, block)
+        ours = defects.ffn_map(kernels.weights(config, params, block))
         # two quadratures, summed up in float64: 4e-14 measured
         assert relative(ours, reference.ffn_map(model, block)) < 1e-12
         ours = defects.block_map(config, params, block)
@@ -185,9 +185,7 @@ def test_block_map_matches_the_reference(name):
 def probed_map(name, block, seed, num_probes):
     config, params = recorded_model(name)
     return defects.ffn_map(
-        config,
-        params,
-        block,
+        kernels.weights(config, params, block),
         "monte_carlo",
         key=jax.random.key(seed),
         num_probes=num_probes,
@@ -197,7 +195,7 @@ def probed_map(name, block, seed, num_probes):
 @pytest.mark.parametrize("kind", SMALL)
 def test_probes_approach_the_analytic_map_as_one_over_root_n(kind):
     name, block = SMALL[kind]
-    exact = defects.ffn_map(*recorded_model(name), block)
+    exact = defects.ffn_map(kernels.weights(*recorded_model(name), block))
     few, many = (
         np.mean(
             [relative(probed_map(name, block, seed, n), exact) for seed in range(3)]
@@ -212,7 +210,7 @@ def test_probes_approach_the_analytic_map_as_one_over_root_n(kind):
 def test_analytic_map_is_nearer_to_400k_probes_than_100k_fits_to_each_other(kind):
     """Expected: 1/2 against √2 of the deviation of one fit to 100,000 probes."""
     name, block = SMALL[kind]
-    exact = defects.ffn_map(*recorded_model(name), block)
+    exact = defects.ffn_map(kernels.weights(*recorded_model(name), block))
     best = probed_map(name, block, 0, 400_000)
     one, other = (probed_map(name, block, seed, 100_000) for seed in (1, 2))
     between = np.linalg.norm(one - other)
@@ -222,20 +220,17 @@ def test_analytic_map_is_nearer_to_400k_probes_than_100k_fits_to_each_other(kind
 def test_probes_follow_the_key():
     """The same key the same bits, None is key 0, another key or block others."""
     config, params = recorded_model("gelu")
-    fit = functools.partial(
-        defects.ffn_map, config, params, method="monte_carlo", num_probes=9_000
-    )
+
+    def fit(block, params=params, **key):
+        weights = kernels.weights(config, params, block)
+        return defects.ffn_map(weights, "monte_carlo", num_probes=9_000, **key)
+
     first = fit(0, key=jax.random.key(0))
     np.testing.assert_array_equal(first, fit(0))
     np.testing.assert_array_equal(first, fit(0, key=jax.random.key(0)))
     assert relative(fit(0, key=jax.random.key(1)), first) > 1e-4
     same = jax.tree.map(lambda x: np.repeat(x[:1], len(x), axis=0), params["blocks"])
-    one, other = (
-        defects.ffn_map(
-            config, {"blocks": same}, block, "monte_carlo", num_probes=9_000
-        )
-        for block in (0, 1)
-    )
+    one, other = (fit(block, {"blocks": same}) for block in (0, 1))
     np.testing.assert_array_equal(one, first)
     assert relative(other, first) > 1e-4
 
@@ -352,8 +347,9 @@ def test_real_tokens_of_the_defect_point_along_the_direction():
         defects.singular_defect_directions,
         defects.singular_defects,
         functools.partial(defects.block_map, block=0),
-        functools.partial(defects.ffn_map, block=0),
+        lambda *model, **fit: defects.ffn_map(kernels.weights(*model, 0), **fit),
     ],
+    ids=["directions", "defects", "block", "ffn"],
 )
 def test_unknown_method_and_too_few_probes_raise(function):
     config, params = recorded_model("gelu")

@@ -213,7 +213,9 @@ def test_hidden_slopes_rebuild_the_linear_fit(name):
     first = "mlp/fc1" if config.ffn_layer == "mlp" else "mlp/w12"
     weight = kernels.matrix(config, params, 1, first)
     layer = params["blocks"]["mlp"][first.removeprefix("mlp/")]
-    slopes = forecast.hidden_slopes(config, weight, np.float64(layer["bias"][1]))
+    slopes = forecast.hidden_slopes(
+        config.ffn_layer, weight, np.float64(layer["bias"][1])
+    )
     parts = np.split(weight, len(slopes))
     fit = sum(slope[:, None] * part for slope, part in zip(slopes, parts, strict=True))
     assert relative(fit, reference.hidden_fit(model, 1)) < 1e-12
@@ -225,7 +227,7 @@ def test_hidden_slopes_rebuild_units_whose_gate_and_value_are_parallel_or_zero()
     w1, w2 = rng.normal(size=(2, 5, 8))
     w2[0], w2[1], w1[2] = -2 * w1[0], 0, 0
     weight, bias = np.concatenate([w1, w2]), rng.normal(size=10)
-    slopes = forecast.hidden_slopes(config, weight, bias)
+    slopes = forecast.hidden_slopes(config.ffn_layer, weight, bias)
     fit = slopes[0][:, None] * w1 + slopes[1][:, None] * w2
     expected = defects.swiglu_slopes(weight, bias)
     np.testing.assert_allclose(fit, expected, atol=1e-12)
@@ -295,11 +297,11 @@ def test_kernels_in_a_row_carry_the_same_and_paths_add_up_to_the_gain(name):
     np.testing.assert_allclose(first, last, atol=1e-5)
     # What neither passes through attention nor through the FFN is the residual.
     matrix = defects.block_map(config, params, block)
-    attention = defects.attention_map(config, params, block)
+    attention = defects.attention_map(kernels.weights(config, params, block))
     trigger = matrix.T @ nu / gain
     ffn = nu @ (matrix - attention) @ trigger / gain
     np.testing.assert_allclose(last, ffn, atol=1e-5)
-    both = defects.ffn_map(config, params, block)
+    both = defects.ffn_map(kernels.weights(config, params, block))
     through = nu @ both @ (attention - np.eye(config.embed_dim)) @ trigger / gain
     np.testing.assert_allclose(v, through, atol=1e-5)
 
