@@ -44,3 +44,21 @@ def test_a_bucket_gets_every_file_that_was_written_beside(tmp_path, monkeypatch)
         partial.with_name("a.bin.sha256").write_text("digest")
     files.write("gs://b/run/c.json", "{}")
     assert listing(tmp_path / "b" / "run") == ["a.bin", "a.bin.sha256", "c.json"]
+
+
+def test_a_partial_folder_of_a_killed_process_with_this_number_is_removed(tmp_path):
+    stale = tmp_path / f".made.{os.getpid()}.partial"
+    stale.mkdir()
+    (stale / "half").touch()
+    with files.replacing(tmp_path / "made") as partial:
+        partial.mkdir()
+        (partial / "whole").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["whole"]
+
+
+def test_an_error_that_names_its_file_is_raised_as_it_is(tmp_path):
+    with pytest.raises(OSError, match=r"^other: cannot be written \(full\)$"):
+        with files.replacing(tmp_path / "made"):
+            raise OSError("other: cannot be written (full)")
+    assert not list(tmp_path.iterdir())
