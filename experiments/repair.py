@@ -7,26 +7,23 @@ same workdir, the run goes on where it was: after a kill, with other devices, in
 number of processes. Told to stop, it saves and ends with exit code 75.
 """
 
-import os
-import stat
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from contextlib import closing
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import config as config_files
-from experiments.run import cluster, inputs, results, sharing, sinks, tracing
+from experiments.run import cluster, compiled, inputs, results, sharing, sinks, tracing
 from experiments.run.cluster import Cluster, Vote
 from experiments.run.heartbeat import Heartbeat, own_command, refuse_if_alive
 from experiments.run.journal import Dispatched, Journal
 from experiments.run.progress import Progress, duration
-from experiments.run.runner import Runner, choose_devices
+from experiments.run.runner import Runner, choose_devices, on_host
 from experiments.run.stopping import Stopped, Stopping
 from experiments.run.workdir import Workdir
 from sinder_jax import cli, families, param_tree, repair
@@ -107,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sinks.check_packages(config)
     span = tracing.parse(args.profile) if args.profile else None
     if args.compilation_cache:
-        keep_compiled(args.compilation_cache)
+        compiled.keep(args.compilation_cache)
     try:
         with Stopping() as stopping, cluster.start(args) as processes:
             listed = inputs.photographs(config, say=processes.say)
@@ -122,7 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if processes.from_first(np.array(workdir.finished())):
                     processes.say(f"{workdir.path} is finished: see {workdir.summary}")
                     return 0
-                with heart(job) as heartbeat:
+                with Heartbeat(
+                    workdir.path,
+                    devices=job.devices_as_text,
+                    processes=processes.processes,
+                    writes=workdir.writes,
+                ) as heartbeat:
                     course = begin(job, heartbeat)
                     if loop(job, course, heartbeat, span):
                         finish(job, course, heartbeat, began)
@@ -157,16 +159,6 @@ def settle(job: Job, *, force: bool) -> None:
         workdir.settle_config(config, images_per_step=batch, force=force)
     batches.check_resize(config.resize, batch)
     choose_devices(batch, processes.processes)
-
-
-def heart(job: Job) -> Heartbeat:
-    """The run's sign of life."""
-    return Heartbeat(
-        job.workdir.path,
-        devices=job.devices_as_text,
-        processes=job.processes.processes,
-        writes=job.workdir.writes,
-    )
 
 
 def begin(job: Job, heartbeat: Heartbeat) -> Course:
@@ -213,14 +205,6 @@ def begin(job: Job, heartbeat: Heartbeat) -> Course:
     return Course(original, runner, observer, position, done)
 
 
-def on_host() -> AbstractContextManager[Any]:
-    """Arrays made in this block stay on the host: one device may be too small."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX was told to do without
-        return nullcontext()
-
-
 def loop(
     job: Job, course: Course, heartbeat: Heartbeat, span: tracing.Span | None
 ) -> bool:
@@ -231,15 +215,15 @@ def loop(
     """
     config, processes, workdir = job.config, job.processes, job.workdir
     runner, position, batch = course.runner, course.position, config.images_per_step
+    model = course.original.model.config
     heartbeat.phase("repairing")
     job.stopping.finish_steps()
-    watched = watch(job)
     vote = Vote(processes, job.devices)
     stream = batches.stream(
         job.train,
         config.image_size,
-        patch_size=course.original.model.config.patch_size,
-        statistics=families.of(course.original.model.config).statistics,
+        patch_size=model.patch_size,
+        statistics=families.of(model).statistics,
         start=position,
         batch_size=batch,
         part=(processes.process, processes.processes),
@@ -270,15 +254,15 @@ def loop(
             if pending is not None:
                 journal.read(pending)
             pending = newer
-            at_once = newer.vote is True  # alone, nobody else has to be asked
-            if passes(config.checkpoint_every, position, batch) or at_once:
+            # Alone, nobody else has to be asked.
+            if passes(config.checkpoint_every, position, batch) or newer.vote is True:
                 journal.read(pending)
                 pending = None
                 save(job, runner)
             if passes(config.picture_every, position, batch) and not journal.done:
                 now = runner.params()
                 if workdir.writes:
-                    picture = course.observer.picture(watched[:1], now)
+                    picture = course.observer.picture(watch(job)[:1], now)
                     boards.picture("tokens", picture, position)
                     with workdir.output(f"pictures/image_{position:08d}.png") as path:
                         results.save_png(path, picture)
@@ -299,7 +283,7 @@ def leave(job: Job) -> None:
         "model": job.config.model,
         "stopped_by": job.stopped_by,
         "go_on": own_command(),
-        **run_summary(job.workdir),
+        **results.run_summary(job.workdir),
     }
     job.workdir.write_summary(summary)
     print(
@@ -320,18 +304,16 @@ def finish(job: Job, course: Course, heartbeat: Heartbeat, began: float) -> None
     files += results.export_delta(workdir, original, param_tree.flatten(saved["eps"]))
     with workdir.output("before_after.png") as path:
         results.save_png(path, course.observer.picture(watch(job), repaired))
+    sets = {"repaired_on": job.train, "held_out": job.held_out}
     measures = {
         name: course.observer.measure(photographs, repaired, config.measure_images)
-        for name, photographs in (
-            ("repaired_on", job.train),
-            ("held_out", job.held_out),
-        )
+        for name, photographs in sets.items()
     }
     summary = {
         "finished": True,
         "model": config.model,
-        **run_summary(workdir),
-        **change_summary(saved),
+        **results.run_summary(workdir),
+        **results.change_summary(saved),
         **measures,
         "files": [*files, "before_after.png"],
         "seconds": round(time.monotonic() - began, 1),
@@ -363,54 +345,8 @@ def watch(job: Job) -> list[Photograph]:
 
 
 def passes(every: int, position: int, batch: int) -> bool:
-    """Whether the last `batch` images led past a multiple of `every`."""
+    """True if the last `batch` images led past a multiple of `every`."""
     return position // every > (position - batch) // every
-
-
-def run_summary(workdir: Workdir) -> dict[str, Any]:
-    """How the run went so far, from its metrics."""
-    rows = workdir.read_metrics()
-    bad = [row["file"] for row in rows if row["readable"] and not row["finite"]]
-    return {
-        "images": len(rows),
-        "images_with_defect": sum(row["layer"] not in (None, -1) for row in rows),
-        "images_not_finite": len(bad),
-        "files_not_finite": sorted(set(bad)),
-        "unreadable_files": sorted({r["file"] for r in rows if not r["readable"]}),
-        "share_of_last_images_without_defect": rows[-1]["skipped"] if rows else 0.0,
-    }
-
-
-def change_summary(saved: dict[str, Any]) -> dict[str, Any]:
-    """What the run changed, from its last state (`repair.to_saved`)."""
-    eps = param_tree.flatten(saved["eps"])
-    changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
-    return {
-        "changed_blocks": np.flatnonzero(changed).tolist(),
-        "largest_change_of_a_singular_value": {
-            name: float(np.abs(e).max()) for name, e in eps.items()
-        },
-    }
-
-
-def keep_compiled(folder: str) -> None:
-    """Keeps compiled programs in a folder of this user's own, for the next start.
-
-    What lies there is run: nobody else may be able to write it.
-
-    Raises:
-      ValueError: the folder is another user's, or others can write to it.
-      OSError: it cannot be made.
-    """
-    path = Path(folder)
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ValueError(
-            f"--compilation-cache={folder} holds programs that are run, so it must be "
-            "this user's, and nobody else may write to it: chmod go-w, or a new folder"
-        )
-    jax.config.update("jax_compilation_cache_dir", str(path.absolute()))
 
 
 def _parser() -> cli.Parser:

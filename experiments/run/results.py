@@ -20,7 +20,7 @@ from convert import layouts, saving
 from experiments.run import sinks
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, delta, families, vit
+from sinder_jax import checkpoint, delta, families, param_tree, vit
 from sinder_jax.analysis import defective
 from sinder_jax.analysis.tokens import last_patches
 from sinder_jax.data import decode
@@ -200,6 +200,32 @@ def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
     parts = np.array_split(np.arange(count), min(most, count) or 1)
     readable = (filter(is_readable, (photographs[i] for i in part)) for part in parts)
     return [one for found in readable for one in itertools.islice(found, 1)]
+
+
+def run_summary(workdir: Workdir) -> dict[str, Any]:
+    """Counts of the images so far, from the run's metrics."""
+    rows = workdir.read_metrics()
+    bad = [row["file"] for row in rows if row["readable"] and not row["finite"]]
+    return {
+        "images": len(rows),
+        "images_with_defect": sum(row["layer"] not in (None, -1) for row in rows),
+        "images_not_finite": len(bad),
+        "files_not_finite": sorted(set(bad)),
+        "unreadable_files": sorted({r["file"] for r in rows if not r["readable"]}),
+        "share_of_last_images_without_defect": rows[-1]["skipped"] if rows else 0.0,
+    }
+
+
+def change_summary(saved: dict[str, Any]) -> dict[str, Any]:
+    """What the run changed, from its last state (`repair.to_saved`)."""
+    eps = param_tree.flatten(saved["eps"])
+    changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
+    return {
+        "changed_blocks": np.flatnonzero(changed).tolist(),
+        "largest_change_of_a_singular_value": {
+            name: float(np.abs(e).max()) for name, e in eps.items()
+        },
+    }
 
 
 def describe(name: str, measures: dict[str, Any] | None) -> str:

@@ -23,6 +23,7 @@ import pytest
 import bucket
 import places
 from experiments import repair, status
+from experiments.run import compiled
 from sinder_jax import checkpoint, cli, param_tree
 
 STEPS = 12
@@ -257,7 +258,7 @@ def test_programs_are_kept_in_a_folder_of_this_users_own(
     cache = tmp_path / "cache"
     told = jax.config.jax_compilation_cache_dir
     try:
-        repair.keep_compiled(str(cache))
+        compiled.keep(str(cache))
         assert cache.stat().st_mode & 0o777 == 0o700
         assert jax.config.jax_compilation_cache_dir == str(cache)
     finally:
