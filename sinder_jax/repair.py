@@ -231,9 +231,8 @@ def _update(
 
 def is_done(options: RepairOptions, state: RepairState) -> Bool[Array, ""]:
     """The stopping rule: `max_iter` images, or enough of the last had no defect."""
-    needed = math.ceil(
-        options.stop_share * options.history - 1e-9
-    )  # 0.07·100 exceeds 7
+    # In floats 0.07·100 exceeds 7, for one.
+    needed = math.ceil(options.stop_share * options.history - 1e-9)
     return (state.num_images >= options.max_iter) | (
         jnp.sum(~state.had_defect) >= needed
     )
