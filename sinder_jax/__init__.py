@@ -10,7 +10,9 @@ The modules are named after the concepts of the paper (arXiv:2407.16826):
     attention   softmax attention and its gradient, by kind of device
     placement   arrays whole on every device, or split over them
     repair      the repair step: search the defect, update ε in the active blocks
-    data        photographs in a fixed order: sources lists them, decode reads one
+    families    which models there are, as data: sizes, patch, image statistics, ...
+    data        photographs in a fixed order: listing finds them, decode reads one,
+                batches streams them
     analysis    numbers: forecast and spectra of the weights; tokens along a direction;
                 defective, which says what a defective token is; pca
     plots       figures of these numbers, by matplotlib
