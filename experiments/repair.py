@@ -126,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     writes=workdir.writes,
                 ) as heartbeat:
                     course = begin(job, heartbeat)
+                    heartbeat.phase("repairing")
                     if loop(job, course, heartbeat, span):
                         finish(job, course, heartbeat, began)
                         return 0
@@ -166,9 +167,8 @@ def begin(job: Job, heartbeat: Heartbeat) -> Course:
     config, processes, workdir = job.config, job.processes, job.workdir
     processes.say(
         f"{len(job.train)} photographs to repair on, {len(job.held_out)} others held "
-        "out"
+        f"out\n{config.images_per_step} images a step on {job.devices_as_text}"
     )
-    processes.say(f"{config.images_per_step} images a step on {job.devices_as_text}")
     # Computed once, stored, read by every process and every resume.
     if processes.is_first and not workdir.frozen.exists():
         inputs.prepare(config, workdir, heartbeat.phase)
@@ -216,7 +216,6 @@ def loop(
     config, processes, workdir = job.config, job.processes, job.workdir
     runner, position, batch = course.runner, course.position, config.images_per_step
     model = course.original.model.config
-    heartbeat.phase("repairing")
     job.stopping.finish_steps()
     vote = Vote(processes, job.devices)
     stream = batches.stream(
