@@ -12,17 +12,14 @@ model leaf by leaf, use `sinder_jax.model`.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from flax import traverse_util
 
 from sinder_jax import model, param_tree, vit
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store, header, run_files
-from sinder_jax.storage.array_store import check_destination
+from sinder_jax.storage import array_store, run_files
 from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.paths import AnyPath, StrPath
 
-__all__ = ["check_destination"]
 Tree = dict[str, Any]
 
 
@@ -45,7 +42,7 @@ def save(
       FileExistsError: `path` exists.
       FileNotFoundError, PermissionError: its directory is missing or not writable.
     """
-    check_destination(path)
+    array_store.check_destination(path)
     param_tree.check(config, params)
     model.save(path, Model.of(config, params, provenance))
 
@@ -79,16 +76,13 @@ def save_tree(
       metadata: JSON values.
 
     Raises:
-      As `storage.array_store.Writer`.
+      As `storage.array_store.writing`.
     """
     for keys in traverse_util.flatten_dict(dict(tree)):
         if not all(isinstance(key, str) and "/" not in key for key in keys):
             raise ValueError(f"{keys}: names must be text without a slash")
-    flat = {name: np.asarray(leaf) for name, leaf in param_tree.flatten(tree).items()}
-    for name, array in flat.items():
-        header.check_storable(name, array)
-    with array_store.Writer(path, dict(metadata)) as writer:
-        for name, array in flat.items():
+    with array_store.writing(path, dict(metadata)) as writer:
+        for name, array in param_tree.flatten(tree).items():
             writer.write(name, array)
 
 

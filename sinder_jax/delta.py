@@ -64,11 +64,9 @@ class Report(NamedTuple):
     """What `extract` found.
 
     Attributes:
-      touched: the blocks that the delta changes.
       differences: for each tensor that differs, by name such as "attn/q of block 3".
     """
 
-    touched: tuple[int, ...]
     differences: dict[str, Difference]
 
     @property
@@ -183,7 +181,7 @@ def extract(
     if not differences:
         raise ValueError("the two models do not differ: there is nothing to extract")
     check(delta)
-    return delta, Report(touched(delta), differences)
+    return delta, Report(differences)
 
 
 def _empty(config: ViTConfig, base_params: Params) -> Delta:
@@ -378,12 +376,9 @@ def apply(
     check_scale(scale)
     flat = param_tree.flatten(base_params)
     check_base(delta, param_tree.digest(flat))
-    return param_tree.unflatten(
-        {
-            path: repaired_leaf(delta, path, leaf, scale, progress)
-            for path, leaf in flat.items()
-        }
-    )
+    for path, leaf in flat.items():
+        flat[path] = repaired_leaf(delta, path, leaf, scale, progress)
+    return param_tree.unflatten(flat)
 
 
 def _repaired_kernel(

@@ -177,11 +177,11 @@ def save(path: StrPath, model: Model) -> str:
       model: the model; its config and provenance are stored with the weights.
 
     Raises:
-      As `storage.array_store.Writer`, `Model.leaf` and `Model.check_digest`.
+      As `storage.array_store.writing`, `Model.leaf` and `Model.check_digest`.
     """
     metadata = description(model.config, model.provenance)
     found, names = param_tree.ModelDigest(), list(model.shapes)
-    with array_store.Writer(path, metadata) as writer:
+    with array_store.writing(path, metadata) as writer:
         for name, array in zip(names, ahead(model.leaf, names), strict=True):
             found.add(name, array, writer.write(name, array))
         model.check_digest(found.hexdigest())

@@ -1,6 +1,6 @@
 """Named arrays in a checkpoint directory, written one by one, each with its digest.
 
-    array, array, ... --Writer--> DIR/arrays_0, arrays_1, ... + DIR/metadata
+    array, array, ... --writing--> DIR/arrays_0, arrays_1, ... + DIR/metadata
     DIR --Reader--> one array at a time, its SHA-256 verified
 
 Every `arrays_N` is a PyTree checkpoint of Orbax, `metadata` its JSON item (`header`).
@@ -18,12 +18,10 @@ import importlib.metadata
 import json
 import os
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -37,15 +35,19 @@ PART_BYTES = 64 * 2**20  # a part is closed once it holds this much
 PART = re.compile(r"metadata|arrays_\d+")
 
 
-class Writer:
+@contextmanager
+def writing(path: StrPath, metadata: dict[str, Any]) -> Iterator["Writer"]:
     """Writes a directory array by array; leaving the `with` block completes it.
 
-    If the block ends with an error, nothing is left behind. The writer waits for no
-    other process: with many hosts, use it on process 0 alone.
+    If the block ends with an error, nothing is left behind. Waits for no other process:
+    with many hosts, call it on process 0 alone.
 
     Args:
       path: a directory that does not exist, in one that does; or gs://bucket/name.
       metadata: JSON values; a dict that may be changed until the block ends.
+
+    Yields:
+      The writer of the arrays, at least one.
 
     Raises:
       FileExistsError: `path` exists.
@@ -54,27 +56,41 @@ class Writer:
       OSError: writing failed, for example on a full disk.
       RuntimeError: on another process than 0, whose arrays Orbax would leave out.
     """
+    check_destination(path)
+    orbax_io.check_may_write()
+    header.check_json(metadata)
+    path = paths.located(path)
+    with _appearing(path) as target:
+        writer = Writer(path, target)
+        yield writer
+        writer.complete(metadata)
 
-    def __init__(self, path: StrPath, metadata: dict[str, Any]):
-        check_destination(path)
-        orbax_io.check_may_write()
-        self.metadata = metadata
-        self._path = paths.located(path)
+
+@contextmanager
+def _appearing(path: AnyPath) -> Iterator[AnyPath]:
+    """Yields the directory to write to, which is at `path` if the block succeeds."""
+    if not paths.is_remote(path):
+        with files.replacing(path) as partial:
+            partial.mkdir()
+            yield partial
+            check_destination(path)  # hours may have passed
+        return
+    paths.remove(path)  # left by a writer that was killed
+    try:
+        yield path
+    except BaseException:
+        paths.remove(path)
+        raise
+
+
+class Writer:
+    """Adds arrays to the directory `target`, which will appear as `path`."""
+
+    def __init__(self, path: AnyPath, target: AnyPath):
+        self._path, self._target = path, target
         self._entries: dict[str, dict[str, Any]] = {}
         self._part: dict[str, np.ndarray] = {}
         self._num_parts = 0
-
-    def __enter__(self) -> "Writer":
-        header.check_json(self.metadata)
-        self._undo = ExitStack()
-        if paths.is_remote(self._path):
-            paths.remove(self._path)  # left by a writer that was killed
-            self._undo.callback(paths.remove, self._path)
-            self._target = self._path
-        else:
-            self._target = self._undo.enter_context(files.replacing(self._path))
-            self._target.mkdir()
-        return self
 
     def write(self, name: str, array: Any) -> str:
         """Adds an array; returns its SHA-256.
@@ -84,42 +100,27 @@ class Writer:
           array: numbers of any format, NumPy or JAX; not empty.
         """
         array = np.asarray(array)
-        header.check_storable(name, array)
         if name in self._entries:
             raise ValueError(f"{name} is written twice")
-        sha256 = param_tree.digest_of_array(array)
-        self._entries[name] = header.entry(array, sha256, part=self._num_parts)
+        self._entries[name] = header.entry(name, array, part=self._num_parts)
         self._part[name] = array
         if sum(each.nbytes for each in self._part.values()) >= PART_BYTES:
             self._close_part()
-        return sha256
+        return self._entries[name]["sha256"]
 
-    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        if kind is not None:
-            self._undo.__exit__(kind, error, traceback)
-            return
-        with self._undo:
-            self._complete()
-
-    def _complete(self) -> None:
+    def complete(self, metadata: Mapping[str, Any]) -> None:
+        """Writes what is left: the last arrays, then the header."""
         if not self._entries:
             raise ValueError("the tree holds no array")
-        saved = header.header(self._entries, self.metadata)
+        saved = header.header(self._entries, metadata)
         if self._part:
             self._close_part()
         self._save("metadata", ocp.JsonCheckpointHandler, ocp.args.JsonSave(saved))
-        if paths.is_remote(self._path):
-            self._undo.pop_all()  # not called: the directory stays
-        else:
-            check_destination(self._path)  # hours may have passed
 
     def _close_part(self) -> None:
-        tree, self._part = param_tree.unflatten(self._part), {}
-        self._save(
-            f"arrays_{self._num_parts}",
-            orbax_io.arrays_handler,
-            orbax_io.arrays_args(tree),
-        )
+        args = orbax_io.arrays_args(param_tree.unflatten(self._part))
+        self._save(f"arrays_{self._num_parts}", orbax_io.arrays_handler, args)
+        self._part = {}
         self._num_parts += 1
 
     def _save(self, item: str, handler: Any, args: Any) -> None:
@@ -134,7 +135,7 @@ class Writer:
 
 
 class Reader:
-    """Reads what `Writer` wrote.
+    """Reads what `writing` wrote.
 
     Args:
       path: the directory, on a disk or in a bucket.
@@ -190,11 +191,12 @@ class Reader:
 
     def _restore(self, name: str, part: int) -> np.ndarray:
         """One array: asked for many, Orbax prints a traceback per broken array."""
-        like = param_tree.unflatten({name: np.empty(0)})
-        to_numpy = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like
+        to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        args = ocp.args.PyTreeRestore(
+            param_tree.unflatten({name: np.empty(0)}),
+            restore_args=param_tree.unflatten({name: to_numpy}),
+            partial_restore=True,
         )
-        args = ocp.args.PyTreeRestore(like, restore_args=to_numpy, partial_restore=True)
         try:
             with orbax_io.checkpointer(orbax_io.arrays_handler) as checkpointer:
                 tree = checkpointer.restore(self._path / f"arrays_{part}", args)
@@ -241,15 +243,12 @@ def check_destination(path: StrPath) -> None:
       PermissionError: the directory around it is not writable.
       OSError: its bucket does not answer.
     """
-    path = paths.located(path)
-    if paths.is_remote(path):
-        with paths.answering(path):
-            taken = path.exists() and not _is_unfinished(path)
-    else:
-        taken = path.exists() or Path(path).is_symlink()
-    if taken:
-        raise FileExistsError(f"{path} exists: remove it or choose another name")
-    if paths.is_remote(path):  # a bucket has no directories that could be missing
+    path, remote = paths.located(path), paths.is_remote(path)
+    with paths.answering(path):
+        taken = path.exists() or (not remote and path.is_symlink())
+        if taken and not (remote and _is_unfinished(path)):
+            raise FileExistsError(f"{path} exists: remove it or choose another name")
+    if remote:  # a bucket has no directories that could be missing
         return
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is not a directory: create it first")

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from sinder_jax import checkpoint, param_tree
+from sinder_jax import param_tree
 from sinder_jax.delta import Delta, check
 from sinder_jax.storage import array_store, errors, files
 from sinder_jax.storage.paths import StrPath
@@ -46,7 +46,7 @@ def save(
       FileNotFoundError, PermissionError: its directory is missing or not writable.
       OSError: writing failed, for example on a full disk.
     """
-    checkpoint.check_destination(path)
+    array_store.check_destination(path)
     check(delta)
     header = {"writer": array_store.tool()} | dict(metadata or {})
     if taken := sorted(header.keys() & set(HEADER)):

@@ -63,21 +63,14 @@ def write(path: StrPath, content: str | bytes) -> None:
     Raises:
       OSError: the file cannot be written; names `path`.
     """
-    data = content.encode() if isinstance(content, str) else content
-    path = paths.as_path(path)
-    if paths.is_remote(path):  # an object appears whole
-        with paths.answering(path):
-            path.write_bytes(data)
-        return
     with replacing(path) as partial:
-        partial.write_bytes(data)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def upload(folder: Path, target: paths.AnyPath) -> None:
-    """Copies all files below a local folder to the same names below `target`."""
+    """Copies all files below a local folder to the same names in a bucket."""
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             place = target / file.relative_to(folder).as_posix()
             with paths.answering(place):
-                place.parent.mkdir(parents=True, exist_ok=True)
                 place.write_bytes(file.read_bytes())

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sinder_jax import param_tree
 from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.paths import AnyPath
 
@@ -20,8 +21,12 @@ VERSION = 2
 NAME = re.compile(r"[\w-]+(/[\w-]+)*")  # a dot would be a slash on disk
 
 
-def check_storable(name: str, array: np.ndarray) -> None:
-    """Raises ValueError for a name or an array that would not come back unchanged."""
+def entry(name: str, array: np.ndarray, *, part: int) -> dict[str, Any]:
+    """What a header says of one array, with its SHA-256.
+
+    Raises:
+      ValueError: a name or an array that would not come back unchanged.
+    """
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r}: names are letters, digits, '_', '-' and '/'")
     # Kind V is bfloat16 and its kin, which NumPy itself does not know.
@@ -30,14 +35,10 @@ def check_storable(name: str, array: np.ndarray) -> None:
             f"{name} is {array.dtype} {array.shape}: only nonempty arrays of numbers "
             "can be stored"
         )
-
-
-def entry(array: np.ndarray, sha256: str, *, part: int) -> dict[str, Any]:
-    """What a header says of one array."""
     return {
         "shape": list(array.shape),
         "dtype": array.dtype.name,
-        "sha256": sha256,
+        "sha256": param_tree.digest_of_array(array),
         "part": part,
     }
 
@@ -104,13 +105,11 @@ def check_header(path: AnyPath, found: Any) -> None:
 
 
 def _is_entry(value: Any) -> bool:
+    kinds = {"shape": list, "dtype": str, "sha256": str, "part": int}
     return (
         isinstance(value, dict)
-        and value.keys() == {"shape", "dtype", "sha256", "part"}
-        and isinstance(value["shape"], list)
+        and {key: type(each) for key, each in value.items()} == kinds
         and all(type(side) is int and side >= 0 for side in value["shape"])
-        and isinstance(value["dtype"], str)
-        and type(value["part"]) is int
     )
 
 

@@ -6,7 +6,7 @@ A bucket holds objects, not directories: one object appears whole; a directory i
 the names of its objects have in common, and renaming it copies them one by one.
 """
 
-import importlib.util
+import importlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -35,8 +35,10 @@ def as_path(path: StrPath) -> AnyPath:
         return Path(text)
     if not text.startswith(BUCKET):
         raise ValueError(f"{text}: only paths on a disk and {BUCKET} can be used")
-    if not _is_installed("gcsfs"):
-        raise ValueError(f"{text} needs gcsfs: pip install 'sinder_jax[gcs]'")
+    try:
+        importlib.import_module("gcsfs")  # by which epath reads gs://
+    except ImportError:
+        raise ValueError(f"{text} needs gcsfs: pip install 'sinder_jax[gcs]'") from None
     return epath.Path(text)  # type: ignore[return-value]
 
 
@@ -73,10 +75,3 @@ def answering(path: AnyPath) -> Iterator[None]:
     except Exception as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise OSError(f"{path} cannot be reached ({reason})") from None
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ValueError:  # blocked in sys.modules
-        return False

@@ -14,9 +14,11 @@ disk or of a bucket. Nothing here imports JAX: a status must be cheap at any tim
 """
 
 import json
+import re
 from typing import Any
 
 from sinder_jax.storage import paths
+from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import AnyPath, StrPath
 
 CONFIG, ALIVE, SUMMARY = "config.json", "alive.json", "summary.json"
@@ -41,10 +43,7 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except ValueError as error:  # also bytes that are not text
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {reason})"
-        ) from None
+        raise ValueError(f"{path} is damaged ({reason_of(error)})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged (a {type(value).__name__}, not an object)")
     return value
@@ -92,9 +91,8 @@ def numbered(folder: StrPath) -> list[AnyPath]:
     complete = (
         path
         for path in found
-        if path.name.isascii()
-        and path.name.isdigit()
-        and not (paths.is_remote(path) and not (path / COMMITTED).exists())
+        if re.fullmatch("[0-9]+", path.name)
+        and (not paths.is_remote(path) or (path / COMMITTED).exists())
     )
     return sorted(complete, key=number_of)
 

@@ -17,11 +17,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint.checkpoint_managers import (
-    AnyPreservationPolicy,
-    EveryNSteps,
-    LatestN,
-)
 
 from sinder_jax import checkpoint, param_tree
 from sinder_jax.storage import array_store, header, orbax_io, paths
@@ -62,7 +57,7 @@ class Snapshots:
         self._saving = 0  # the state under way
         self._exit = ExitStack()
         self._exit.enter_context(orbax_io.quiet())
-        self._options = (keep_last, keep_every)
+        self._options = _options(keep_last, keep_every)
         with paths.answering(self.folder):
             self._manager = self._open()
 
@@ -100,12 +95,7 @@ class Snapshots:
             name: np.array(leaf)  # always a copy
             for name, leaf in param_tree.flatten(jax.device_get(dict(tree))).items()
         }
-        entries = {}
-        for name, array in flat.items():
-            header.check_storable(name, array)
-            entries[name] = header.entry(
-                array, param_tree.digest_of_array(array), part=0
-            )
+        entries = {name: header.entry(name, x, part=0) for name, x in flat.items()}
         added = {"num_images": num_images, "versions": versions()}
         found = header.header(entries, {**(metadata or {}), **added})
         items = {
@@ -148,8 +138,9 @@ class Snapshots:
                 self._manager.close()
 
     def _open(self) -> "_Manager":
+        handlers = _handlers()
         manager = _Manager(
-            self.folder, options=_options(*self._options), handler_registry=_handlers()
+            self.folder, options=self._options, handler_registry=handlers
         )
         orbax_io.wait_for_writes()  # removes what was left unfinished
         return manager
@@ -184,8 +175,7 @@ class _Manager(ocp.CheckpointManager):
 def versions() -> dict[str, str]:
     """Versions of everything that writes a snapshot."""
     return {
-        "sinder_jax": array_store.tool().removeprefix("sinder_jax").strip()
-        or "unknown",
+        "sinder_jax": array_store.tool().partition(" ")[2] or "unknown",
         "jax": jax.__version__,
         "orbax": ocp.__version__,
         "numpy": np.__version__,
@@ -194,16 +184,14 @@ def versions() -> dict[str, str]:
 
 
 def _options(keep_last: int, keep_every: int) -> ocp.CheckpointManagerOptions:
-    kept = [LatestN(keep_last)]
-    if keep_every:
-        kept.append(EveryNSteps(keep_every))
     return ocp.CheckpointManagerOptions(
         create=False,  # with `active_processes` Orbax cannot
         save_root_metadata=False,
         cleanup_tmp_directories=True,
         lightweight_initialize=True,
         step_format_fixed_length=DIGITS,
-        preservation_policy=AnyPreservationPolicy(kept),
+        max_to_keep=keep_last,
+        keep_period=keep_every or None,
         multiprocessing_options=orbax_io.alone(),
         async_options=ocp.AsyncOptions(
             timeout_secs=TIMEOUT,

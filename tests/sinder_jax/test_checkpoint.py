@@ -401,7 +401,7 @@ def test_a_kill_leaves_no_checkpoint_in_a_bucket_and_the_next_save_replaces_it(b
 
 def test_failed_saving_leaves_nothing_in_a_bucket(bucket):
     with pytest.raises(ValueError, match="twice"):
-        with array_store.Writer("gs://b/tree", {}) as writer:
+        with array_store.writing("gs://b/tree", {}) as writer:
             writer.write("a", np.ones(2))
             writer._close_part()
             assert bucket.objects()
