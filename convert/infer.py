@@ -254,6 +254,14 @@ def listing(names: Sequence[str], limit: int = LISTED) -> str:
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
 
+def listing_by_kind(names: Mapping[str, Sequence[str]], limit: int = LISTED) -> str:
+    """Names for an error by what is wrong: "2 missing: a, b; 1 surplus: c"."""
+    return "; ".join(
+        f"{len(of_kind)} {kind}: {listing(of_kind, limit)}"
+        for kind, of_kind in names.items()
+    )
+
+
 def describe(config: vit.ViTConfig) -> str:
     """The hub's name of an architecture, or its numbers."""
     return hub_name(config) or (

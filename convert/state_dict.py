@@ -75,7 +75,7 @@ class TorchModel:
             raise ValueError(
                 f"the tensors do not make a {infer.describe(self.config)} in "
                 f"{layouts.LAYOUTS[self.layout].owner} layout: "
-                f"{_text(misfits | self._not_finite())}"
+                f"{infer.listing_by_kind(misfits | self._not_finite())}"
             )
 
     def leaf(self, path: str) -> np.ndarray:
@@ -86,7 +86,7 @@ class TorchModel:
         """
         leaf = tables.from_tensors(path, self.shapes[path], self.table, self._tensor)
         if not param_tree.is_finite(leaf):
-            raise ValueError(_text(self._not_finite()))
+            raise ValueError(infer.listing_by_kind(self._not_finite()))
         return leaf
 
     def tensors(self) -> dict[str, np.ndarray]:
@@ -182,13 +182,6 @@ def to_torch(
     table = layouts.table_of(layout, config)
     tensors = dict(tables.to_tensors(table, lambda path: np.asarray(flat[path])))
     return {key: tensors[key] for key in table}
-
-
-def _text(misfits: Mapping[str, list[str]]) -> str:
-    return "; ".join(
-        f"{len(names)} {kind}: {infer.listing(names)}"
-        for kind, names in misfits.items()
-    )
 
 
 def _is_finite(array: np.ndarray) -> bool:

@@ -1,7 +1,7 @@
 """DINOv2's forward pass in PyTorch, straight on the tensors of a state dict.
 
     images [B, 3, height, width] --conv, positions--> tokens [B, T, D] --L blocks-->
-    tokens --norm--> Features;  weights by name, as in the file
+    tokens --norm--> features [B, T, D];  weights by name, as in the file
 
 A second opinion on a conversion: this module shares neither code nor the table of names
 with the JAX model, so that agreement proves both. Importing it imports torch; `verify`
@@ -29,14 +29,6 @@ Tokens = Float[torch.Tensor, "B T D"]
 Hidden = Float[torch.Tensor, "B T _"]  # of any width
 
 
-class Features(NamedTuple):
-    """Tokens after the final norm; patches as a grid of H rows and W columns."""
-
-    cls: Float[torch.Tensor, "B D"]
-    registers: Float[torch.Tensor, "B R D"]
-    patches: Float[torch.Tensor, "B H W D"]
-
-
 def features(
     state_dict: State,
     images: Float[torch.Tensor, "B 3 height width"],
@@ -45,8 +37,8 @@ def features(
     norm_epsilon: float,
     interpolate_antialias: bool = False,
     interpolate_offset: float = 0.1,
-) -> Features:
-    """Class token, registers and patches after the final norm.
+) -> Tokens:
+    """Tokens after the final norm: class token, registers, patches row by row.
 
     Args:
       state_dict: tensors by name, in the layout of the hub files or of timm; of one
@@ -60,9 +52,6 @@ def features(
         than the stored one, see `resample_positions`.
       interpolate_offset: likewise.
 
-    Returns:
-      `Features`; R is 0 without registers.
-
     Raises:
       KeyError: a tensor is missing.
       RuntimeError: from PyTorch, when shapes do not fit.
@@ -71,18 +60,11 @@ def features(
     kernel = state_dict["patch_embed.proj.weight"]
     bias = state_dict["patch_embed.proj.bias"]
     grid = F.conv2d(images, kernel, bias, stride=kernel.shape[-1]).movedim(1, -1)
-    rows, columns = grid.shape[1:3]
     tokens = _embed(state_dict, grid, interpolate_antialias, interpolate_offset)
     found = (re.match(r"blocks\.(\d+)\.", key) for key in state_dict)
     for i in range(1 + max((int(match[1]) for match in found if match), default=-1)):
         tokens = _block(weights, f"blocks.{i}.", tokens)
-    tokens = weights.norm("norm", tokens)
-    first = tokens.shape[1] - rows * columns
-    return Features(
-        cls=tokens[:, 0],
-        registers=tokens[:, 1:first],
-        patches=tokens[:, first:].unflatten(1, (rows, columns)),
-    )
+    return weights.norm("norm", tokens)
 
 
 def resample_positions(

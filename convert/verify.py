@@ -10,13 +10,12 @@ of the hub or of timm, transformers for a Hugging Face directory. A tensor that 
 forward pass uses is not seen: `mask_token`.
 """
 
+import contextlib
 import functools
-import importlib.util
-import json
+import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +24,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float32
 
-from convert import opening
+from convert import infer, opening
 from convert.files import reading, writing
 from convert.files.tensors import reason
 from sinder_jax import families, vit
 from sinder_jax.data import decode, listing
-from sinder_jax.storage.paths import StrPath
 
-# What each layout needs, and what the libraries are called.
-LIBRARIES = {"dinov2": ("torch",), "timm": ("torch",), "hf": ("torch", "transformers")}
-_TITLES = {"torch": "PyTorch", "transformers": "transformers"}
 # By `model_type` of config.json.
 _TRANSFORMERS = {
     "dinov2": "Dinov2Model",
@@ -50,7 +45,8 @@ AMPLIFICATION = 100
 
 Images = Float32[np.ndarray, "B height width 3"]
 Tokens = Float32[np.ndarray, "B T D"]
-Source = StrPath | Mapping[str, np.ndarray]
+# A Hugging Face directory, or tensors named as by the hub or timm, in any float format.
+Source = Path | Mapping[str, np.ndarray]
 
 
 class Comparison(NamedTuple):
@@ -103,66 +99,41 @@ def print_verdict(jax_side: Path, torch_side: Path, *, made: Path) -> None:
     """
     ours = opening.open_model(jax_side)
     theirs = opening.open_model(torch_side, ours.config.num_heads)
-    layout = "hf" if theirs.layout.startswith("hf") else theirs.layout
-    reason = unavailable(layout)
-    if reason is None and layout == "hf" and not torch_side.is_dir():
-        reason = "transformers loads directories: not compared"
-    if reason:
-        print(f"verify: {reason}.")
+    hugging_face = theirs.layout.startswith("hf")
+    if hugging_face and not torch_side.is_dir():
+        print("verify: transformers loads directories: not compared.")
         return
-    source = torch_side if layout == "hf" else theirs.torch.tensors()
-    comparison = compare(ours.config, ours.params, source, layout)
-    assert comparison is not None
+    source = torch_side if hugging_face else theirs.torch.tensors()
     try:
-        check(comparison)
-    except ValueError:
+        comparison = compare(ours.config, ours.params, source)
+    except ModuleNotFoundError as error:
+        print(f"verify: {error.name} is not installed: not compared.")
+        return
+    if not comparison.agree:
         writing.remove(made)
-        raise
+    check(comparison)
     print(f"verify: {comparison}.")
 
 
-def unavailable(layout: str) -> str | None:
-    """Why files of `layout` cannot be compared here, in one line; None if they can.
-
-    Raises:
-      ValueError: an unknown layout.
-    """
-    if layout not in LIBRARIES:
-        allowed = ", ".join(repr(name) for name in LIBRARIES)
-        raise ValueError(f"unknown layout {layout!r}; use {allowed}")
-    for name in LIBRARIES[layout]:
-        if importlib.util.find_spec(name) is None:
-            return f"{_TITLES[name]} not installed: not compared"
-    return None
-
-
 def compare(
-    config: vit.ViTConfig, params: Mapping[str, Any], source: Source, layout: str
-) -> Comparison | None:
+    config: vit.ViTConfig, params: Mapping[str, Any], source: Source
+) -> Comparison:
     """Runs a photograph through the JAX model and through PyTorch.
 
     Args:
       config: the architecture.
       params: float32 arrays, of NumPy or JAX.
-      source: what was read or written. For "dinov2" and "timm" the file, or its tensors
-        by name in their number format (float16, bfloat16, float32 or float64), read as
-        they are used; for "hf" the directory.
-      layout: "dinov2", "timm" or "hf".
+      source: what was read or written: a Hugging Face directory, or tensors by name.
 
     Returns:
-      The comparison, to be judged by `check`, or None if `unavailable(layout)` says
-      that PyTorch or transformers is not installed.
+      The comparison, to be judged by `check`.
 
     Raises:
-      ValueError: an unknown layout; or files that make no model, that transformers
-        finds incomplete, or whose tokens do not fit the config.
-      FileNotFoundError: there is no such file or directory.
+      As `torch_tokens`.
     """
-    if unavailable(layout):
-        return None
     image = photograph(config)
     # PyTorch first, since it refuses bad files sooner.
-    theirs, against = torch_tokens(config, source, layout, image)
+    theirs, against = torch_tokens(config, source, image)
     difference, relative = measure(jax_tokens(config, params, image), theirs)
     return Comparison(difference, relative, tolerance(config), against, config.img_size)
 
@@ -224,60 +195,53 @@ def _apply(config: vit.ViTConfig, params: Mapping[str, Any], images: Any) -> Any
 
 
 def torch_tokens(
-    config: vit.ViTConfig, source: Source, layout: str, images: Images
+    config: vit.ViTConfig, source: Source, images: Images
 ) -> tuple[Tokens, str]:
     """Tokens after the final norm, by PyTorch on the CPU, and what computed them.
 
     Args:
       config: the architecture.
       source: as for `compare`.
-      layout: as for `compare`.
       images: normalized; of the stored grid's size, since layouts differ elsewhere.
 
     Raises:
-      ValueError, FileNotFoundError: as `compare`.
-      ImportError: PyTorch or transformers is not installed.
+      ValueError: files that make no model, that transformers finds incomplete, or whose
+        tokens do not fit the config.
+      FileNotFoundError: there is no such directory, or no config.json in it.
+      ModuleNotFoundError: PyTorch or transformers is not installed.
     """
-    if layout != "hf":
-        tokens, against = _torch_vit_tokens(config, source, layout, images)
-    elif isinstance(source, Mapping):
-        raise ValueError("got tensors for the layout hf, expected a directory")
-    else:
-        tokens, against = _transformers_tokens(Path(source), images)
-    patches = config.grid_size**2
-    wanted = (len(images), 1 + config.num_register_tokens + patches, config.embed_dim)
+    import torch
+
+    pixels = _tensor(images).movedim(-1, 1).contiguous()
+    with torch.inference_mode():
+        if isinstance(source, Path):
+            tokens, against = _transformers_tokens(source, pixels)
+        else:
+            tokens, against = _torch_vit_tokens(config, source, pixels)
+    length = 1 + config.num_register_tokens + config.grid_size**2
+    wanted = (len(images), length, config.embed_dim)
     if tokens.shape != wanted:
-        raise ValueError(f"{against} makes tokens {tokens.shape}, not {wanted}")
-    return tokens, against
+        raise ValueError(f"{against} makes tokens {tuple(tokens.shape)}, not {wanted}")
+    return tokens.numpy(), against
 
 
 def _torch_vit_tokens(
-    config: vit.ViTConfig, source: Source, layout: str, images: Images
-) -> tuple[Tokens, str]:
+    config: vit.ViTConfig, arrays: Mapping[str, np.ndarray], pixels: Any
+) -> tuple[Any, str]:
     import torch
 
     from convert import torch_vit
 
-    arrays = source if isinstance(source, Mapping) else reading.open_state_dict(source)
     try:
-        with torch.inference_mode():
-            out = torch_vit.features(
-                {name: _tensor(array) for name, array in arrays.items()},
-                _torch_images(images),
-                num_heads=config.num_heads,
-                norm_epsilon=families.of(config).norm_epsilon,
-            )
-    except KeyError as error:
-        raise ValueError(f"not a {layout} model: {error} is missing") from None
-    except RuntimeError as error:  # PyTorch's, for shapes that do not fit
-        raise ValueError(f"not a {layout} model: {reason(error)}") from None
-    tokens = torch.cat([out.cls[:, None], out.registers, out.patches.flatten(1, 2)], 1)
-    against = f"PyTorch {torch.__version__} on the tensors of the {layout} layout"
-    return tokens.numpy(), against
-
-
-def _torch_images(images: Images) -> Any:
-    return _tensor(images).movedim(-1, 1).contiguous()
+        tokens = torch_vit.features(
+            {name: _tensor(array) for name, array in arrays.items()},
+            pixels,
+            num_heads=config.num_heads,
+            norm_epsilon=families.of(config).norm_epsilon,
+        )
+    except (KeyError, RuntimeError) as error:  # a tensor is missing or misshapen
+        raise ValueError(f"PyTorch cannot use the tensors: {reason(error)}") from None
+    return tokens, f"PyTorch {torch.__version__} on the tensors"
 
 
 def _tensor(array: np.ndarray) -> Any:
@@ -293,21 +257,17 @@ def _tensor(array: np.ndarray) -> Any:
 # --- transformers -----------------------------------------------------------------
 
 
-def _transformers_tokens(directory: Path, images: Images) -> tuple[Tokens, str]:
-    import torch
+def _transformers_tokens(directory: Path, pixels: Any) -> tuple[Any, str]:
     import transformers
 
     model, misfits = load(directory)
     against = f"transformers {transformers.__version__} {type(model).__name__}"
     if misfits:
-        listed = "; ".join(
-            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-            for kind, names in misfits.items()
+        raise ValueError(
+            f"{directory}: {against} loads it with tensors "
+            f"{infer.listing_by_kind(misfits, limit=3)}"
         )
-        raise ValueError(f"{directory}: {against} loads it with tensors {listed}")
-    with torch.inference_mode():
-        tokens = model(_torch_images(images)).last_hidden_state
-    return tokens.numpy(), against
+    return model(pixels).last_hidden_state, against
 
 
 def load(directory: Path) -> tuple[Any, dict[str, list[str]]]:
@@ -319,70 +279,48 @@ def load(directory: Path) -> tuple[Any, dict[str, list[str]]]:
       comes with both shapes.
 
     Raises:
-      FileNotFoundError: there is no such directory.
+      FileNotFoundError: there is no such directory, or no config.json in it.
       ValueError: it holds no DINOv2 model that transformers can load; one line.
       ImportError: transformers is not installed.
     """
     import transformers
 
-    model_class = getattr(transformers, _model_class(directory))
-    with _quiet_transformers():
-        try:
-            model, info = model_class.from_pretrained(
+    path = directory / reading.CONFIG
+    name = _TRANSFORMERS.get(str(reading.read_json(path).get("model_type")))
+    if name is None:
+        allowed = " or ".join(_TRANSFORMERS)
+        raise ValueError(f'{path}: its "model_type" must be {allowed}')
+    try:
+        with _quiet():
+            model, info = getattr(transformers, name).from_pretrained(
                 directory,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported all the same, by name
                 local_files_only=True,
             )
-        # Its own OSError, safetensors' error, and those of config fields it refuses.
-        except Exception as error:
-            raise ValueError(
-                f"{directory}: transformers cannot load it ({reason(error)})"
-            ) from None
-    found = {
-        kind: sorted(map(_as_text, info[f"{kind}_keys"]))
-        for kind in ("missing", "unexpected", "mismatched")
+    # Its own OSError, safetensors' error, and those of config fields it refuses.
+    except Exception as error:
+        raise ValueError(
+            f"{directory}: transformers cannot load it ({reason(error)})"
+        ) from None
+    misfits = {
+        "missing": sorted(info["missing_keys"]),
+        "unexpected": sorted(info["unexpected_keys"]),
+        "mismatched": [
+            f"{key} is {tuple(found)}, not {tuple(wanted)}"
+            for key, found, wanted in sorted(info["mismatched_keys"])
+        ],
     }
-    misfits = {kind: names for kind, names in found.items() if names}
-    return model.float().eval(), misfits
+    return model.float().eval(), {kind: keys for kind, keys in misfits.items() if keys}
 
 
-def _model_class(directory: Path) -> str:
-    if not directory.is_dir():
-        raise FileNotFoundError(f"{directory}: no such directory")
-    path = directory / reading.CONFIG
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences log lines, and the progress bars that transformers draws on stderr."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        return _TRANSFORMERS[json.loads(path.read_text())["model_type"]]
-    except FileNotFoundError:
-        raise ValueError(f"{directory}: holds no {reading.CONFIG}") from None
-    except (ValueError, KeyError, TypeError):
-        allowed = " or ".join(_TRANSFORMERS)
-        raise ValueError(f'{path}: its "model_type" must be {allowed}') from None
-
-
-def _as_text(entry: Any) -> str:
-    """A name, or a misshapen tensor's name with the shapes found and wanted."""
-    if isinstance(entry, str):
-        return entry
-    name, found, wanted = entry
-    return f"{name} is {tuple(found)}, not {tuple(wanted)}"
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Silences progress bars and log lines, then restores the user's settings."""
-    from huggingface_hub import utils as hub
-    from transformers.utils import logging as settings
-
-    verbosity = settings.get_verbosity()
-    bars = settings.is_progress_bar_enabled()
-    hub_bars = not hub.are_progress_bars_disabled()
-    settings.set_verbosity(logging.CRITICAL)
-    settings.disable_progress_bar()  # and the hub's
-    try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        settings.set_verbosity(verbosity)
-        if bars:
-            settings.enable_progress_bar()
-        (hub.enable_progress_bars if hub_bars else hub.disable_progress_bars)()
+        logging.disable(before)

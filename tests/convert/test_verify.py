@@ -11,9 +11,10 @@ from safetensors.numpy import load_file, save_file
 
 import convert
 import golden
-from convert import verify
+from convert import layouts, saving, verify
 from sinder_jax import families, param_tree, vit
 from sinder_jax.data import decode, listing
+from sinder_jax.model import Model
 
 # Stored grid 4 x 4; the head width is not 64.
 CONFIGS = {
@@ -52,27 +53,26 @@ def error_of(call, *args, kind=ValueError):
 
 
 @pytest.mark.parametrize(
-    "layout,library,title",
-    [
-        ("dinov2", "torch", "PyTorch"),
-        ("timm", "torch", "PyTorch"),
-        ("hf", "torch", "PyTorch"),
-        ("hf", "transformers", "transformers"),
-    ],
+    "container,library",
+    [("file", "torch"), ("directory", "torch"), ("directory", "transformers")],
 )
 def test_missing_library_is_said_and_nothing_is_compared(
-    layout, library, title, monkeypatch, tmp_path
+    container, library, monkeypatch, tmp_path, capsys
 ):
     pytest.importorskip("torch")
-    config = CONFIGS["mlp"]
-    params = random_params(config)
+    config, params = CONFIGS["mlp"], random_params(CONFIGS["mlp"])
+    hugging_face = container == "directory"
+    table = layouts.table_of("hf" if hugging_face else "dinov2", config)
+    path = tmp_path / ("hf" if hugging_face else "a.safetensors")
+    saving.save(path, Model.of(config, params), table, directory=hugging_face)
+    source = path if hugging_face else convert.to_torch(config, params)
     monkeypatch.setitem(sys.modules, library, None)
-    assert verify.unavailable(layout) == f"{title} not installed: not compared"
-    assert verify.compare(config, params, tmp_path, layout) is None
-
-
-def test_unknown_layout_lists_the_allowed_ones():
-    assert "'dinov2', 'timm', 'hf'" in error_of(verify.unavailable, "keras")
+    with pytest.raises(ModuleNotFoundError) as caught:
+        verify.compare(config, params, source)
+    assert caught.value.name == library
+    verify.print_verdict(path, path, made=path)
+    note = f"verify: {library} is not installed: not compared.\n"
+    assert capsys.readouterr().out == note and path.exists()
 
 
 def test_photograph_has_the_size_of_the_stored_grid():
@@ -130,10 +130,10 @@ def test_model_agrees_with_its_tensors(kind, layout):
     params = random_params(config)
     state = convert.to_torch(config, params)
     tensors = timm_state(state) if layout == "timm" else state
-    comparison = verify.compare(config, params, tensors, layout)
+    comparison = verify.compare(config, params, tensors)
     verify.check(comparison)
     assert 0 < comparison.relative < 3e-6  # an eighth of what is allowed
-    assert comparison.image_size == 56 and f"{layout} layout" in comparison.against
+    assert comparison.image_size == 56 and "PyTorch" in comparison.against
 
 
 @pytest.mark.parametrize("name", golden.REPAIRED)
@@ -143,7 +143,7 @@ def test_models_with_defects_agree(name):
     state, architecture = golden.state(arrays), golden.architecture(meta)
     overrides = {k: v for k, v in architecture.items() if k.startswith("interpolate")}
     config, params = convert.from_torch(state, meta["num_heads"], **overrides)
-    verify.check(verify.compare(config, params, state, "dinov2"))
+    verify.check(verify.compare(config, params, state))
 
 
 def test_verdict_stands_where_single_tokens_amplify_rounding():
@@ -172,7 +172,7 @@ def test_any_single_wrong_tensor_is_seen_but_the_mask_token(kind):
     unseen = []
     for name, array in state.items():
         wrong = state | {name: np.roll(array, 1, axis=-1)}
-        theirs, _ = verify.torch_tokens(config, wrong, "dinov2", image)
+        theirs, _ = verify.torch_tokens(config, wrong, image)
         if verify.measure(ours, theirs)[1] <= verify.tolerance(config):
             unseen.append(name)
     assert unseen == ["mask_token"]
@@ -184,7 +184,7 @@ def test_another_image_does_not_agree():
     params = random_params(config)
     state, image = convert.to_torch(config, params), verify.photograph(config)
     ours = verify.jax_tokens(config, params, image)
-    theirs, _ = verify.torch_tokens(config, state, "dinov2", image[:, ::-1].copy())
+    theirs, _ = verify.torch_tokens(config, state, image[:, ::-1].copy())
     assert verify.measure(ours, theirs)[1] > 100 * verify.tolerance(config)
 
 
@@ -194,7 +194,7 @@ def test_wrong_tensor_ends_in_an_error():
     params = random_params(config)
     state = convert.to_torch(config, params)
     state["blocks.1.ls2.gamma"] = state["blocks.0.ls2.gamma"]
-    comparison = verify.compare(config, params, state, "dinov2")
+    comparison = verify.compare(config, params, state)
     assert not comparison.agree
     assert "not the same model" in error_of(verify.check, comparison)
 
@@ -205,7 +205,7 @@ def test_other_number_formats_are_compared_as_they_stand(number_format):
     state = convert.to_torch(CONFIGS["mlp"], random_params(CONFIGS["mlp"]))
     stored = {name: array.astype(number_format) for name, array in state.items()}
     config, params = convert.from_torch(stored, num_heads=2)
-    verify.check(verify.compare(config, params, stored, "dinov2"))
+    verify.check(verify.compare(config, params, stored))
 
 
 def test_half_precision_is_another_model_than_the_one_it_was_rounded_from():
@@ -214,21 +214,7 @@ def test_half_precision_is_another_model_than_the_one_it_was_rounded_from():
     params = random_params(config)
     state = convert.to_torch(config, params)
     rounded = {name: array.astype(np.float16) for name, array in state.items()}
-    assert not verify.compare(config, params, rounded, "dinov2").agree
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
-def test_file_is_read_from_its_path(suffix, tmp_path):
-    torch = pytest.importorskip("torch")
-    config = CONFIGS["mlp"]
-    params = random_params(config)
-    path = tmp_path / f"model{suffix}"
-    state = convert.to_torch(config, params)
-    if suffix == ".pth":
-        torch.save({name: torch.from_numpy(a) for name, a in state.items()}, path)
-    else:
-        save_file(state, path)
-    verify.check(verify.compare(config, params, path, "dinov2"))
+    assert not verify.compare(config, params, rounded).agree
 
 
 def test_tensors_that_make_no_model_or_another_one_are_named():
@@ -239,11 +225,11 @@ def test_tensors_that_make_no_model_or_another_one_are_named():
 
     def message(changes, lacking=()):
         wrong = {k: v for k, v in (state | changes).items() if k not in lacking}
-        return error_of(verify.compare, config, params, wrong, "dinov2")
+        return error_of(verify.compare, config, params, wrong)
 
-    assert "'norm.bias' is missing" in message({}, ["norm.bias"])
+    assert "cannot use the tensors: 'norm.bias'" in message({}, ["norm.bias"])
     narrow = np.zeros((31, 32), np.float32)
-    assert "not a dinov2 model" in message({"blocks.0.attn.proj.weight": narrow})
+    assert "cannot use the tensors" in message({"blocks.0.attn.proj.weight": narrow})
     assert "not (1, 19, 32)" in message({}, ["register_tokens"])
 
 
@@ -315,7 +301,7 @@ def saved(tmp_path_factory):
     for kind, config in CONFIGS.items():
         directory = tmp_path_factory.mktemp(kind)
         model = hf_model(config)
-        with verify._quiet_transformers():
+        with verify._quiet():
             model.save_pretrained(directory)
         models[kind] = model, directory
     return models
@@ -346,7 +332,7 @@ def test_model_agrees_with_transformers(kind, saved):
     config, params = converted(kind, directory)
     assert dataclasses.replace(config, **resampling(CONFIGS[kind])) == CONFIGS[kind]
     assert verify.load(directory)[1] == {}
-    comparison = verify.compare(config, params, directory, "hf")
+    comparison = verify.compare(config, params, directory)
     verify.check(comparison)
     assert 0 < comparison.relative < 3e-6  # an eighth of what is allowed
     name = "Dinov2WithRegistersModel" if "registers" in kind else "Dinov2Model"
@@ -370,7 +356,7 @@ def test_a_wrong_tensor_in_a_directory_is_seen(name, directory):
     config, params = converted("mlp", directory)
     array = load_file(directory / "model.safetensors")[name]
     rewrite(directory, **{name: np.roll(array, 1, axis=-1)})
-    assert not verify.compare(config, params, directory, "hf").agree
+    assert not verify.compare(config, params, directory).agree
 
 
 def test_swapped_halves_of_swiglu_are_seen(saved, tmp_path):
@@ -379,7 +365,7 @@ def test_swapped_halves_of_swiglu_are_seen(saved, tmp_path):
     name = "encoder.layer.0.mlp.weights_in.weight"
     array = load_file(directory / "model.safetensors")[name]
     rewrite(directory, **{name: np.roll(array, len(array) // 2, axis=0)})
-    assert not verify.compare(config, params, directory, "hf").agree
+    assert not verify.compare(config, params, directory).agree
 
 
 def test_wrong_number_of_heads_is_seen(directory):
@@ -387,7 +373,7 @@ def test_wrong_number_of_heads_is_seen(directory):
     path = directory / "config.json"
     fields = json.loads(path.read_text()) | {"num_attention_heads": 4}
     path.write_text(json.dumps(fields))
-    assert not verify.compare(config, params, directory, "hf").agree
+    assert not verify.compare(config, params, directory).agree
 
 
 def test_directory_in_half_precision_agrees(directory):
@@ -396,7 +382,7 @@ def test_directory_in_half_precision_agrees(directory):
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
     config, params = converted("mlp", directory)
-    verify.check(verify.compare(config, params, directory, "hf"))
+    verify.check(verify.compare(config, params, directory))
 
 
 def test_load_names_what_is_amiss_and_compare_refuses_it(directory):
@@ -414,30 +400,29 @@ def test_load_names_what_is_amiss_and_compare_refuses_it(directory):
         "unexpected": ["encoder.layer.0.mlp.fc3.bias"],
         "mismatched": ["layernorm.weight is (3,), not (32,)"],
     }
-    message = error_of(verify.compare, config, params, directory, "hf")
-    assert "1 missing (layernorm.bias)" in message
-    assert "1 mismatched (layernorm.weight is (3,), not (32,))" in message
+    message = error_of(verify.compare, config, params, directory)
+    assert "1 missing: layernorm.bias" in message
+    assert "1 mismatched: layernorm.weight is (3,), not (32,)" in message
 
 
 def test_directory_that_is_none_is_refused(directory, tmp_path):
     def refusal():
         return error_of(verify.load, directory)
 
-    missing = tmp_path / "missing"
-    assert "no such" in error_of(verify.load, missing, kind=FileNotFoundError)
+    error_of(verify.load, tmp_path / "missing", kind=FileNotFoundError)
     (directory / "model.safetensors").write_bytes(b"broken")
     assert "transformers cannot load it" in refusal()
     (directory / "model.safetensors").unlink()
     assert "transformers cannot load it" in refusal()
-    for text in ('{"model_type": "bert"}', "[]", "{", "{}"):
+    for text in ('{"model_type": "bert"}', '{"model_type": ["dinov2"]}', "{}"):
         (directory / "config.json").write_text(text)
         assert "must be dinov2 or dinov2_with_registers" in refusal()
+    for text in ("[]", "{"):
+        (directory / "config.json").write_text(text)
+        assert "config.json: damaged" in refusal()
     (directory / "config.json").unlink()
-    assert "no config.json" in refusal()
-    config = CONFIGS["mlp"]
-    params = random_params(config)
-    state = convert.to_torch(config, params)
-    assert "directory" in error_of(verify.compare, config, params, state, "hf")
+    message = error_of(verify.load, directory, kind=FileNotFoundError)
+    assert "config.json" in message
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_a_model_that_fails_its_verification_is_removed(tmp_path, monkeypatch, c
     other = random_params(config, seed=1)
     compare = verify.compare
     monkeypatch.setattr(
-        verify, "compare", lambda c, _, state, layout: compare(c, other, state, layout)
+        verify, "compare", lambda c, _, source: compare(c, other, source)
     )
     line = refusal(capsys, "to-jax", path, tmp_path / "jax", "--verify")
     assert "DIFFER" in line and sorted(tmp_path.iterdir()) == before
