@@ -20,7 +20,6 @@ from sinder_jax import cli
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from experiments.study.numbers import Subject
     from experiments.study.options import Options
-    from experiments.study.token_figures import Drawn
 
 EXAMPLE = """\
 examples:
@@ -53,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = _parser().parse_known_args(argv)
 
     from experiments.run.progress import duration
-    from experiments.study import verdict
+    from experiments.study import page, verdict
     from experiments.study.cache import Cache
     from experiments.study.numbers import Study
     from experiments.study.photos import collect, read_photos
@@ -93,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         files.write(out / SUMMARY, text)
         if args.report:
             steps.show("writing the report")
-            files.write(out / REPORT, make_report(summary, drawn))
+            files.write(out / REPORT, page.render(summary, drawn))
 
     print(verdict.headline(summary))
     report = f", {out / REPORT}" if args.report else ""
@@ -107,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> cli.Parser:
     listed = "\n".join(
-        f"  {name:12} {kind.shows}" for name, kind in figures.KINDS.items()
+        f"  {name:12} {kind.help}" for name, kind in figures.KINDS.items()
     )
     parser = cli.Parser(
         prog="python -m experiments.analyze",
@@ -255,7 +254,7 @@ def claim(out: Path, digest: str, *, overwrite: bool) -> None:
 # --- Files ----------------------------------------------------------------------------
 
 
-def write_figure(out: Path, one: "Drawn") -> None:
+def write_figure(out: Path, one: figures.Drawn) -> None:
     """Writes NAME.png, NAME.pdf and NAME.npz."""
     from experiments.study.cache import write_arrays
     from sinder_jax.plots import style
@@ -266,22 +265,6 @@ def write_figure(out: Path, one: "Drawn") -> None:
     # No slashes: an array's name is that of a member of the archive.
     arrays = {name.replace("/", "_"): array for name, array in one.arrays.items()}
     write_arrays(out / f"{one.name}.npz", arrays)
-
-
-def make_report(summary: dict[str, Any], drawn: "Sequence[Drawn]") -> str:
-    """Returns the text of report.html."""
-    from experiments.study import page
-    from sinder_jax.plots import style
-
-    inlined = [
-        page.Inlined(
-            *(one.name, one.title, one.caption),
-            svg=style.encode(one.figure, "svg"),
-            inches=float(one.figure.get_size_inches()[0]),
-        )
-        for one in drawn
-    ]
-    return page.render(summary, inlined)
 
 
 if __name__ == "__main__":

@@ -1,53 +1,70 @@
 """The figures of an analysis: what each shows, what it needs, and its steps.
 
+    figures.toml --> KINDS: help, needs, title and caption of every figure
     names --plan--> steps, in an order that holds one model at a time
     names --draw--> figures, see `token_figures` and `weight_figures`
 
 The table is all that `--help` reads: JAX and matplotlib load when a figure is drawn.
 """
 
+import tomllib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from experiments.study.cache import Step
-    from experiments.study.numbers import Study
-    from experiments.study.token_figures import Drawn
+    from matplotlib.figure import Figure
 
-PHOTOGRAPHS, WEIGHTS, COMPARE = "photographs", "weights", "compare"
+    from experiments.study.cache import Arrays, Step
+    from experiments.study.numbers import Study
 
 
 class Kind(NamedTuple):
-    """One kind of figure, drawn by the function `draw_NAME`.
+    """One kind of figure, drawn by the function `draw_NAME`; see figures.toml."""
+
+    help: str
+    needs: str
+    title: str
+    caption: str
+
+
+class Drawing(NamedTuple):
+    """What the functions `draw_NAME` return.
 
     Attributes:
-      shows: what the user reads in --help.
-      needs: PHOTOGRAPHS, WEIGHTS, or COMPARE, which is a second model.
+      figure: of matplotlib.
+      arrays: the numbers in the figure.
+      words: for the braces of the caption, where they depend on the numbers.
     """
 
-    shows: str
-    needs: str = PHOTOGRAPHS
+    figure: "Figure"
+    arrays: "Arrays"
+    words: dict[str, str] = {}
+
+
+class Drawn(NamedTuple):
+    """One figure.
+
+    Attributes:
+      name: of its files, without an ending.
+      title: a few words.
+      caption: what the figure shows and how to read it.
+      figure: of matplotlib.
+      arrays: the numbers in the figure.
+    """
+
+    name: str
+    title: str
+    caption: str
+    figure: "Figure"
+    arrays: "Arrays"
 
 
 KINDS = {
-    "pca": Kind(
-        "PCA of tokens, with --compare and --registers side by side (figs. 1, 3)"
-    ),
-    "norms": Kind("norms of the patch tokens by block (fig. 2)"),
-    "angles": Kind("angles between ν_i and the patch tokens by block (fig. 2d)"),
-    "random": Kind("angles to a random direction (fig. 8)"),
-    "theory": Kind("measured direction of the defective tokens against ν_i (fig. 2)"),
-    "blocks": Kind("PCA, angles, detection, learning targets of some blocks (fig. 6)"),
-    "growth": Kind("what attention and FFN of each block add along ν"),
-    "clamp": Kind("PCA and norms with clamped singular values (fig. 5)"),
-    "forecast": Kind("defect forecast; needs no image", WEIGHTS),
-    "spectra": Kind(
-        "singular values and eigenvalues by block; needs no image", WEIGHTS
-    ),
-    "eigenvalues": Kind("eigenvalues in the complex plane; needs no image", WEIGHTS),
-    "changes": Kind(
-        "learned minus original singular values; needs --compare (fig. 7)", COMPARE
-    ),
+    name: Kind(**kind)
+    for name, kind in tomllib.loads(
+        Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    ).items()
 }
 """By name, in the order of a report."""
 
@@ -63,7 +80,12 @@ def check_names(names: Sequence[str], *, photos: bool, compare: bool) -> list[st
     Raises:
       ValueError: an unknown name, or a figure that needs what is not given.
     """
-    given = {WEIGHTS: True, PHOTOGRAPHS: photos, COMPARE: compare}
+    given = {
+        "weights": True,
+        "photograph": photos,
+        "photographs": photos,
+        "compare": compare,
+    }
     possible = [name for name, kind in KINDS.items() if given[kind.needs]]
     for name in names:
         if name != "all" and name not in KINDS:
@@ -71,7 +93,7 @@ def check_names(names: Sequence[str], *, photos: bool, compare: bool) -> list[st
                 f"there is no figure {name!r}: choose of all, {', '.join(KINDS)}"
             )
         if name != "all" and name not in possible:
-            how = "--compare=DIR" if KINDS[name].needs == COMPARE else "an image"
+            how = "--compare=DIR" if KINDS[name].needs == "compare" else "an image"
             raise ValueError(f"the figure {name} needs {how}")
     if "all" in names and not photos:
         raise ValueError(
@@ -108,11 +130,35 @@ def plan(study: "Study", names: Sequence[str]) -> "list[Step]":
     return steps
 
 
-def draw(study: "Study", names: Sequence[str]) -> "Iterator[Drawn]":
+def draw(study: "Study", names: Sequence[str]) -> Iterator[Drawn]:
     """Draws figures; steps that are not computed yet are computed when needed."""
     from experiments.study import token_figures, weight_figures
+    from experiments.study.numbers import HIGHEST
+    from sinder_jax.analysis.defective import LARGE_NORM
 
+    count = len(study.photos)
+    words = {
+        "photographs": "one photograph" if count == 1 else f"{count} photographs",
+        "highest": HIGHEST,
+        "mask_thr": study.options.mask_thr,
+        "large_norm": LARGE_NORM,
+    }
     for name in names:
-        on_photos = KINDS[name].needs == PHOTOGRAPHS
-        home = token_figures if on_photos else weight_figures
-        yield from getattr(home, f"draw_{name}")(study)
+        kind = KINDS[name]
+        on_photos = kind.needs in ("photograph", "photographs")
+        draw_kind = getattr(
+            token_figures if on_photos else weight_figures, f"draw_{name}"
+        )
+        if kind.needs != "photograph":
+            yield _captioned(name, kind, draw_kind(study), words)
+            continue
+        for photo in study.photos:
+            drawing = draw_kind(study, photo)
+            named = {**words, "photo": photo.name}
+            yield _captioned(f"{name}-{photo.name}", kind, drawing, named)
+
+
+def _captioned(name: str, kind: Kind, drawing: Drawing, words: dict[str, Any]) -> Drawn:
+    words = {**words, **drawing.words}
+    title, caption = (text.format(**words) for text in (kind.title, kind.caption))
+    return Drawn(name, title, caption, drawing.figure, drawing.arrays)

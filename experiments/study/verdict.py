@@ -1,17 +1,21 @@
 """The findings of an analysis: numbers for a file, and sentences for a reader.
 
 study --summarize--> numbers by model and photograph (JSON values)
-numbers --headline, paragraphs--> the verdict, from these numbers alone
+numbers --headline, paragraphs--> the verdict, from these numbers alone; its sentences
+    are in verdict.txt.j2
 """
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from experiments.study import token_figures, weight_figures
 from experiments.study.cache import Arrays
-from experiments.study.numbers import NUM_RANDOM, Study, Subject
+from experiments.study.numbers import HIGHEST, NUM_RANDOM, Study, Subject
 from experiments.study.photos import Photo
 from sinder_jax.analysis import tokens
 from sinder_jax.analysis.defective import (
@@ -24,6 +28,15 @@ from sinder_jax.analysis.defective import (
 NOWHERE = -1
 
 Numbers = dict[str, Any]
+
+TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    autoescape=lambda name: name == "report.html.j2",
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+TEMPLATES.globals |= {"highest": HIGHEST, "large_norm": LARGE_NORM}
 
 
 # --- Numbers --------------------------------------------------------------------------
@@ -187,125 +200,33 @@ def condition(model: Numbers) -> str:
     return "sound"
 
 
-_CONDITIONS = {
-    "defect": "has a singular defect",
-    "traces": "shows traces of a singular defect",
-    "sound": "has no singular defect",
-}
-
-
 def headline(summary: Numbers) -> str:
     """Returns the verdict in one sentence."""
-    conditions = [condition(model) for model in summary["models"]]
-    basis = "" if summary["models"][0]["overall"] else ", as far as the weights tell"
-    if len(conditions) == 1:
-        return f"This model {_CONDITIONS[conditions[0]]}{basis}."
-    before, after = conditions
-    if before == after:
-        return f"Before and after, the model {_CONDITIONS[before]}{basis}."
-    was, now = _CONDITIONS[before], _CONDITIONS[after]
-    return f"Before, the model {was}; after, it {now}{basis}."
+    models = summary["models"]
+    conditions = condition(models[0]), condition(models[-1])
+    return _say("headline", *conditions, len(models) > 1, models[0]["overall"])
 
 
 def paragraphs(summary: Numbers) -> dict[str, str]:
     """Returns paragraphs by title: one per model, and one that compares two models."""
-    models = summary["models"]
-    found = {
-        model["name"].capitalize(): " ".join(
-            [model["forecast"]["verdict"], *_seen(model)]
-        )
-        for model in models
-    }
+    models, kernels = summary["models"], summary["kernels"]
+    found = {}
+    for model in models:
+        forecast, seen = model["forecast"], model["overall"]
+        texts = [
+            forecast["verdict"],
+            *([_say("observed", forecast, seen)] if seen else []),
+        ]
+        found[model["name"].capitalize()] = " ".join(texts)
     if len(models) > 1:
-        found["Compared"] = " ".join(
-            _compared(models[0], models[1], summary["kernels"])
-        )
+        conditions = [condition(model) for model in models]
+        overall = [model["overall"] for model in models]
+        smaller = sum(row["after"] < row["before"] for row in kernels)
+        found["Compared"] = _say("compared", *conditions, *overall, kernels, smaller)
     return found
 
 
-def _seen(model: Numbers) -> list[str]:
-    seen, forecast = model["overall"], model["forecast"]
-    if seen is None:
-        return []
-    total = seen["photographs"]
-    large = f"the largest token norm is {seen['norm_ratio']:.1f} times the median"
-    if not seen["with_defect"] and seen["largest_norm_ratio"] > LARGE_NORM:
-        return [
-            f"None of {_photographs(total)} shows one as the theory has it: there are "
-            f"tokens up to {seen['largest_norm_ratio']:.1f} times as long as the "
-            f"median, but too few of them lie along ν. In the last block {large}."
-        ]
-    if not seen["with_defect"]:
-        text = (
-            f"None of {_photographs(total)} shows one: no token is more than three "
-            f"times as long as the median. In the last block {large}."
-        )
-        if forecast["has_defect"]:
-            text += (
-                " So the weights could do what these photographs do not provoke: the "
-                "direction is there, the trigger is not."
-            )
-        return [text]
-    angle = seen["angle_to_theory"]
-    text = (
-        f"{seen['with_defect']} of {_photographs(total)} show it, from block "
-        f"{seen['block']} on. In the last block {_percent(seen)} of "
-        f"the patches are defective and {large}. The "
-        f"{token_figures.direction_tokens()} lie {angle:.1f}° from the direction that "
-        "the weights predict."
-    )
-    agree = forecast["has_defect"] and forecast["block"] == seen["block"]
-    if agree:
-        text += " The forecast named the same block."
-    elif forecast["has_defect"]:
-        text += (
-            f" The forecast named block {forecast['block']}, where the weights first "
-            "favor the direction."
-        )
-    else:
-        text += " The forecast had not seen it: the weights alone do not tell."
-    texts = [text]
-    if seen["auc"] is not None:
-        texts.append(
-            "As a detector of tokens over three times the median norm, the angle to ν "
-            f"has an AUC of {seen['auc']:.3f}; {seen['random_directions']} random "
-            f"directions have {seen['random_auc']:.2f} on average."
-        )
-    return texts
-
-
-def _compared(before: Numbers, after: Numbers, kernels: list[Numbers]) -> list[str]:
-    was, now = condition(before), condition(after)
-    order = ["sound", "traces", "defect"]
-    if was == now:
-        texts = ["From the first to the second model the verdict does not change."]
-    elif order.index(now) < order.index(was):
-        rest = "" if now == "sound" else ", but not all of it"
-        texts = [f"The defect of the first model is gone in the second{rest}."]
-    else:
-        texts = ["The second model is worse than the first."]
-    if before["overall"] is not None:
-        a, b = before["overall"], after["overall"]
-        texts.append(
-            f"Defective patches in the last block: {_percent(a)} "
-            f"before, {_percent(b)} after; largest over median "
-            f"norm: {a['norm_ratio']:.1f} before, {b['norm_ratio']:.1f} after."
-        )
-    smaller = [row for row in kernels if row["after"] < row["before"]]
-    if kernels:
-        first = kernels[0]
-        texts.append(
-            f"{len(smaller)} of the {len(kernels)} singular values that carried the "
-            f"defect became smaller; the first of them, number {first['index']} of "
-            f"{first['kernel']} in block {first['block']}, went from "
-            f"{first['before']:.2f} to {first['after']:.2f}."
-        )
-    return texts
-
-
-def _percent(seen: Numbers) -> str:
-    return f"{100 * seen['defective_share']:.2g}\u00a0%"
-
-
-def _photographs(count: int) -> str:
-    return "1 photograph" if count == 1 else f"{count} photographs"
+def _say(macro: str, *facts: Any) -> str:
+    """Fills in a macro of verdict.txt.j2; line breaks become spaces."""
+    sentences = TEMPLATES.get_template("verdict.txt.j2").module
+    return re.sub(r"[ \n]+", " ", getattr(sentences, macro)(*facts)).strip(" ")
