@@ -2,26 +2,27 @@
 
 The modules are named after the concepts of the paper (arXiv:2407.16826):
 
-    vit         DINOv2 as a pure-functional Flax ViT; layers holds its layers,
-                pos_embed resamples its grid
-    defects     the linear map of each block and the singular defect directions
-    loss        outlier mask along a direction, learning target, neighbor loss
-    factor      kernel -> U, σ, V and the trainable ε; folding ε back into kernels
-    attention   softmax attention and its gradient, by kind of device
-    placement   arrays whole on every device, or split over them
-    repair      the repair step: search the defect, update ε in the active blocks
-    families    which models there are, as data: sizes, patch, image statistics, ...
-    data        photographs in a fixed order: listing finds them, decode reads one,
-                batches streams them
-    analysis    numbers: forecast and spectra of the weights; tokens along a direction;
-                defective, which says what a defective token is; pca
-    plots       figures of these numbers, by matplotlib
-    checkpoint  models on disk, on top of store (arrays with digests); states of a run
-    paths       places on a disk and in a bucket
-    kernels     names, places and axes of the trainable kernels
-    linalg      singular values of many matrices, one matrix per core
-    patch       a repair as ε and the digest of the model it belongs to
-    planted     a small model with planted defects, for the demo and the tests
+    families     which models there are, as data
+    vit, layers  DINOv2 as a pure-functional Flax ViT, and its layers
+    attention    softmax attention and its gradient, by kind of device
+    pos_embed    the position embedding, resampled as PyTorch does it
+    kernels      names, places and axes of the trainable kernels
+    factor       kernel -> U, σ, V and the trainable ε; ε folded back into kernels
+    linalg       singular values of many matrices, one matrix per core
+    defects      the linear map of each block and the singular defect directions
+    loss         outlier mask along a direction, learning target, neighbor loss
+    state        options and state of a repair, its start and its resume
+    search       an image's first defect, and the gradients in front of it
+    repair       the repair step: search the defect, update ε in the active blocks
+    placement    arrays copied to every device, or split over the devices
+    delta        what a repair changed: ε and the digest of the model it belongs to
+    param_tree   flat names, shapes, checks and digest of the params
+    model        a loaded model, wherever it is stored; two models compared
+    checkpoint   models and trees of arrays on disk
+    planted      a small model with planted defects, for the demo and the tests
+
+Rooms for what the paper does not talk about: `storage` (files), `data` (photographs),
+`analysis` (numbers about tokens and weights), `plots` (figures of these numbers).
 
 Glossary, used in every signature:
 
