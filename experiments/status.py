@@ -1,9 +1,9 @@
-"""Shows where a run stands and if it is alive: one screen, from its files alone.
+"""Shows how far a run is and if it is alive: one screen, from the run's files alone.
 
     workdir/{config,alive,summary}.json, metrics.jsonl, states/ --read--> dict
     dict --lines--> text        (--json: the same numbers for a program)
 
-JAX is not started: a status can be asked for on any machine, at any time.
+Does not start JAX: works on any machine, at any time.
 """
 
 import json
@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from experiments.run import heartbeat
@@ -21,8 +22,8 @@ from sinder_jax import cli
 from sinder_jax.storage import run_files
 from sinder_jax.storage.paths import AnyPath, as_path
 
-WINDOW = 100  # at most so many images with a defect make up a median loss
-NAMED = 5  # so many bad files are named
+WINDOW = 100  # a median loss is over at most this many images with a defect
+NAMED = 5  # at most this many bad files are named
 BARS = "▁▂▃▄▅▆▇█"
 ESSENTIALS = ("lr", "momentum", "mask_thr", "active_blocks", "images_per_step")
 EXAMPLE = """\
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
-    """Everything known of a run, as JSON values; None for what is not known yet.
+    """Everything known about a run, as JSON values; None if not known yet.
 
     Args:
       workdir: a folder of a disk or a bucket.
@@ -68,10 +69,9 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
     Raises:
       ValueError: `workdir` is not a folder, or holds no file of a run.
     """
-    if not workdir.is_dir():
-        raise ValueError(f"{workdir} is no folder: give the --workdir of a repair")
-    if not run_files.is_workdir(workdir):
-        raise ValueError(f"{workdir} holds no run: give the --workdir of a repair")
+    if not workdir.is_dir() or not run_files.is_workdir(workdir):
+        reason = "holds no run" if workdir.is_dir() else "is not a folder"
+        raise ValueError(f"{workdir} {reason}: give the --workdir of a repair")
     config, alive, summary = (
         _read_json(workdir / name)
         for name in (run_files.CONFIG, run_files.ALIVE, run_files.SUMMARY)
@@ -96,9 +96,7 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
         "share_without_defect": rows[-1].get("skipped") if rows else None,
         "history": config.get("history"),
         "stop_share": config.get("stop_share"),
-        **_defects(rows),
-        **_bad(rows, "not_finite", "finite"),
-        **_bad(rows, "unreadable", "readable"),
+        **_metrics(rows),
         "newest_state": max(states, default=None),
         "images_lost_if_killed": 0 if finished else images - max(states, default=0),
         "damaged_states": sorted(path.name for path in folder.glob("*.damaged")),
@@ -108,7 +106,7 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
 
 
 def _read_json(path: AnyPath) -> dict[str, Any]:
-    """A file's object; empty if there is none, or not a complete one yet."""
+    """The JSON object of a file; empty if the file is missing or incomplete."""
     try:
         return run_files.read_json(path)
     except (FileNotFoundError, ValueError):
@@ -140,7 +138,7 @@ def _life(alive: Row, finished: bool, now: float) -> dict[str, Any]:
 def _pace(
     history: Sequence[Sequence[float]], images: int, limit: int | None
 ) -> dict[str, Any]:
-    """Images per second over the last minutes, and how long the rest takes at most."""
+    """Images per second over the last minutes, and the longest time that is left."""
     rate = left = None
     if len(history) > 1:
         (begin, first), (end, last) = history[0], history[-1]
@@ -150,113 +148,115 @@ def _pace(
     return {"images_per_second": rate, "seconds_left_at_most": left}
 
 
-def _defects(rows: Sequence[Row]) -> dict[str, Any]:
-    # None: not readable; -1: no defect.
+def _metrics(rows: Sequence[Row]) -> dict[str, Any]:
+    """Counts of defects and bad images, and the loss at the start and now."""
+    # layer is None for an unreadable image, -1 for an image without a defect.
     found = [row for row in rows if row.get("layer") not in (None, -1)]
     counts = Counter(row["layer"] for row in found)
     losses = [row["loss"] for row in found if row.get("loss") is not None]
     window = min(WINDOW, (len(losses) + 1) // 2)  # start and now do not overlap
-    return {
+    values: dict[str, Any] = {
         "images_with_defect": len(found),
         "defects_by_block": {str(block): counts[block] for block in sorted(counts)},
         "loss_at_start": statistics.median(losses[:window]) if losses else None,
         "loss_now": statistics.median(losses[-window:]) if losses else None,
         "loss_window": window,
     }
-
-
-def _bad(rows: Sequence[Row], name: str, key: str) -> dict[str, Any]:
-    """Number of images whose `key` is false, and the first few different files."""
-    bad = [str(row.get("file")) for row in rows if row.get(key) is False]
-    files = list(dict.fromkeys(bad))[:NAMED]
-    return {f"images_{name}": len(bad), f"files_{name}": files}
+    for name, key in (("not_finite", "finite"), ("unreadable", "readable")):
+        bad = [str(row.get("file")) for row in rows if row.get(key) is False]
+        values[f"images_{name}"] = len(bad)
+        values[f"files_{name}"] = list(dict.fromkeys(bad))[:NAMED]
+    return values
 
 
 # --- One screen -----------------------------------------------------------------------
 
 
 def lines(status: Mapping[str, Any]) -> list[str]:
-    """The status as text, each line with its label."""
+    """The status as text, one labelled line per topic; leaves out what is unknown."""
+    now = SimpleNamespace(**status)
+    many = (now.processes or 1) > 1
+    source = f" from {now.checkpoint}" if now.checkpoint else ""
+    model = f"{now.model}{source}, photographs of {now.data}"
+    known = [f"{key} {status[key]}" for key in ESSENTIALS if status[key] is not None]
+    devices = f"{now.devices}{f' of {now.processes} processes' if many else ''}"
+    stops = loss = ""
+    if now.history is not None and now.stop_share is not None:
+        share = now.share_without_defect
+        needed = math.ceil(now.stop_share * now.history - 1e-9)
+        stops = "" if share is None else f"{share:.0%} now; "
+        stops += f"when {needed} of the last {now.history} had no defect"
+    if now.loss_now is not None:
+        loss = f"{now.loss_at_start:.3f} at the start, {now.loss_now:.3f} now "
+        loss += f"(medians of {now.loss_window} images)"
+    bad = (
+        f"{now.images_not_finite} not finite{_list(': ', now.files_not_finite)}; "
+        f"{now.images_unreadable} unreadable{_list(': ', now.files_unreadable)}"
+    )
+    saved = "no state yet"
+    if now.newest_state is not None:
+        saved = f"state after {now.newest_state} images"
+    if not now.finished:
+        saved += f"; a kill now would lose {now.images_lost_if_killed}"
+    saved += _list("; set aside as damaged: ", now.damaged_states)
+    command = f": the first command again, --workdir={now.workdir}"
+    if now.command:
+        command = f"{' on every host' if many else ''}: {now.command}"
+    next_ = "" if now.alive else f"to go on{command}"
+    if now.finished:
+        files = ", ".join([*map(str, now.files), run_files.SUMMARY])
+        next_ = f"results in {now.workdir}: {files}"
     shown = {
-        "run": status["workdir"],
-        "model": _model_line(status),
-        "config": _config_line(status),
-        "state": _life_line(status),
-        "devices": _devices_line(status),
-        "images": _images_line(status),
-        "stops": _stops_line(status),
-        "defects": _defects_line(status),
-        "loss": _loss_line(status),
-        "bad": _bad_line(status),
-        "saved": _saved_line(status),
-        "next": _next_line(status),
+        "run": now.workdir,
+        "model": model if now.model is not None else "not known yet: no config.json",
+        "config": "  ".join(known),
+        "state": _state(now),
+        "devices": devices if now.devices else "",
+        "images": _images(now),
+        "stops": stops,
+        "defects": _defects(now),
+        "loss": loss,
+        "bad": bad,
+        "saved": saved,
+        "next": next_,
     }
     return [f"{label:<9}{text}" for label, text in shown.items() if text]
 
 
-def _model_line(status: Row) -> str:
-    if status["model"] is None:
-        return "not known yet: no config.json"
-    source = f" from {status['checkpoint']}" if status["checkpoint"] else ""
-    return f"{status['model']}{source}, photographs of {status['data']}"
-
-
-def _config_line(status: Row) -> str:
-    known = [key for key in ESSENTIALS if status[key] is not None]
-    return "  ".join(f"{key} {status[key]}" for key in known)
-
-
-def _life_line(status: Row) -> str:
-    ago = status["sign_of_life_seconds_ago"]
-    if status["finished"]:
+def _state(now: SimpleNamespace) -> str:
+    ago = now.sign_of_life_seconds_ago
+    if now.finished:
         return "finished"
     if ago is None:
         return f"unknown: no {run_files.ALIVE}"
     seen = f"last sign of life {duration(ago)} ago"
-    where = f"process {status['pid']} on {status['host']}"
-    if status["alive"]:
+    where = f"process {now.pid} on {now.host}"
+    if now.alive:
         silent = ", silent but there" if ago > heartbeat.SILENT else ""
-        running = duration(status["running_seconds"])
-        return f"alive{silent}: {status['phase']}; {where} for {running}, {seen}"
-    if status["phase"].startswith(heartbeat.ENDS):
-        return f"not running: {status['phase']}; {seen}"
-    gone = "is gone" if status["process_was_looked_for"] else "is silent"
-    return f"DEAD while {status['phase']}: {where} {gone}, {seen}"
+        running = duration(now.running_seconds)
+        return f"alive{silent}: {now.phase}; {where} for {running}, {seen}"
+    if now.phase.startswith(heartbeat.ENDS):
+        return f"not running: {now.phase}; {seen}"
+    gone = "is gone" if now.process_was_looked_for else "is silent"
+    return f"DEAD while {now.phase}: {where} {gone}, {seen}"
 
 
-def _devices_line(status: Row) -> str:
-    if not status["devices"]:
-        return ""
-    several = (status["processes"] or 1) > 1
-    processes = f" of {status['processes']} processes" if several else ""
-    return f"{status['devices']}{processes}"
-
-
-def _images_line(status: Row) -> str:
-    limit, rate = status["max_iter"], status["images_per_second"]
-    text = f"{status['images']}" + ("" if limit is None else f" of at most {limit}")
-    if not status["images"] and not status["prepared"]:
+def _images(now: SimpleNamespace) -> str:
+    limit = "" if now.max_iter is None else f" of at most {now.max_iter}"
+    text = f"{now.images}{limit}"
+    if not now.images and not now.prepared:
         return f"{text}; directions and singular values are not stored yet"
-    if rate and status["alive"]:
-        text += f"  {rate:.2f} img/s"
-        if status["seconds_left_at_most"] is not None:
-            text += f"  at most {duration(status['seconds_left_at_most'])} left"
+    if now.images_per_second and now.alive:
+        text += f"  {now.images_per_second:.2f} img/s"
+        if now.seconds_left_at_most is not None:
+            text += f"  at most {duration(now.seconds_left_at_most)} left"
     return text
 
 
-def _stops_line(status: Row) -> str:
-    if status["history"] is None or status["stop_share"] is None:
-        return ""
-    share = status["share_without_defect"]
-    now = "" if share is None else f"{share:.0%} now; "
-    needed = math.ceil(status["stop_share"] * status["history"] - 1e-9)
-    return f"{now}when {needed} of the last {status['history']} had no defect"
-
-
-def _defects_line(status: Row) -> str:
-    counts = {int(block): n for block, n in status["defects_by_block"].items()}
+def _defects(now: SimpleNamespace) -> str:
+    counts = {int(block): n for block, n in now.defects_by_block.items()}
     if not counts:
-        return "none yet" if status["images"] else ""
+        return "none yet" if now.images else ""
     first, last, most = min(counts), max(counts), max(counts.values())
     top = len(BARS) - 1
     bars = "".join(
@@ -265,50 +265,13 @@ def _defects_line(status: Row) -> str:
     )
     often = sorted(counts, key=lambda block: -counts[block])[:3]
     worst = ", ".join(f"{counts[block]} in {block}" for block in often)
-    shown = f"blocks {first} to {last} {bars}" if _is_unicode() else "by block"
-    return f"{status['images_with_defect']} images; {shown}  most: {worst}"
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    shown = f"blocks {first} to {last} {bars}" if unicode else "by block"
+    return f"{now.images_with_defect} images; {shown}  most: {worst}"
 
 
-def _loss_line(status: Row) -> str:
-    if status["loss_now"] is None:
-        return ""
-    start, now = status["loss_at_start"], status["loss_now"]
-    window = status["loss_window"]
-    return f"{start:.3f} at the start, {now:.3f} now (medians of {window} images)"
-
-
-def _bad_line(status: Row) -> str:
-    parts = []
-    for kind, name in (("not finite", "not_finite"), ("unreadable", "unreadable")):
-        count, files = status[f"images_{name}"], status[f"files_{name}"]
-        parts.append(f"{count} {kind}" + (f": {', '.join(files)}" if files else ""))
-    return "; ".join(parts)
-
-
-def _saved_line(status: Row) -> str:
-    newest, lost = status["newest_state"], status["images_lost_if_killed"]
-    text = "no state yet" if newest is None else f"state after {newest} images"
-    if not status["finished"]:
-        text += f"; a kill now would lose {lost}"
-    if status["damaged_states"]:
-        text += f"; set aside as damaged: {', '.join(status['damaged_states'])}"
-    return text
-
-
-def _next_line(status: Row) -> str:
-    if status["finished"]:
-        files = ", ".join(map(str, status["files"]))
-        return f"results in {status['workdir']}: {files}, summary.json"
-    if status["alive"]:
-        return ""
-    where = " on every host" if (status["processes"] or 1) > 1 else ""
-    if status["command"]:
-        return f"to go on{where}: {status['command']}"
-    return f"to go on: the first command again, --workdir={status['workdir']}"
-
-
-def _is_unicode() -> bool:
-    return (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+def _list(before: str, names: Sequence[str]) -> str:
+    return before + ", ".join(names) if names else ""
 
 
 if __name__ == "__main__":

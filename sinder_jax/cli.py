@@ -83,6 +83,11 @@ def one_line(error: BaseException) -> str:
     return " ".join(message.split()) or type(error).__name__
 
 
+def warn(text: str) -> None:
+    """Prints a warning of one line on stderr."""
+    print(f"warning: {' '.join(text.split())}", file=sys.stderr)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that reports a mistake in one line and guesses nothing."""
 

@@ -14,9 +14,11 @@ import dataclasses
 import hashlib
 import importlib.util
 import os
+import random
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,9 +28,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sinder_jax.storage.paths import AnyPath
+
 CONNECT_SECONDS = 300  # how long a process waits for the others at the start
 HEARTBEAT_SECONDS = 30  # JAX counts a process silent for so long as dead
 GRACE_SECONDS = 5  # how long a failing process 0 lets the others report the same error
+SHARED_SECONDS = 20.0  # network disks may show a new file this late
 ARGUMENTS = ("coordinator", "num_processes", "process_id")
 
 
@@ -151,6 +156,39 @@ class Cluster:
                 "give all of them the same"
             )
 
+    def check_shared(self, folder: AnyPath, within: float = SHARED_SECONDS) -> None:
+        """Refuses a workdir that is not one folder for all processes.
+
+        Without a shared disk each machine would find an empty folder of its own.
+
+        Args:
+          folder: the workdir, as this process was told.
+          within: seconds to look for a file that process 0 writes there.
+
+        Raises:
+          ValueError: in all processes, if one of them cannot see that file.
+        """
+        if self.processes == 1:
+            return
+        token = random.SystemRandom().getrandbits(30)
+        if self.is_first:
+            try:
+                (folder / f".shared.{token}").write_text("")
+            except OSError:
+                token = -1  # nobody can see the file, and nobody waits for it
+        token = int(self.from_first(np.array(token)))
+        file = folder / f".shared.{token}"
+        seen = self.gather(token >= 0 and _appears(file, within))
+        if self.is_first and token >= 0:
+            file.unlink()
+        blind = [str(number) for number, saw in enumerate(seen) if not saw]
+        if blind:
+            raise ValueError(
+                f"--workdir={folder} is not one folder for all {len(seen)} processes: "
+                f"{', '.join(blind)} cannot see what 0 writes there. Put it on a disk "
+                "that all of them share, or into a bucket (gs://)"
+            )
+
     def __enter__(self) -> Self:
         return self
 
@@ -216,6 +254,18 @@ def _wait_for_coordinator(address: str) -> None:
                     "must run there and the port must be open"
                 ) from None
             time.sleep(0.5)
+
+
+def _appears(file: AnyPath, within: float) -> bool:
+    deadline = time.monotonic() + within
+    while True:
+        with suppress(OSError):
+            # Listed, not opened: a network disk may remember that it did not exist.
+            if file.name in {path.name for path in file.parent.iterdir()}:
+                return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(min(0.5, within / 10))
 
 
 class Vote:

@@ -42,17 +42,15 @@ class Heartbeat:
       workdir: a folder of a disk or a bucket.
       devices: as text, such as "8 x TPU v4".
       processes: how many there are.
-      command: how to start the run again; None: this process's command line.
       writes: False for processes that leave writing to process 0.
     """
 
     def __init__(
         self,
         workdir: AnyPath,
-        *,
         devices: str = "",
         processes: int = 1,
-        command: str | None = None,
+        *,
         writes: bool = True,
     ):
         now = time.time()
@@ -69,7 +67,7 @@ class Heartbeat:
             "history": [],
             "devices": devices,
             "processes": processes,
-            "command": own_command() if command is None else command,
+            "command": own_command(),
         }
         self._changed, self._closing = threading.Event(), False
         self._thread = threading.Thread(

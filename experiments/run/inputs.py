@@ -20,6 +20,7 @@ from convert.files import writing
 from experiments.run.progress import duration
 from experiments.run.workdir import Workdir
 from sinder_jax import defects, factor, planted, repair, vit
+from sinder_jax import model as models
 from sinder_jax.data import batches, decode, listing
 from sinder_jax.data.listing import Photograph
 from sinder_jax.model import Model
@@ -27,8 +28,6 @@ from sinder_jax.storage import original, paths
 from sinder_jax.storage.original import Original
 
 PLANTED = "planted"
-# What must agree with config.model; the rest is how a checkpoint is resampled.
-ARCHITECTURE = ("embed_dim", "depth", "ffn_layer", "num_register_tokens")
 AT_LEAST_1 = (
     "max_bad_steps",
     "log_every",
@@ -52,11 +51,10 @@ def repair_options(config: ConfigDict) -> repair.RepairOptions:
             raise ValueError(
                 f"config.{name} must be from {least} to {LARGEST}, got {value}"
             )
-    names = [field.name for field in dataclasses.fields(repair.RepairOptions)]
-    options = {name: config[name] for name in names}
-    return repair.RepairOptions(
-        **options | {"active_blocks": config.active_blocks or None}
-    )
+    fields = dataclasses.fields(repair.RepairOptions)
+    options = {field.name: config[field.name] for field in fields}
+    options["active_blocks"] = config.active_blocks or None
+    return repair.RepairOptions(**options)
 
 
 def photographs(
@@ -188,14 +186,10 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
         state_dict = convert.to_torch(made.config, made.params)
         writing.write_state_dict(path, state_dict, overwrite=True)
     model = convert.open_model(path)
-    want = architecture(config)
-    wrong = [
-        f"{name} is {getattr(model.config, name)} and not {getattr(want, name)}"
-        for name in ARCHITECTURE
-        if getattr(model.config, name) != getattr(want, name)
-    ]
+    # Another stored grid is resampled.
+    wrong = models.differences(model.config, architecture(config), grid=False)
     if wrong:
-        raise ValueError(f"{path} is not {config.model}: {', '.join(wrong)}")
+        raise ValueError(f"{path} is not {config.model}: they differ in {wrong}")
     resampled = dataclasses.replace(
         model.config, interpolate_antialias=config.interpolate_antialias
     )
@@ -203,9 +197,7 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
 
 
 def prepare(
-    config: ConfigDict,
-    workdir: Workdir,
-    show_phase: Callable[[str], None] = lambda phase: None,
+    config: ConfigDict, workdir: Workdir, show_phase: Callable[[str], None]
 ) -> None:
     """Loads the model, computes factors and directions, and stores all three.
 

@@ -1,7 +1,7 @@
-"""What is told of each step: a line an image, and when to give up.
+"""Logs every step, one line per image, and decides when the run ends.
 
-    Step dispatched --Journal.read, a step later--> metrics.jsonl, sinks, progress
-                                                --> done | stop | an error
+    Dispatched step --Journal.read, one step later--> metrics.jsonl, sinks, live line
+                                                  --> done | stop | an error
 
 All processes read the same numbers and decide alike; only the first one writes.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.run.heartbeat import Heartbeat
-from experiments.run.progress import Progress
+from experiments.run.progress import LiveLine
 from experiments.run.sinks import Sinks
 from experiments.run.workdir import Workdir
 from sinder_jax import repair
@@ -29,7 +29,7 @@ class Dispatched(NamedTuple):
     Attributes:
       start: position of its first image.
       metrics: of the images of all processes.
-      vote: whether a process wants to stop, see `cluster.Vote`.
+      vote: true if any process wants to stop, see `cluster.Vote`.
     """
 
     start: int
@@ -38,13 +38,18 @@ class Dispatched(NamedTuple):
 
 
 class Journal:
-    """Tells of the steps of a run.
+    """Logs the steps of a run.
 
     Args:
-      config: of the run.
+      config: the run's config.
       train: the training list.
-      workdir: gets the metrics, where this process writes.
-      progress, sinks, heartbeat: are told as well.
+      workdir: where process 0 writes the metrics.
+      live, sinks, heartbeat: where process 0 shows each image, too.
+      done: True for a run that was done before its first step.
+
+    Attributes:
+      done: True once the stopping rule held.
+      stop: True once a process was told to stop.
     """
 
     def __init__(
@@ -52,65 +57,59 @@ class Journal:
         config: ConfigDict,
         train: Sequence[Photograph],
         workdir: Workdir,
-        progress: Progress,
+        live: LiveLine,
         sinks: Sinks,
         heartbeat: Heartbeat,
+        done: bool,
     ):
         self._config, self._train, self._workdir = config, train, workdir
-        self._progress, self._sinks, self._heartbeat = progress, sinks, heartbeat
+        self._live, self._sinks, self._heartbeat = live, sinks, heartbeat
         self._unreadable_in_row = 0
-        self.done = False
-        self.stop = False
+        self.done, self.stop = done, False
 
     def read(self, step: Dispatched) -> None:
-        """Waits for a step and tells of it; sets `done` and `stop`.
+        """Waits for a step and logs its images; sets `done` and `stop`.
 
         Raises:
           ValueError: no image of the whole training list can be read.
           FloatingPointError: too many images in a row were not finite.
-          OSError: the metrics, or a state before, cannot be written.
+          OSError: the metrics, or an earlier state, cannot be written.
         """
         values = {name: np.ravel(x) for name, x in step.metrics._asdict().items()}
-        rows = self._rows(step.start, values)
+        # Leaves out images past the end of the run.
+        end = min(step.start + len(values["layer"]), int(values["num_images"][0]))
+        rows = [self._row(i, step.start + i, values) for i in range(end - step.start)]
         if self._workdir.writes:
             self._workdir.append_metrics(rows)
             for row in rows:
-                self._tell(row)
+                if row["readable"] and not row["finite"]:
+                    self._live.print(f"skipped, not finite: {row['file']}")
+                self._heartbeat.images(row["image"] + 1)
+                self._live.update(row["image"] + 1, row)
+                self._sinks.write(row)
         self.done |= bool(values["done"][0])
         self.stop |= bool(step.vote)
         self._check(rows, int(values["bad_in_row"][0]))
 
-    def _rows(self, start: int, values: dict[str, Any]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = []
-        # Images past the end of the run are left out; of the others those were counted
-        # that could be read.
-        end = min(start + len(values["layer"]), int(values["num_images"][0]))
-        for i, position in enumerate(range(start, end)):
-            counted = bool(values["counted"][i])
-            row: dict[str, Any] = {
-                "image": position,
-                "file": self._train[position % len(self._train)].name,
-                "readable": counted,
-            }
-            for name in PER_IMAGE:
-                value = values[name][i].item()
-                finite = counted and math.isfinite(value)
-                row[name] = value if finite else None
-            rows.append(row | {"skipped": float(values["skipped"][0])})
-        return rows
-
-    def _tell(self, row: dict[str, Any]) -> None:
-        if row["readable"] and not row["finite"]:
-            self._progress.print(f"skipped, not finite: {row['file']}")
-        self._heartbeat.images(row["image"] + 1)
-        self._progress.update(row["image"] + 1, row)
-        self._sinks.write(row)
+    def _row(self, i: int, position: int, values: dict[str, Any]) -> dict[str, Any]:
+        """The metrics of a step's i-th image; None where JSON has no number."""
+        readable = bool(values["counted"][i])
+        numbers = {name: values[name][i].item() for name in PER_IMAGE}
+        return {
+            "image": position,
+            "file": self._train[position % len(self._train)].name,
+            "readable": readable,
+            **{
+                name: value if readable and math.isfinite(value) else None
+                for name, value in numbers.items()
+            },
+            "skipped": float(values["skipped"][0]),
+        }
 
     def _check(self, rows: list[dict[str, Any]], bad_in_row: int) -> None:
         for row in rows:
-            self._unreadable_in_row = (
-                0 if row["readable"] else self._unreadable_in_row + 1
-            )
+            unreadable = self._unreadable_in_row + 1
+            self._unreadable_in_row = 0 if row["readable"] else unreadable
         if self._unreadable_in_row >= len(self._train):
             raise ValueError(
                 f"none of the {len(self._train)} images of {self._config.data} "

@@ -1,4 +1,4 @@
-"""What a repair leaves: pictures on the way, the repaired model, numbers of a summary.
+"""The results of a repair: pictures on the way, the repaired model, the summary.
 
 params now --Observer--> pictures before / now, measures of photographs
 params now --export--> repaired/, repaired.safetensors, repaired.pth
@@ -8,12 +8,13 @@ params now --export--> repaired/, repaired.safetensors, repaired.pth
 import importlib.util
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
 from PIL import Image
 
 from convert import layouts, saving
@@ -30,11 +31,57 @@ from sinder_jax.storage import array_store, delta_file, files
 from sinder_jax.storage.original import Original
 
 
+def write(
+    workdir: Workdir,
+    config: ConfigDict,
+    original: Original,
+    observer: "Observer",
+    sets: Mapping[str, Sequence[Photograph]],
+    saved: Mapping[str, Any],
+    repaired: Any,
+) -> dict[str, Any]:
+    """Writes all files of a finished repair and prints its measures.
+
+    Args:
+      workdir: where the files are written.
+      config: of the run.
+      original: model and factors before the repair.
+      observer: measures and draws.
+      sets: photographs to measure on, by name.
+      saved: the last state, from `repair.to_saved`.
+      repaired: the repaired params.
+
+    Returns:
+      What summary.json says of changes, measures and files.
+    """
+    eps = param_tree.flatten(saved["eps"])
+    files = export(workdir, original.model, repaired)
+    files += export_delta(workdir, original, eps)
+    watched = [photo for photos in sets.values() for photo in spread(photos, 1)]
+    with workdir.output("before_after.png") as path:
+        save_png(path, observer.picture(watched, repaired))
+    measures = {
+        name: observer.measure(photographs, repaired, config.measure_images)
+        for name, photographs in sets.items()
+    }
+    for name, numbers in measures.items():
+        print(describe(name.replace("_", " "), numbers))
+    changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
+    return {
+        "changed_blocks": np.flatnonzero(changed).tolist(),
+        "largest_change_of_a_singular_value": {
+            name: float(np.abs(e).max()) for name, e in eps.items()
+        },
+        **measures,
+        "files": [*files, "before_after.png"],
+    }
+
+
 def export(workdir: Workdir, original: Model, params: Any) -> list[str]:
-    """Writes the repaired model for JAX and PyTorch; returns the names of the files.
+    """Writes the repaired model for JAX and PyTorch; returns the file names.
 
     `repaired/` is a checkpoint; `repaired.safetensors` and, where torch is installed,
-    `repaired.pth` have the hub's names. All say where the repaired weights come from.
+    `repaired.pth` use the hub's names. All carry the provenance of the weights.
 
     Args:
       workdir: where they are written.
@@ -59,7 +106,7 @@ def export(workdir: Workdir, original: Model, params: Any) -> list[str]:
 def export_delta(
     workdir: Workdir, original: Original, eps: Mapping[str, Any]
 ) -> list[str]:
-    """Writes what the repair changed, `repaired.patch.safetensors`; names the file.
+    """Writes `repaired.patch.safetensors`, the change alone; returns the file name.
 
     Writes nothing if the repair changed nothing.
 
@@ -79,39 +126,31 @@ def export_delta(
 
 
 class Look(NamedTuple):
-    """One photograph as a model sees it.
-
-    Attributes:
-      pixels: the training crop.
-      tokens: last block's patch tokens.
-    """
+    """One photograph's training crop, and the last block's patch tokens of it."""
 
     pixels: UInt8[np.ndarray, "size size 3"]
     tokens: Float[Array, "H W D"]
 
 
 class Observer:
-    """Compares the model as it is now with the original, on photographs.
+    """Compares the repaired model with the original, on photographs.
 
     Args:
-      config: the architecture.
+      model: the architecture.
       params: the original params.
       direction: singular defect direction of the original's last block.
-      mask_thr: see `loss.outlier_mask`.
-      size: side of the training crop in pixels.
+      config: of the run: `mask_thr`, and `image_size` of the training crop in pixels.
     """
 
     def __init__(
         self,
-        config: vit.ViTConfig,
+        model: vit.ViTConfig,
         params: Any,
         direction: Float[Array, " D"],
-        *,
-        mask_thr: float,
-        size: int,
+        config: ConfigDict,
     ):
-        self._config, self._original = config, params
-        self._direction, self._mask_thr, self._size = direction, mask_thr, size
+        self._model, self._original, self._direction = model, params, direction
+        self._mask_thr, self._size = config.mask_thr, config.image_size
 
     def picture(self, photographs: Sequence[Photograph], params: Any) -> sinks.RGB:
         """Draws the photographs' tokens before and now, see `pictures.token_rows`."""
@@ -133,12 +172,12 @@ class Observer:
     def measure(
         self, photographs: Sequence[Photograph], params: Any, most: int
     ) -> dict[str, Any] | None:
-        """Defects before and after, as means over photographs and one by one.
+        """Measures defects before and after: means over photographs, and each of them.
 
         Args:
-          photographs: those that can be chosen from.
+          photographs: the photographs to choose from.
           params: the repaired params.
-          most: how many of them are measured, see `spread`.
+          most: the number of photographs to measure, see `spread`.
 
         Returns:
           Per-photograph means, the largest norm ratios, and all numbers by name; None
@@ -153,40 +192,37 @@ class Observer:
         if not each:
             return None
 
-        def mean(name: str) -> float:
-            return float(np.mean([numbers[name] for numbers in each.values()]))
+        def over_all(reduce: Callable[[Any], Any], name: str) -> float:
+            return float(reduce([numbers[name] for numbers in each.values()]))
 
-        def largest(name: str) -> float:
-            return max(numbers[name] for numbers in each.values())
-
+        pairs: dict[str, tuple[Callable[[Any], Any], str]] = {
+            "defective_patches_by_direction": (np.mean, "outliers"),
+            "defective_patches_by_norm": (np.mean, "large_norms"),
+            "largest_to_median_norm": (max, "norm_ratio"),
+        }
         return {
             "photographs": len(each),
-            "defective_patches_by_direction": {
-                "before": mean("outliers_before"),
-                "after": mean("outliers_after"),
+            **{
+                key: {
+                    when: over_all(reduce, f"{name}_{when}")
+                    for when in ("before", "after")
+                }
+                for key, (reduce, name) in pairs.items()
             },
-            "defective_patches_by_norm": {
-                "before": mean("large_norms_before"),
-                "after": mean("large_norms_after"),
-            },
-            "largest_to_median_norm": {
-                "before": largest("norm_ratio_before"),
-                "after": largest("norm_ratio_after"),
-            },
-            "cosine_of_sound_tokens": mean("cosine_of_sound_tokens"),
+            "cosine_of_sound_tokens": over_all(np.mean, "cosine_of_sound_tokens"),
             "each": each,
         }
 
     def _look(self, photograph: Photograph, params: Any) -> Look:
-        config = self._config
+        model = self._model
         photo = photograph.read()
-        crop = decode.training_crop(photo, self._size, patch_size=config.patch_size)
-        image = decode.normalize(crop, families.of(config).statistics)
-        return Look(np.asarray(crop), last_patches(config, params, image))
+        crop = decode.training_crop(photo, self._size, patch_size=model.patch_size)
+        image = decode.normalize(crop, families.of(model).statistics)
+        return Look(np.asarray(crop), last_patches(model, params, image))
 
 
 def save_png(path: Path, rgb: sinks.RGB) -> None:
-    """Writes a picture as PNG, whole or not at all."""
+    """Writes a PNG, whole or not at all."""
     with files.replacing(path) as partial:
         Image.fromarray(rgb).save(partial, format="PNG")
 
@@ -194,7 +230,7 @@ def save_png(path: Path, rgb: sinks.RGB) -> None:
 def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
     """The first readable photograph of each of `most` equal parts of a list.
 
-    No more are decoded than that takes: there may be a million.
+    Decodes no more photographs than needed: there may be a million.
     """
     count = len(photographs)
     parts = np.array_split(np.arange(count), min(most, count) or 1)
@@ -203,7 +239,7 @@ def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
 
 
 def run_summary(workdir: Workdir) -> dict[str, Any]:
-    """Counts of the images so far, from the run's metrics."""
+    """Counts the images so far, from the run's metrics."""
     rows = workdir.read_metrics()
     bad = [row["file"] for row in rows if row["readable"] and not row["finite"]]
     return {
@@ -216,20 +252,8 @@ def run_summary(workdir: Workdir) -> dict[str, Any]:
     }
 
 
-def change_summary(saved: dict[str, Any]) -> dict[str, Any]:
-    """What the run changed, from its last state (`repair.to_saved`)."""
-    eps = param_tree.flatten(saved["eps"])
-    changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
-    return {
-        "changed_blocks": np.flatnonzero(changed).tolist(),
-        "largest_change_of_a_singular_value": {
-            name: float(np.abs(e).max()) for name, e in eps.items()
-        },
-    }
-
-
 def describe(name: str, measures: dict[str, Any] | None) -> str:
-    """The measures of a set of photographs in one line."""
+    """One line about the measures of a set of photographs."""
     if measures is None:
         return f"{name}: no photographs"
 

@@ -1,12 +1,13 @@
-"""SIGTERM and Ctrl-C: a run that is told to stop ends between two steps, with a save.
+"""SIGTERM and Ctrl-C: a run that is told to stop saves its state between two steps.
 
     SIGTERM | SIGINT --> asked --the loop looks after each step--> save, exit code 75
     a second SIGINT --> KeyboardInterrupt: at once, exit code 130
 
-What comes before the first step can be computed again: there, the first signal stops.
+All work before the first step can be repeated: there, the first signal stops the run.
 """
 
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any, Self
@@ -19,10 +20,12 @@ class Stopped(Exception):
 
 
 class Stopping:
-    """Catches the signals, as a context manager; the old handlers come back after it.
+    """Catches the signals; use as a context manager, which restores the old handlers.
+
+    A `Stopped` raised in the block ends the block with a line on stderr.
 
     Attributes:
-      asked: the name of the signal that came, or None.
+      asked: name of the last signal, None before the first one.
     """
 
     def __init__(self) -> None:
@@ -36,15 +39,18 @@ class Stopping:
                 self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, Stopped):
+            print(f"stopped by {error}: the same command goes on", file=sys.stderr)
+        return isinstance(error, Stopped)
 
     def finish_steps(self, yes: bool = True) -> None:
-        """From here on a signal waits for the loop to look at `asked`; or not any more.
+        """From now on a signal only sets `asked`, for the loop to see; or stops again.
 
         Raises:
-          Stopped: it does not, and one came in the meantime.
+          Stopped: `yes` is False and a signal has come in the meantime.
         """
         self._finishes_step = yes
         if self.asked and not yes:

@@ -7,17 +7,15 @@ Python has a module of that name.
 """
 
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from sinder_jax import cli
 from sinder_jax.storage import files, paths
 from sinder_jax.storage.paths import StrPath
-
-FOLDER = "profile"
 
 
 class Span(NamedTuple):
@@ -28,7 +26,7 @@ class Span(NamedTuple):
 
 
 def parse(text: str) -> Span:
-    """`START:STOP` as numbers.
+    """Parses `START:STOP`.
 
     Raises:
       ValueError: they are not two whole numbers from 0 on, the second the larger one.
@@ -48,20 +46,18 @@ def parse(text: str) -> Span:
 class Tracer:
     """Traces the span of a run; use as a context manager around the loop.
 
-    A failed trace is a warning and does not end the run.
+    A trace that fails only warns: it does not end the run.
 
     Args:
-      span: from `parse`; None: no trace.
-      workdir: the trace goes into its folder `profile`; may be in a bucket.
+      span: from `parse`; None for no trace.
+      workdir: gets the trace in its folder `profile`; may be in a bucket.
     """
 
     def __init__(self, span: Span | None, workdir: StrPath):
-        self._span, self._target = span, paths.as_path(workdir) / FOLDER
-        self._remote = paths.is_remote(self._target)
+        self._span, self._target = span, paths.as_path(workdir) / "profile"
         self._folder: Path | None = None  # of the trace being written
 
     def __enter__(self) -> "Tracer":
-        """Nothing yet: the first image decides."""
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -70,44 +66,40 @@ class Tracer:
             self._stop()
         elif self._span is not None:
             start, stop = self._span
-            self._say(f"no trace: no step began from {start} to {stop} images")
+            cli.warn(f"--profile: no step began from {start} to {stop} images")
 
     def at(self, position: int, pending: Any = None) -> None:
-        """Starts or stops; call before every step.
+        """Starts or stops the trace where it is due; call before every step.
 
         Args:
           position: images passed so far.
-          pending: what the devices are still computing; waited for before the trace
-            starts or stops, so that it holds whole steps.
+          pending: arrays that the devices are still computing. The trace waits for
+            them before it starts or stops, so that it holds whole steps.
         """
         if self._span is None:
             return
-        if self._folder is None and self._span.start <= position < self._span.stop:
-            jax.block_until_ready(pending)
-            self._start()
-        elif self._folder is not None and position >= self._span.stop:
+        start, stop = self._span
+        if self._folder is not None and position >= stop:
             jax.block_until_ready(pending)
             self._stop()
-
-    def _start(self) -> None:
-        folder = Path(tempfile.mkdtemp() if self._remote else self._target)
-        try:
-            jax.profiler.start_trace(folder)
-            self._folder = folder
-        except Exception as error:  # the profiler raises many kinds
-            self._span = None
-            self._say(f"no trace: {error}")
+        elif self._folder is None and start <= position < stop:
+            jax.block_until_ready(pending)
+            remote = paths.is_remote(self._target)
+            folder = Path(tempfile.mkdtemp() if remote else self._target)
+            try:
+                jax.profiler.start_trace(folder)
+                self._folder = folder
+            except Exception as error:  # the profiler raises many kinds
+                self._span = None
+                cli.warn(f"--profile: no trace: {error}")
 
     def _stop(self) -> None:
         folder, self._folder, self._span = self._folder, None, None
         assert folder is not None, "a trace that was not started cannot stop"
         try:
             jax.profiler.stop_trace()
-            if self._remote:  # the profiler writes local files only
+            if paths.is_remote(self._target):  # the profiler writes local files only
                 files.upload(folder, self._target)
                 shutil.rmtree(folder)
         except Exception as error:
-            self._say(f"the trace is lost: {error}")
-
-    def _say(self, text: str) -> None:
-        print(f"warning: --profile: {text}", file=sys.stderr)
+            cli.warn(f"--profile: the trace is lost: {error}")

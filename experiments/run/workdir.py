@@ -1,15 +1,14 @@
-"""The files of a repair run, as the run itself reads and writes them.
+"""The files of a repair, as the run itself reads and writes them.
 
     config, states, metrics, pictures, summary --Workdir--> DIR or gs://bucket/name
 
-`storage.run_files` lists the files. Each appears whole or not at all; summary.json is
-last and ends a run, or says how far it came. An object in a bucket cannot grow: there
-metrics.jsonl is written anew before each state.
+`storage.run_files` lists the files. Each appears whole or not at all. summary.json is
+last: it says that the run is finished, or how far it came. An object in a bucket cannot
+grow, so there metrics.jsonl is written again before each state.
 """
 
 import json
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sinder_jax import checkpoint
+from sinder_jax import checkpoint, cli
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.snapshots import Snapshots
 
-KEPT_STATES = 2
-# What may change when a run goes on: it does not change the result.
+# Keys that may change when a run goes on: they do not change the result.
 FREE_KEYS = (
     "checkpoint",
     "checkpoint_every",
@@ -61,7 +59,7 @@ class Workdir:
         path: StrPath,
         writes: bool = True,
         *,
-        keep_last: int = KEPT_STATES,
+        keep_last: int = 2,
         keep_every: int = 0,
     ):
         self.path = paths.as_path(path)
@@ -69,7 +67,6 @@ class Workdir:
         self.frozen = self.path / run_files.FROZEN
         self.states = self.path / run_files.STATES
         self.metrics = self.path / run_files.METRICS
-        self.pictures = self.path / run_files.PICTURES
         self.summary = self.path / run_files.SUMMARY
         self._kept = {"keep_last": keep_last, "keep_every": keep_every}
         self._config: dict[str, Any] = {}
@@ -96,7 +93,7 @@ class Workdir:
                 f"--workdir={self.path} cannot be written to: {error.strerror or error}"
             ) from None
         if not paths.is_remote(self.path):
-            # What a kill left of hours of writing.
+            # Leftovers of a write that a kill cut short.
             for name in (run_files.FROZEN, run_files.REPAIRED):
                 for partial in Path(self.path).glob(f".{name}.*/"):
                     paths.remove(partial)
@@ -104,31 +101,29 @@ class Workdir:
     # --- Config ---------------------------------------------------------------------
 
     def settle_config(
-        self, config: ConfigDict, *, images_per_step: int, force: bool = False
+        self, config: ConfigDict, images_per_step: int, *, force: bool = False
     ) -> None:
-        """Stores the config, or compares it to the one the run was started with.
+        """Stores the config, or compares it with the stored one of the first start.
 
         Args:
-          config: if its `images_per_step` is 0, it is set to the stored one or, at the
-            first start, to the argument.
-          images_per_step: the number to start with.
-          force: go on with a config that changes the result. The previous one is kept
+          config: an `images_per_step` of 0 is replaced by the stored number or, at the
+            first start, by the argument.
+          images_per_step: for the first start.
+          force: go on with a config that changes the result. Keeps the previous config
             as config.json.before_1 and so on.
 
         Raises:
-          ValueError: keys that change the result differ; names each.
+          ValueError: keys that change the result differ; names them.
         """
         path = self.path / run_files.CONFIG
-        if not self.frozen.exists():  # nothing was computed with another config
-            config.images_per_step = config.images_per_step or images_per_step
-            self._store_config(config)
-            return
-        stored = run_files.read_json(path)
-        config.images_per_step = config.images_per_step or stored["images_per_step"]
+        first = not self.frozen.exists()  # nothing was computed with another config
+        stored = {} if first else run_files.read_json(path)
+        per_step = images_per_step if first else stored["images_per_step"]
+        config.images_per_step = config.images_per_step or per_step
         changed = "; ".join(
             f"{key} was {stored.get(key)!r} and is {value!r}"
             for key, value in config.items()
-            if stored.get(key) != value and key not in FREE_KEYS
+            if not first and stored.get(key) != value and key not in FREE_KEYS
         )
         if changed and not force:
             raise ValueError(
@@ -136,29 +131,22 @@ class Workdir:
                 "another --workdir, or go on with what it was started with; --force "
                 "goes on with the new one"
             )
-        if changed and self.writes:
+        self._config = config.to_dict()
+        if not self.writes or not (first or changed):
+            return
+        if changed:
             number = 1
             while (before := path.with_name(f"{path.name}.before_{number}")).exists():
                 number += 1
             files.write(before, path.read_text())
-            print(
-                f"warning: {self.path} goes on with another config: {changed}. The one "
-                f"before is {before.name}",
-                file=sys.stderr,
+            cli.warn(
+                f"{self.path} goes on with another config: {changed}. The one "
+                f"before is {before.name}"
             )
-            self._store_config(config)
-        self._config = config.to_dict()
-
-    def _store_config(self, config: ConfigDict) -> None:
-        self._config = config.to_dict()
-        if self.writes:
-            text = json.dumps(self._config, indent=2) + "\n"
-            files.write(self.path / run_files.CONFIG, text)
+        files.write(path, json.dumps(self._config, indent=2) + "\n")
 
     def _check_exists(self) -> None:
         """Refuses to write into a workdir that was removed since the run started.
-
-        Otherwise half a run would lie there.
 
         Raises:
           OSError: the folder is gone.
@@ -176,27 +164,21 @@ class Workdir:
 
     # --- States ---------------------------------------------------------------------
 
-    def save_state(
-        self,
-        num_images: int,
-        saved: Mapping[str, Any],
-        metadata: Mapping[str, Any] | None = None,
-    ) -> None:
+    def save_state(self, num_images: int, saved: Mapping[str, Any]) -> None:
         """Starts to save a state (`repair.to_saved`), after the metrics up to it.
 
-        The arrays may be changed at once. Old states are removed once it is saved.
+        The arrays may be changed at once. Removes old states once this one is saved.
 
         Args:
           num_images: images passed so far, also the position in the training list.
           saved: nested dicts of arrays.
-          metadata: JSON values to store beside the config.
 
         Raises:
           OSError: this state, or the previous one, cannot be written.
         """
         self._check_exists()
         self._sync_metrics()
-        values = {"config": self._config, "position": num_images, **(metadata or {})}
+        values = {"config": self._config, "position": num_images}
         self._open_states().save(num_images, saved, values)
 
     def load_state(self) -> dict[str, Any] | None:
@@ -217,10 +199,9 @@ class Workdir:
             return None
         for path, error in newest.damaged.items():
             aside = states.set_aside(path)
-            print(
-                f"warning: {error}; it is set aside as {aside.name}, going on from the "
-                f"one before, {newest.path.name}",
-                file=sys.stderr,
+            cli.warn(
+                f"{error}; it is set aside as {aside.name}, going on from the "
+                f"one before, {newest.path.name}"
             )
         return newest.tree
 
@@ -267,9 +248,9 @@ class Workdir:
         return [json.loads(line) for line in self._read_lines()]
 
     def rewind_metrics(self, num_images: int) -> None:
-        """Drops lines of images that a run will see again when it goes on from there.
+        """Drops the lines of images that the run will see again.
 
-        Also drops what follows a line that a kill cut short.
+        Also drops everything after a line that a kill cut short.
         """
         lines = self._read_lines()
         kept = [line for line in lines if json.loads(line)["image"] < num_images]
@@ -283,7 +264,7 @@ class Workdir:
         return run_files.read_metrics_lines(self.path)
 
     def _sync_metrics(self) -> None:
-        """Called before a state: it must not exist without the lines up to it."""
+        """Makes the lines durable: no state may exist without the lines up to it."""
         if self._lines is not None:
             files.write(self.metrics, "".join(self._lines))
         elif self.writes and not paths.is_remote(self.path) and self.metrics.exists():
@@ -294,9 +275,9 @@ class Workdir:
 
     @contextmanager
     def output(self, name: str) -> Iterator[Path]:
-        """Yields a local path to write to; the file is in the workdir afterwards.
+        """Yields a local path to write to; afterwards the file is in the workdir.
 
-        For a bucket everything written beside it is uploaded, too.
+        For a bucket, also uploads all files written beside it.
 
         Args:
           name: below the workdir, such as "pictures/image_00000020.png".
@@ -314,14 +295,14 @@ class Workdir:
             yield Path(target)
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
-        """Writes summary.json, after the states and metrics that it sums up."""
+        """Writes summary.json, after the states and metrics that it summarizes."""
         self._check_exists()
         self._sync_metrics()
         self.wait()
         files.write(self.summary, json.dumps(values, indent=2) + "\n")
 
     def finished(self) -> bool:
-        """True if the run came to its end, according to summary.json."""
+        """True if summary.json says that the run is finished."""
         if not self.summary.exists():
             return False
         return run_files.read_json(self.summary).get("finished", False)
@@ -329,7 +310,7 @@ class Workdir:
 
 @contextmanager
 def _naming(path: AnyPath) -> Iterator[None]:
-    """Names the file in an error of appending: a full disk's own error does not."""
+    """Adds the file's path to an error: a full disk's own error has no path."""
     try:
         yield
     except OSError as error:

@@ -22,7 +22,7 @@ from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import AnyPath, StrPath
 
 CONFIG, ALIVE, SUMMARY = "config.json", "alive.json", "summary.json"
-METRICS, PICTURES = "metrics.jsonl", "pictures"
+METRICS = "metrics.jsonl"
 FROZEN, STATES, REPAIRED = "frozen", "states", "repaired"
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a directory of a bucket
 

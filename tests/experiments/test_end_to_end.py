@@ -341,7 +341,7 @@ def test_a_run_interrupted_everywhere_is_the_uninterrupted_one(
 
     output = io.StringIO()
     with monkeypatch.context() as patched, contextlib.redirect_stdout(output):
-        patched.setattr(results.write, "write_state_dict", cut_short)
+        patched.setattr(results.saving, "save", cut_short)
         with pytest.raises(KeyboardInterrupt):
             # Keys that do not change the result may be changed at a restart.
             free = ["--config.log_every=5", "--config.checkpoint_every=7"]
@@ -591,7 +591,10 @@ def failure(capsys, *arguments: object, workdir: Path | None = None) -> str:
         (["--config=tiny.py", "--config.seed=99999999999"], "config.seed must be"),
         (["--config=tiny.py", "--verbose"], "unknown argument --verbose"),
         (["--config=tiny.py", "--conf=giant.py"], "unknown argument --conf"),
-        (["--config=tiny.py", "--config.image_size=200"], "image_size is 200.* 196 or"),
+        (
+            ["--config=tiny.py", "--config.image_size=200"],
+            "image_size: got 200.* 196 or",
+        ),
         (["--config=tiny.py", "--config.data="], "no photographs: add --config.data="),
         (["--config=tiny.py", "--config.data=nowhere"], "no such image folder: nowh"),
         (["--config=tiny.py", "--config.data=empty"], "no images in empty: looked"),
@@ -704,7 +707,7 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
         ("truncated.safetensors", "truncated.safetensors: damaged"),
         ("truncated.pth", "truncated.pth: damaged"),
         ("truncated_checkpoint", "truncated_checkpoint: the checkpoint is damaged"),
-        ("hf.safetensors", "hf.safetensors: no DINOv2 model"),
+        ("hf.safetensors", "hf.safetensors: not a DINOv2 model"),
         ("nan.safetensors", "1 with NaN or infinity .*blocks.3.mlp.w3.bias"),
         ("nan_checkpoint", "nan_checkpoint: .*norm/bias holds NaN"),
         ("cut.safetensors", "1 missing: blocks.7.ls2.gamma"),
@@ -733,7 +736,10 @@ def test_the_checkpoint_of_another_model_is_named_with_the_differences(
         "--config.model=dinov2_vitb14",
         workdir=tmp_path / "run",
     )
-    assert "is not dinov2_vitb14: embed_dim is 128 and not 768, ffn_layer is" in line
+    assert (
+        "is not dinov2_vitb14: they differ in embed_dim (128 and 768), num_heads"
+        in line
+    )
     # And the mistake can be mended in the same workdir.
     done = run(
         tmp_path / "run", *SMALL, f"--config.checkpoint={hub}", "--config.max_iter=1"

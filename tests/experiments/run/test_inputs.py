@@ -237,13 +237,13 @@ def test_a_checkpoint_of_any_kind_gives_the_same_model(
 @pytest.mark.parametrize(
     "architecture, model, message",
     [
-        (PLAIN, "dinov2_vits14_reg", "num_register_tokens is 0 and not 4"),
-        (REGISTERS, "dinov2_vits14", "num_register_tokens is 4 and not 0"),
+        (PLAIN, "dinov2_vits14_reg", "num_register_tokens (0 and 4)"),
+        (REGISTERS, "dinov2_vits14", "num_register_tokens (4 and 0)"),
         (
             PLAIN,
             "dinov2_vitl14_reg",
-            "embed_dim is 64 and not 1024, depth is 2 and not 24, ffn_layer is swiglu "
-            "and not mlp, num_register_tokens is 0 and not 4",
+            "embed_dim (64 and 1024), depth (2 and 24), num_heads (1 and 16), ffn_layer "
+            "(swiglu and mlp), num_register_tokens (0 and 4)",
         ),
     ],
 )
@@ -254,7 +254,10 @@ def test_the_checkpoint_of_another_model_is_refused(
     given = config(model=model, checkpoint=str(tmp_path / "other"))
     with pytest.raises(ValueError) as caught:
         inputs.load_model(given, tmp_path / "planted.safetensors")
-    assert str(caught.value) == f"{tmp_path / 'other'} is not {model}: {message}"
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'other'} is not {model}: they differ in {message}"
+    )
 
 
 def test_a_checkpoint_of_another_image_size_is_still_that_model(small_hub, tmp_path):

@@ -1,10 +1,10 @@
-"""experiments/progress.py: a line at intervals, a live one on a terminal."""
+"""run/progress.py: a line at intervals, a live one on a terminal."""
 
 import pytest
 
 from experiments import config as config_files
 from experiments.run import progress as progress_module
-from experiments.run.progress import Progress, duration
+from experiments.run.progress import LiveLine, duration
 
 DEFECT = {"layer": 5, "loss": 0.3125, "num_outliers": 9, "skipped": 0.48}
 NO_DEFECT = {"layer": -1, "loss": None, "num_outliers": 0, "skipped": 0.5}
@@ -35,7 +35,7 @@ def config(**changes):
 
 
 def test_a_line_says_block_loss_outliers_share_rate_and_time_left(clock, capsys):
-    with Progress(config(), start=0) as progress:
+    with LiveLine(config(), start=0) as progress:
         clock.now += 5
         progress.update(10, DEFECT)  # 2 images a second
     assert capsys.readouterr().out == (
@@ -53,7 +53,7 @@ def test_a_line_says_block_loss_outliers_share_rate_and_time_left(clock, capsys)
     ],
 )
 def test_an_image_without_defect_or_loss_has_a_line_too(row, text, clock, capsys):
-    with Progress(config(), start=0) as progress:
+    with LiveLine(config(), start=0) as progress:
         progress.update(10, row)
     assert capsys.readouterr().out.startswith(text)
 
@@ -68,7 +68,7 @@ def test_an_image_without_defect_or_loss_has_a_line_too(row, text, clock, capsys
     ],
 )
 def test_a_line_stays_at_every_interval(start, batch, printed, clock, capsys):
-    with Progress(config(), start=start) as progress:
+    with LiveLine(config(), start=start) as progress:
         for position in range(start + batch, 36, batch):
             clock.now += 1
             progress.update(position, DEFECT)
@@ -78,7 +78,7 @@ def test_a_line_stays_at_every_interval(start, batch, printed, clock, capsys):
 
 def test_the_rate_is_that_of_the_last_images(clock, capsys):
     window = progress_module.WINDOW
-    with Progress(config(log_every=200), start=0) as progress:
+    with LiveLine(config(log_every=200), start=0) as progress:
         for position in range(1, 201):
             clock.now += 10 if position <= 200 - window else 0.25
             progress.update(position, DEFECT)
@@ -86,7 +86,7 @@ def test_the_rate_is_that_of_the_last_images(clock, capsys):
 
 
 def test_messages_are_printed_as_they_are(clock, capsys):
-    with Progress(config(), start=0) as progress:
+    with LiveLine(config(), start=0) as progress:
         progress.print("skipped, unreadable: a[red]b.png: " + "long " * 60)
     out = capsys.readouterr().out
     assert out.startswith("skipped, unreadable: a[red]b.png: ") and out.count("\n") == 1
@@ -95,7 +95,7 @@ def test_messages_are_printed_as_they_are(clock, capsys):
 def test_on_a_terminal_the_line_lives_and_goes_away(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the output for a terminal
-    with Progress(config(), start=0) as progress:
+    with LiveLine(config(), start=0) as progress:
         for position in range(1, 10):
             progress.update(position, DEFECT | {"num_outliers": position})
     out = capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_on_a_terminal_the_line_lives_and_goes_away(monkeypatch, capsys):
 def test_an_error_inside_takes_the_live_line_away(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with pytest.raises(KeyboardInterrupt), Progress(config(), start=0):
+    with pytest.raises(KeyboardInterrupt), LiveLine(config(), start=0):
         raise KeyboardInterrupt
     assert "\x1b[?25h" in capsys.readouterr().out  # the cursor is back
 

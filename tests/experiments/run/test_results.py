@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 import convert
@@ -58,9 +59,8 @@ def photos(tmp_path) -> list[listing.File]:
 
 
 def observer(two_models, direction, mask_thr=1.5) -> results.Observer:
-    return results.Observer(
-        CONFIG, two_models[0], direction, mask_thr=mask_thr, size=SIZE
-    )
+    config = ConfigDict({"mask_thr": mask_thr, "image_size": SIZE})
+    return results.Observer(CONFIG, two_models[0], direction, config)
 
 
 def tokens_of(params, file: listing.File) -> jax.Array:

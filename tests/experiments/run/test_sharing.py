@@ -1,4 +1,4 @@
-"""experiments/sharing.py: processes' folders, in the threads of this one."""
+"""`Cluster.check_shared`: processes' folders, in the threads of this one."""
 
 import threading
 import time
@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import bucket
-from experiments.run import cluster, sharing
+from experiments.run import cluster
 from sinder_jax.storage import paths
 
 
@@ -36,7 +36,7 @@ def together(folders, within=0.3):
 
     def process(number):
         try:
-            sharing.check(folders[number], Threads(number, count), within=within)
+            Threads(number, count).check_shared(folders[number], within)
         except ValueError as error:
             return str(error)
 
