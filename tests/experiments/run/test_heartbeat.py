@@ -146,7 +146,8 @@ def test_here_a_silent_process_that_exists_is_alive():
 
 @linux
 def test_here_a_process_that_is_gone_is_dead_at_once():
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    # Python waits for a program on its stdin.
+    child = subprocess.Popen([sys.executable], stdin=subprocess.PIPE)
     alive = sign(pid=child.pid, process=heartbeat._process(child.pid))
     assert judge(alive, now=1001.0).alive
     child.stdin.close()
@@ -182,10 +183,9 @@ def test_an_ended_run_is_not_alive(phase):
 
 
 def test_the_command_can_be_typed_again():
-    code = "from experiments.run import heartbeat; print(heartbeat.own_command())"
-    arguments = [sys.executable, "-c", code, "--config=tiny.py", "--workdir=a b"]
-    out = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout
-    assert out.strip().endswith("--config=tiny.py '--workdir=a b'")
+    program = [sys.executable, "-m", "own_command", "--config=tiny.py", "--workdir=a b"]
+    out = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+    assert out.strip().endswith("-m own_command --config=tiny.py '--workdir=a b'")
 
 
 # --- Two runs in one folder ---------------------------------------------------------

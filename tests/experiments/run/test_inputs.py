@@ -242,8 +242,8 @@ def test_a_checkpoint_of_any_kind_gives_the_same_model(
         (
             PLAIN,
             "dinov2_vitl14_reg",
-            "embed_dim (64 and 1024), depth (2 and 24), num_heads (1 and 16), ffn_layer "
-            "(swiglu and mlp), num_register_tokens (0 and 4)",
+            "embed_dim (64 and 1024), depth (2 and 24), num_heads (1 and 16), "
+            "ffn_layer (swiglu and mlp), num_register_tokens (0 and 4)",
         ),
     ],
 )
