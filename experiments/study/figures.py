@@ -80,13 +80,8 @@ def check_names(names: Sequence[str], *, photos: bool, compare: bool) -> list[st
     Raises:
       ValueError: an unknown name, or a figure that needs what is not given.
     """
-    given = {
-        "weights": True,
-        "photograph": photos,
-        "photographs": photos,
-        "compare": compare,
-    }
-    possible = [name for name, kind in KINDS.items() if given[kind.needs]]
+    given = {"weights": True, "compare": compare}  # all others need photographs
+    possible = [name for name, kind in KINDS.items() if given.get(kind.needs, photos)]
     for name in names:
         if name != "all" and name not in KINDS:
             raise ValueError(
@@ -143,12 +138,9 @@ def draw(study: "Study", names: Sequence[str]) -> Iterator[Drawn]:
         "mask_thr": study.options.mask_thr,
         "large_norm": LARGE_NORM,
     }
+    functions = {**vars(token_figures), **vars(weight_figures)}
     for name in names:
-        kind = KINDS[name]
-        on_photos = kind.needs in ("photograph", "photographs")
-        draw_kind = getattr(
-            token_figures if on_photos else weight_figures, f"draw_{name}"
-        )
+        kind, draw_kind = KINDS[name], functions[f"draw_{name}"]
         if kind.needs != "photograph":
             yield _captioned(name, kind, draw_kind(study), words)
             continue

@@ -38,6 +38,10 @@ NUM_RANDOM = 200  # random directions, of which figure 8 shows the first
 LEADING = 10  # singular values whose change is computed, of each kernel
 TEMPERATURES = (0.01, 0.1, 1.0)  # τ, of figure 6
 
+# What is kept of a `Forecast`, and of its `Blame`s in the order of their fields.
+FORECAST = "has_defect block directions gaps growth turns gain verdict".split()
+BLAMED = {"block": int, "kernel": str, "index": int, "value": float, "share": float}
+
 
 class Subject(NamedTuple):
     """A model under the name that figures and report give it."""
@@ -116,19 +120,11 @@ class Study:
             self._turn_to(subject)
             config, params = subject.model.config, subject.model.params
             found = forecast.forecast(config, params, progress=self._progress)
-            blamed = {
-                "block": np.array([each.block for each in found.blamed], int),
-                "kernel": np.array([each.kernel for each in found.blamed], str),
-                "index": np.array([each.index for each in found.blamed], int),
-                "value": [each.singular_value for each in found.blamed],
-                "share": [each.share for each in found.blamed],
-            }
-            names = ("has_defect", "block", "directions", "gaps", "growth", "turns")
-            return {name: np.asarray(getattr(found, name)) for name in names} | {
-                "gain": np.asarray(found.gain),
-                **{f"blamed_{name}": np.asarray(x) for name, x in blamed.items()},
-                "verdict": np.asarray(found.verdict),
-            }
+            arrays = {name: np.asarray(getattr(found, name)) for name in FORECAST}
+            for i, (name, kind) in enumerate(BLAMED.items()):
+                column = [each[i] for each in found.blamed]
+                arrays[f"blamed_{name}"] = np.array(column, kind)
+            return arrays
 
         label = f"{subject.name}: forecast from the weights"
         return Step(label, "forecast", {"model": subject.model.digest}, compute)

@@ -96,7 +96,8 @@ def _of_photo(study: Study, subject: Subject, photo: Photo) -> Numbers:
     counts = np.asarray(is_defective(norms, angles, detected)).sum(axis=(1, 2))
     start, end = longest_run(counts >= study.options.min_outliers)
     ratios = np.asarray(norm_ratio(norms))
-    found = {
+    random = [tokens.separation(x, large[-1]) for x in look["cosines"]]
+    return {
         "file": str(photo.path),
         "patches": norms[0].size,
         "block": start,
@@ -108,9 +109,6 @@ def _of_photo(study: Study, subject: Subject, photo: Photo) -> Numbers:
         "norm_ratio": float(ratios[-1]),
         "largest_norm_ratio": float(ratios.max()),
         "auc": tokens.separation(-angles[-1], large[-1]),
-    }
-    random = [tokens.separation(x, large[-1]) for x in look["cosines"]]
-    return found | {
         "random_auc": float(np.mean(random)),
         "random_auc_deviation": float(np.std(random)),
     }

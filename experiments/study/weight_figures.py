@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.study.cache import Arrays
 from experiments.study.figures import Drawing
-from experiments.study.numbers import Study
+from experiments.study.numbers import BLAMED, Study
 from experiments.study.token_figures import keyed
 from sinder_jax.plots import weight_plots
 
@@ -40,9 +40,8 @@ def carriers(forecast: Arrays) -> Arrays:
 
 def blamed(forecast: Arrays) -> list[dict[str, Any]]:
     """The triplets that a forecast blames, by "block", "kernel", "index" and so on."""
-    names = ("block", "kernel", "index", "value", "share")
-    columns = [forecast[f"blamed_{name}"] for name in names]
-    return [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
+    columns = [forecast[f"blamed_{name}"] for name in BLAMED]
+    return [dict(zip(BLAMED, row, strict=True)) for row in zip(*columns, strict=True)]
 
 
 def draw_spectra(study: Study) -> Drawing:

@@ -21,9 +21,7 @@ from sinder_jax.analysis import pca
 from sinder_jax.analysis.tokens import AnyArray, cosine, token_norms
 
 LARGE_NORM = 3.0  # times the median norm of the image's patch tokens
-ALONG = (
-    45.0  # degrees; closer to a line, more than half of a token's square is along it
-)
+ALONG = 45.0  # degrees; closer, more than half of a token's square is along the line
 
 
 # --- Along a direction ----------------------------------------------------------------

@@ -33,9 +33,7 @@ class PCABasis(NamedTuple):
     high: Float[Array, " 3"]
 
 
-def pca_basis(
-    tokens: Float[AnyArray, "*grid D"],
-) -> PCABasis:
+def pca_basis(tokens: Float[AnyArray, "*grid D"]) -> PCABasis:
     """Finds the three leading principal components of tokens (appendix A).
 
     A principal component has no sign. Here the token farthest out along a component has
@@ -79,8 +77,7 @@ def pca_basis(
 
 
 def pca_rgb(
-    tokens: Float[AnyArray, "*grid D"],
-    basis: PCABasis | None = None,
+    tokens: Float[AnyArray, "*grid D"], basis: PCABasis | None = None
 ) -> UInt8[Array, "*grid 3"]:
     """Shows tokens as colors: three principal components, each scaled to 0-255.
 

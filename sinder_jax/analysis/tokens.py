@@ -67,9 +67,7 @@ def last_patches(
     return patch_tokens(config, params, image, (config.depth - 1,))[0]
 
 
-def token_norms(
-    tokens: Float[AnyArray, "*grid D"],
-) -> Float[Array, "*grid"]:
+def token_norms(tokens: Float[AnyArray, "*grid D"]) -> Float[Array, "*grid"]:
     """Returns the Euclidean norm of every token.
 
     Example:
@@ -81,8 +79,7 @@ def token_norms(
 
 
 def cosine(
-    a: Float[AnyArray, "*grid D"],
-    b: Float[AnyArray, "*grid D"],
+    a: Float[AnyArray, "*grid D"], b: Float[AnyArray, "*grid D"]
 ) -> Float[Array, "*grid"]:
     """Returns the cosine between each token of `a` and the one at its place in `b`.
 
@@ -99,8 +96,7 @@ def cosine(
 
 
 def angles(
-    tokens: Float[AnyArray, "*grid D"],
-    direction: Float[AnyArray, " D"],
+    tokens: Float[AnyArray, "*grid D"], direction: Float[AnyArray, " D"]
 ) -> Float[Array, "*grid"]:
     """Returns the angle between every token and a line, in degrees from 0 to 90.
 

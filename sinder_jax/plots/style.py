@@ -11,7 +11,8 @@ Ito's palette; viridis and cividis). matplotlib's global settings stay as they a
 import functools
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -28,27 +29,9 @@ PURPLE, SKY, GRAY = "#CC79A7", "#56B4E9", "#777777"
 SERIES = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, GRAY)
 MARKERS = "osD^vPX"
 DPI = 200  # of a PNG, and of the pictures inside PDF and SVG
-STYLE: Any = {  # matplotlib names the keys as literals, which differ by version
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "figure.titlesize": 8,
-    "figure.labelsize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "lines.linewidth": 1.0,
-    "lines.markersize": 3.0,
-    "mathtext.fontset": "dejavusans",
-    "pdf.fonttype": 42,  # TrueType: text that can be searched and edited
-    "svg.hashsalt": "sinder_jax",  # the same figure is the same bytes
-}
+STYLE = matplotlib.rc_params_from_file(
+    Path(__file__).with_name("paper.mplstyle"), use_default_template=False
+)
 
 Photo = UInt8[np.ndarray, "height width 3"]
 
@@ -71,6 +54,25 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of a size in inches, whose parts make room for each other."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def stacked(
+    titles: Collection[str], height: float, *, room: float, loc: Any = "center"
+) -> tuple[Figure, list[Axes]]:
+    """A figure one column wide with a panel per title, on the same scales.
+
+    Args:
+      titles: of the panels, from the top.
+      height: of each panel, in inches.
+      room: for what else there is in the figure, in inches.
+      loc: where the titles are.
+    """
+    count = len(titles)
+    figure = new_figure(COLUMN, room + height * count)
+    grid = figure.subplots(count, 1, sharex=True, sharey=True, squeeze=False)
+    for ax, title in zip(grid[:, 0], titles, strict=True):
+        ax.set_title(title, loc=loc)
+    return figure, list(grid[:, 0])
 
 
 # --- Files ----------------------------------------------------------------------------
@@ -141,12 +143,6 @@ def log_axis(ax: Axes) -> Axes:
     ax.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     return ax
-
-
-def label_lowest(panels: Iterable[Axes]) -> None:
-    """Leaves the label of a shared x axis to the lowest of the panels."""
-    for ax in list(panels)[:-1]:
-        ax.set_xlabel("")
 
 
 def series(ax: Axes, values: Mapping[str, Float[np.ndarray, " L"]]) -> Axes:

@@ -84,11 +84,10 @@ def norms(
       values: norms of all images together, by the model's name ("" for no title).
       marked: the defective tokens, by the same names.
     """
-    figure, panels = _violin_panels(values, marked, log=True)
+    figure, panels = _violin_panels(values, marked, "upper left", log=True)
     figure.suptitle("Norms of the patch tokens")
     for ax in panels:
         ax.set_ylabel("norm of patch tokens")
-    _dots_legend(panels[0], marked, "upper left")
     return figure
 
 
@@ -106,35 +105,33 @@ def angles(
       marked: the defective tokens, by the same names.
       direction: its name in the title, such as "a random direction".
     """
-    figure, panels = _violin_panels(values, marked)
+    figure, panels = _violin_panels(values, marked, "lower left")
     figure.suptitle(f"Angle between {direction} and patch tokens")
     for ax in panels:
         style.degree_axis(ax, "angle (degrees)")
-    _dots_legend(panels[0], marked, "lower left")
     return figure
 
 
 def _violin_panels(
     values: Mapping[str, Values],
     marked: Mapping[str, Marks] | None,
+    legend: Any,
     *,
     log: bool = False,
 ) -> tuple[Figure, list[Axes]]:
-    figure = style.new_figure(COLUMN, 0.5 + 1.6 * len(values))
-    grid = figure.subplots(len(values), 1, sharex=True, sharey=True, squeeze=False)
-    panels = list(grid[:, 0])
+    """A panel of violins per name; a legend at `legend` if there are dots."""
+    marked = marked or {
+        name: np.zeros(each.shape, bool) for name, each in values.items()
+    }
+    figure, panels = style.stacked(values, 1.6, room=0.5)
     for ax, (name, each) in zip(panels, values.items(), strict=True):
-        violins(ax, each, marked[name] if marked else None, log=log)
-        ax.set_title(name)
-    style.label_lowest(panels)
-    return figure, panels
-
-
-def _dots_legend(ax: Axes, marked: Mapping[str, Marks] | None, where: Any) -> None:
-    if marked and any(each.any() for each in marked.values()):
+        violins(ax, each, marked[name], log=log)
+        ax.label_outer()
+    if any(dots.any() for dots in marked.values()):
         label = r"detected along $\nu_i$"
-        ax.plot([], [], ".", color=VERMILION, markersize=5, label=label)
-        ax.legend(loc=where, handletextpad=0.1, borderpad=0.1)
+        panels[0].plot([], [], ".", color=VERMILION, markersize=5, label=label)
+        panels[0].legend(loc=legend, handletextpad=0.1, borderpad=0.1)
+    return figure, panels
 
 
 # --- Directions and clamping ----------------------------------------------------------
@@ -168,15 +165,8 @@ def theory(
     if pairwise.shape[1]:
         ax.plot(at, pairwise, "_", color=VERMILION, alpha=0.6, markersize=4)
         ax.plot([], [], "_", color=VERMILION, label="between two images")
-        ax.fill_between(
-            at,
-            0,
-            spread,
-            color=style.GREEN,
-            alpha=0.3,
-            lw=0,
-            label="spread over images",
-        )
+        label = "spread over images"
+        ax.fill_between(at, 0, spread, color=style.GREEN, alpha=0.3, lw=0, label=label)
     style.degree_axis(ax, "angle to the measured\ndirection (degrees)")
     ax.set_title("Theory against experience")
     figure.legend(loc="outside lower center", ncols=2)
@@ -255,10 +245,9 @@ def blocks(
     side = (PAGE - 0.9) / max(len(chosen), 4)
     height = len(rows) * (side * heat.shape[1] / heat.shape[2] + 0.04)
     figure = style.new_figure(0.9 + side * len(chosen), 2.0 + height)
-    parts = figure.subfigures(
+    top, bottom = figure.subfigures(
         2, 1, height_ratios=[1.9, height], hspace=0.0, squeeze=False
-    )
-    top, bottom = parts[:, 0]
+    )[:, 0]
     ax = top.subplots()
     violins(ax, values, marked)
     for block in chosen:

@@ -20,15 +20,13 @@ def changes(values: Mapping[str, Float[np.ndarray, "L leading"]]) -> Figure:
     Args:
       values: differences of the leading singular values, by the kernel's name.
     """
-    figure = style.new_figure(COLUMN, 0.6 + 1.05 * len(values))
-    panels = figure.subplots(len(values), 1, sharex=True, sharey=True, squeeze=False)
-    for ax, (name, each) in zip(panels[:, 0], values.items(), strict=True):
+    figure, panels = style.stacked(values, 1.05, room=0.6, loc="left")
+    for ax, each in zip(panels, values.values(), strict=True):
         ax.axhline(0, color=GRAY, lw=0.6)
         style.series(ax, {f"$i$ = {i}": line for i, line in enumerate(each.T)})
-        ax.set_title(name, loc="left")
-    style.label_lowest(panels[:, 0])
+        ax.label_outer()
     figure.supylabel("learned − original singular value")
-    panels[0, 0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1.0, 0.98))
+    panels[0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1.0, 0.98))
     return figure
 
 
@@ -105,7 +103,8 @@ def spectra(
     three.set_ylabel("share (%)")
     three.set_title("Linear map of each block: eigenvalues")
     three.legend(loc="best")
-    style.label_lowest(panels)
+    for ax in panels:
+        ax.label_outer()
     return figure
 
 
