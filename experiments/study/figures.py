@@ -101,7 +101,7 @@ def check_names(names: Sequence[str], *, photos: bool, compare: bool) -> list[st
 def plan(study: "Study", names: Sequence[str]) -> "list[Step]":
     """Returns the steps of some figures and of the verdict, one model after another."""
     first = study.first
-    steps = [study.forecast(first), study.directions(first)]
+    steps = [study.forecast(first), study.directions()]
     if {"spectra", "eigenvalues", "theory"} & set(names):
         steps.append(study.spectra(first))
     for photo in study.photos:

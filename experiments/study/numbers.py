@@ -129,9 +129,9 @@ class Study:
         label = f"{subject.name}: forecast from the weights"
         return Step(label, "forecast", {"model": subject.model.digest}, compute)
 
-    def directions(self, subject: Subject) -> Step:
-        """ν_i of every block, by the method of the options."""
-        options = self.options
+    def directions(self) -> Step:
+        """ν_i of every block of the first model, by the method of the options."""
+        subject, options = self.first, self.options
         if options.method == "analytic":
             return self.forecast(subject)
 
@@ -146,16 +146,14 @@ class Study:
             return {"directions": np.asarray(found)}
 
         label = f"{subject.name}: directions from {options.num_probes:,} random probes"
-        return Step(label, "directions", self._direction_key(subject), compute)
+        return Step(label, "directions", self._direction_key(), compute)
 
-    def _direction_key(self, subject: Subject) -> dict[str, Any]:
-        key: dict[str, Any] = {
-            "model": subject.model.digest,
-            "method": self.options.method,
-        }
-        if self.options.method != "analytic":
-            key |= {"num_probes": self.options.num_probes, "seed": self.options.seed}
-        return key
+    def _direction_key(self) -> dict[str, Any]:
+        options = self.options
+        key = {"model": self.first.model.digest, "method": options.method}
+        if options.method == "analytic":
+            return key
+        return {**key, "num_probes": options.num_probes, "seed": options.seed}
 
     def spectra(self, subject: Subject) -> Step:
         """Singular values of the kernels; spectra of the block maps."""
@@ -212,10 +210,9 @@ class Study:
             pca, cosines = _last(tokens[-1], random)
             return found | {"pca": np.asarray(pca), "cosines": np.asarray(cosines)}
 
-        key = self._photo_key(subject, photo) | {
-            "directions": self._direction_key(self.first),
-            "seed": self.options.seed,
-        }
+        key = self._photo_key(
+            subject, photo, directions=self._direction_key(), seed=self.options.seed
+        )
         return Step(f"{subject.name}: tokens of {photo.name}", "look", key, compute)
 
     def panels(self, photo: Photo) -> Step:
@@ -233,12 +230,14 @@ class Study:
             pca, targets = zip(*found, strict=True)
             return {"pca": np.stack(pca), "targets": np.stack(targets)}
 
-        key = self._photo_key(self.first, photo) | {
-            "directions": self._direction_key(self.first),
-            "blocks": self.blocks,
-            "window": self.options.window,
-            "temperatures": TEMPERATURES,
-        }
+        key = self._photo_key(
+            self.first,
+            photo,
+            directions=self._direction_key(),
+            blocks=self.blocks,
+            window=self.options.window,
+            temperatures=TEMPERATURES,
+        )
         return Step(f"learning targets of {photo.name}", "panels", key, compute)
 
     def growth(self, photo: Photo) -> Step:
@@ -257,9 +256,7 @@ class Study:
                 name: np.asarray(x)[..., 0, :, :] for name, x in found._asdict().items()
             }
 
-        key = self._photo_key(self.first, photo) | {
-            "directions": self._direction_key(self.first)
-        }
+        key = self._photo_key(self.first, photo, directions=self._direction_key())
         return Step(f"what each block adds to {photo.name}", "growth", key, compute)
 
     def clamped(self, gamma: float, photo: Photo) -> Step:
@@ -268,7 +265,7 @@ class Study:
         def compute() -> Arrays:
             return self._seen(self.first.model.config, self._params_at(gamma), photo)
 
-        key = self._photo_key(self.first, photo) | {"gamma": gamma}
+        key = self._photo_key(self.first, photo, gamma=gamma)
         return Step(f"{photo.name} clamped at {gamma:g}", "clamped", key, compute)
 
     def seen(self, subject: Subject, photo: Photo) -> Step:
@@ -286,17 +283,18 @@ class Study:
         masks = _masks(look["logits"], self.options.mask_thr, self.options.window)
         return np.asarray(masks)
 
-    def _photo_key(self, subject: Subject, photo: Photo) -> dict[str, Any]:
+    def _photo_key(self, subject: Subject, photo: Photo, **more: Any) -> dict[str, Any]:
         config = subject.model.config
         return {
             "model": subject.model.digest,
             "resampling": [config.interpolate_antialias, config.interpolate_offset],
             "photo": photo.digest,
             "image_size": self.options.image_size,
+            **more,
         }
 
     def _nu(self) -> np.ndarray:
-        return self.cache(self.directions(self.first))["directions"]
+        return self.cache(self.directions())["directions"]
 
     def _tokens(self, subject: Subject, photo: Photo) -> jax.Array:
         """Patch tokens of all blocks [L, H, W, D]; holds those of one photograph."""

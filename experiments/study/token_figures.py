@@ -80,7 +80,7 @@ def measured_directions(study: Study, subject: Subject) -> Arrays:
     looks = [study.cache(study.look(subject, photo)) for photo in study.photos]
     highest = np.stack([look["highest"] for look in looks], axis=1)[:, :, None]
     found = jax.device_get(_empirical(highest))
-    nu = study.cache(study.directions(study.first))["directions"]
+    nu = study.cache(study.directions())["directions"]
     above = np.triu_indices(len(looks), 1)
     return {
         "direction": found.direction,
