@@ -517,6 +517,20 @@ def test_every_figure_of_the_table_is_drawn_by_a_function():
     assert {f"draw_{name}" for name in figures.KINDS} == set(drawn)
 
 
+def test_table_of_figures_says_of_each_what_it_needs():
+    needs: dict[str, set[str]] = {}
+    for name, kind in figures.KINDS.items():
+        assert all(kind), name
+        needs.setdefault(kind.needs, set()).add(name)
+    assert needs == {
+        "photograph": OF_A_PHOTO,
+        "photographs": {"norms", "theory"},
+        "weights": {"forecast", "spectra", "eigenvalues"},
+        "compare": {"changes"},
+    }
+    assert set(figures.KINDS) == OF_A_PHOTO | OF_ALL
+
+
 def test_help_is_shown_without_loading_jax():
     script = (
         "import sys; from experiments import analyze\n"
