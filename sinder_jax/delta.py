@@ -28,7 +28,7 @@ NUM_PROBES = 4
 # Relative to the change: two float64 SVDs of LAPACK agree to 1e-9, a float32 SVD is off
 # by 1e-5 to 5e-4, and one that rotated equal singular values by 1.
 PROBE_TOLERANCE = 1e-5
-Progress = Callable[[str, int], None]
+BeforeSVD = Callable[[str, int], None]  # kernel name, block
 
 
 class Delta(NamedTuple):
@@ -130,7 +130,7 @@ def extract(
     *,
     compare_mask_token: bool = True,
     residual: float = ROUNDING,
-    progress: Progress | None = None,
+    before_svd: BeforeSVD | None = None,
 ) -> tuple[Delta, Report]:
     """The delta between two models, exact to float32 rounding.
 
@@ -150,7 +150,7 @@ def extract(
       repaired_params: params after it.
       compare_mask_token: False if one of the two layouts has no mask token.
       residual: how much of a kernel or bias may be omitted, relative to its norm.
-      progress: called with kernel name and block before each SVD.
+      before_svd: called with kernel name and block before each SVD.
 
     Raises:
       ValueError: the models do not differ; or they differ in a tensor that no ε changes
@@ -173,8 +173,8 @@ def extract(
             pair = [kernels.view(config, flat, block, name) for flat in (old, new)]
             if pair[0].tobytes() == pair[1].tobytes():
                 continue
-            if progress is not None:
-                progress(name, block)
+            if before_svd is not None:
+                before_svd(name, block)
             delta.eps[name][block], delta.probe[name][block], found = _fit(*pair)
             differences[_in_block(name, block)] = found
     _refuse(_beyond(differences, residual), residual)
@@ -313,7 +313,7 @@ def repaired_leaf(
     path: str,
     leaf: Any,
     scale: float = 1.0,
-    progress: Progress | None = None,
+    before_svd: BeforeSVD | None = None,
 ) -> np.ndarray:
     """One leaf of the base's params, repaired: the model need not fit in memory.
 
@@ -322,7 +322,7 @@ def repaired_leaf(
       path: flat name of the leaf, such as "blocks/attn/qkv/kernel".
       leaf: float32, stacked over blocks if it belongs to one.
       scale: the share of ε to apply, above 0 and at most 1.
-      progress: called with kernel name and block before each SVD.
+      before_svd: called with kernel name and block before each SVD.
 
     Returns:
       V·diag(float32(σ + scale·ε))·Uᵀ for the trainable kernels of touched blocks; q, k
@@ -344,8 +344,8 @@ def repaired_leaf(
         return leaf
     repaired = np.array(leaf)
     for block in touched(delta):
-        if progress is not None:
-            progress(names[0], block)
+        if before_svd is not None:
+            before_svd(names[0], block)
         kernel = kernels.view(config, {path: repaired}, block, names[0])
         kernel[:] = _repaired_kernel(delta, names[0], block, kernel, scale)
     return repaired
@@ -355,7 +355,7 @@ def apply(
     base_params: Params,
     delta: Delta,
     scale: float = 1.0,
-    progress: Progress | None = None,
+    before_svd: BeforeSVD | None = None,
 ) -> dict[str, Any]:
     """The repaired model: `repaired_leaf` of every leaf of the base.
 
@@ -363,7 +363,7 @@ def apply(
       base_params: the params that the delta belongs to; not changed.
       delta: the delta.
       scale: the share of ε to apply, above 0 and at most 1.
-      progress: called with kernel name and block before each SVD.
+      before_svd: called with kernel name and block before each SVD.
 
     Returns:
       A params tree of host arrays; at scale 1 it has the bits that `factor.merge` gives
@@ -377,7 +377,7 @@ def apply(
     flat = param_tree.flatten(base_params)
     check_base(delta, param_tree.digest(flat))
     for path, leaf in flat.items():
-        flat[path] = repaired_leaf(delta, path, leaf, scale, progress)
+        flat[path] = repaired_leaf(delta, path, leaf, scale, before_svd)
     return param_tree.unflatten(flat)
 
 

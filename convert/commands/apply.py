@@ -41,10 +41,10 @@ def apply(
     if different := models.differences(repair.config, model.config):
         raise ValueError(f"the architectures differ in {different}")
     delta.check_base(repair, model.digest)
-    progress = lines.Progress()
+    before_svd = lines.RunningSVD()
 
     def leaf(path: str) -> np.ndarray:
-        return delta.repaired_leaf(repair, path, model.leaf(path), scale, progress)
+        return delta.repaired_leaf(repair, path, model.leaf(path), scale, before_svd)
 
     step = (
         f"apply {delta_path.name}, SHA-256 {sha256.of_file(delta_path)}, scale "

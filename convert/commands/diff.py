@@ -65,7 +65,7 @@ def _between(
         repaired.params,
         compare_mask_token=both_have_mask_token,
         residual=residual,
-        progress=lines.Progress(),
+        before_svd=lines.RunningSVD(),
     )
     name, rest = found.largest_rest
     print(

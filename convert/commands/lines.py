@@ -1,4 +1,4 @@
-"""What the commands print: proof, notes, origin, progress."""
+"""What the commands print: proof, notes, origin, the running SVD."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -118,7 +118,7 @@ def origin(provenance: Mapping[str, Any]) -> str:
     )
 
 
-class Progress:
+class RunningSVD:
     """Shows which kernel's SVD is running: the giant's 160 take minutes."""
 
     def __init__(self):

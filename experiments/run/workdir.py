@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sinder_jax import checkpoint, cli
+from sinder_jax import cli
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.snapshots import Snapshots
@@ -41,12 +41,12 @@ FREE_KEYS = (
 class Workdir:
     """Reads and writes the files of one run.
 
-    One process of a run writes, and all read. Close a workdir that writes, or its last
-    state may be lost.
+    Only process 0 of a run writes. Close a workdir that writes, or its last state may
+    be lost.
 
     Args:
       path: a folder, made if it does not exist; or gs://bucket/name.
-      writes: False for a process that must not make or change anything.
+      writes: False for the other processes, which must not make or change anything.
       keep_last, keep_every: which states are kept, see `snapshots.Snapshots`.
 
     Raises:
@@ -184,15 +184,12 @@ class Workdir:
     def load_state(self) -> dict[str, Any] | None:
         """Returns the newest undamaged state, or None on a first start.
 
-        The process that writes reports newer, damaged ones and renames them. The others
-        must load after it has loaded.
+        Reports newer, damaged ones and renames them.
 
         Raises:
           DamagedError: there are states, and all are damaged.
         """
-        if not self.writes:
-            newest = checkpoint.load_newest(self.states)
-            return None if newest is None else newest.tree
+        self._check_exists()
         states = self._open_states()
         newest = states.load_newest()
         if newest is None:

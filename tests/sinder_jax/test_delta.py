@@ -179,7 +179,10 @@ def test_a_model_is_repaired_leaf_by_leaf():
     for path, leaf in param_tree.flatten(params).items():
         before = leaf.copy()
         got = delta.repaired_leaf(
-            found, path, leaf, progress=lambda name, block: calls.append((name, block))
+            found,
+            path,
+            leaf,
+            before_svd=lambda name, block: calls.append((name, block)),
         )
         assert got.tobytes() == whole[path].tobytes(), path
         assert leaf.tobytes() == before.tobytes(), path
@@ -191,7 +194,10 @@ def test_progress_names_each_kernel_that_is_factorized():
     params, repaired, _, report = extracted(MLP)
     calls = []
     delta.extract(
-        MLP, params, repaired, progress=lambda name, block: calls.append((name, block))
+        MLP,
+        params,
+        repaired,
+        before_svd=lambda name, block: calls.append((name, block)),
     )
     assert [f"{name} of block {block}" for name, block in calls] == list(
         report.differences
@@ -420,7 +426,9 @@ def test_other_changes_are_found_before_the_first_svd():
     params, repaired, _, _ = extracted(SWIGLU)
     repaired = changed_copy(repaired, "norm/bias", next_number)
     with pytest.raises(ValueError, match="norm/bias"):
-        delta.extract(SWIGLU, params, repaired, progress=lambda *_: pytest.fail("SVD"))
+        delta.extract(
+            SWIGLU, params, repaired, before_svd=lambda *_: pytest.fail("SVD")
+        )
 
 
 def test_a_layout_without_mask_token_is_compared_without():

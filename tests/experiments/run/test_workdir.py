@@ -211,10 +211,6 @@ def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path, capsys):
             workdir.save_state(position, {"x": np.full(9, position)})
     (chunk,) = (tmp_path / "states/00000006/arrays_0/x").glob("[0-9]*")
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
-    reader = Workdir(tmp_path, writes=False)
-    assert reader.load_state()["x"][0] == 5
-    assert listing(tmp_path / "states") == ["00000005", "00000006"]
-    assert capsys.readouterr().err == ""
     with Workdir(tmp_path) as workdir:
         assert workdir.load_state()["x"][0] == 5
     (warning,) = capsys.readouterr().err.splitlines()
@@ -240,9 +236,10 @@ def test_what_a_kill_left_of_the_frozen_model_is_removed(tmp_path):
 
 def test_a_process_that_does_not_write_makes_nothing(tmp_path):
     reader = Workdir(tmp_path / "run", writes=False)
-    assert reader.load_state() is None and reader.read_metrics() == []
+    assert reader.read_metrics() == []
     assert not reader.finished()
     for write in (
+        lambda: reader.load_state(),
         lambda: reader.save_state(1, {"x": np.zeros(1)}),
         lambda: reader.append_metrics([{"image": 1}]),
         lambda: reader.rewind_metrics(0),
@@ -411,7 +408,7 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     again.rewind_metrics(6)
     again.append_metrics([{"image": 6}])
     reader = Workdir(place, writes=False)
-    assert reader.load_state()["x"][0] == 6
+    assert checkpoint.load_newest(reader.states).tree["x"][0] == 6
     with again.output("pictures/a.png") as path:
         path.write_bytes(b"png")
     with again.output("repaired") as path:
