@@ -3,7 +3,6 @@
 python -m convert NAME ... --> convert/commands/NAME.py --cli.run--> exit code
 """
 
-import argparse
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,11 +28,9 @@ SOURCE = (
 )
 
 
-def _boolean(text: str) -> bool:
-    values = {"true": True, "false": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return values[text.lower()]
+def true_or_false(text: str) -> bool:
+    """Parses an option; argparse names this function in its error."""
+    return bool(["false", "true"].index(text.lower()))
 
 
 class Argument(NamedTuple):
@@ -67,7 +64,7 @@ COMMANDS: dict[str, tuple[str, *tuple[Argument, ...]]] = {
             "true|false",
             "resample the position embedding with antialiasing (default: as the hub "
             "models do, true with registers, false without; the SINDER authors: true)",
-            _boolean,
+            true_or_false,
         ),
         Argument(
             "--interpolate-offset",
@@ -142,8 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def call() -> None:
         # Imported only now: `--help` need not wait for JAX.
-        module = importlib.import_module(f"convert.commands.{name}")
-        command = getattr(module, name)
+        command = getattr(importlib.import_module(f"convert.commands.{name}"), name)
         command(**{key: value for key, value in arguments.items() if value is not None})
 
     return cli.run(call)

@@ -6,7 +6,7 @@
 The cache is $SINDER_CACHE, else $XDG_CACHE_HOME/sinder_jax, else ~/.cache/sinder_jax.
 SINDER_HUB_URL replaces the address of the hub, for a mirror with the same folders;
 HF_ENDPOINT and the other variables of huggingface_hub work as ever. A hub file in the
-cache is used without asking the network. Nothing here imports JAX but `hub_config`.
+cache is used without asking the network. Nothing here imports JAX.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from typing import Any
 
 from rich import filesize
 
-from sinder_jax import families
+from sinder_jax import cli, families
 
 TIMEOUT = 30.0  # seconds without an answer, or without a byte of the file
 RETRIES = 2  # of a whole file
 CHUNK = 1 << 20  # bytes
 
 MODELS = families.published()
-_CALLED = MODELS | {model.alias: model for model in MODELS.values()}
+MODELS |= {model.alias: model for model in MODELS.values()}
 
 # Files of a Hugging Face model: those beside the weights, and the weights, best first.
 METADATA = ("config.json", "preprocessor_config.json")
@@ -44,7 +44,7 @@ def is_name(source: str) -> bool:
     that path. If "owner" is a folder here, or "name" ends like a file of weights,
     `source` is a mistyped path.
     """
-    return not os.path.exists(source) and (source in _CALLED or _is_repo_id(source))
+    return not os.path.exists(source) and (source in MODELS or _is_repo_id(source))
 
 
 def fetch(source: str) -> Path:
@@ -83,20 +83,6 @@ def hub_url(name: str) -> str:
     return f"{url.rstrip('/')}/{model.file}"
 
 
-def hub_config(name: str) -> Any:
-    """The `vit.ViTConfig` of a published model; None for a Hugging Face id.
-
-    Raises:
-      ValueError: not a name; lists the nearest.
-    """
-    if _is_repo_id(name):
-        return None
-    model = _published(name)
-    from sinder_jax import vit
-
-    return vit.CONFIGS[model.name]
-
-
 def cache_directory() -> Path:
     """The folder that hub files are kept in; it need not exist."""
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -114,8 +100,8 @@ def _is_repo_id(source: str) -> bool:
 
 
 def _published(name: str) -> families.Published:
-    if name in _CALLED:
-        return _CALLED[name]
+    if name in MODELS:
+        return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=4) or MODELS
     raise ValueError(
         f"{name!r} is not the name of a model: the nearest are {', '.join(near)}; a "
@@ -136,9 +122,8 @@ def _fetch_hub(name: str) -> Path:
     url = hub_url(name)
     cache = pooch.create(
         path.parent,
-        base_url="",
+        base_url=url.removesuffix(path.name),
         registry={path.name: None},
-        urls={path.name: url},
         retry_if_failed=RETRIES,
     )
     try:
@@ -153,9 +138,12 @@ def _fetch_hub(name: str) -> Path:
             cache.fetch(path.name, downloader=downloader)
         path.chmod(0o644)  # pooch leaves the mode of a temporary file
     except (OSError, ValueError) as error:
+        while isinstance(inner := error.__cause__ or error.__context__, Exception):
+            error = inner
+        reason = cli.one_line(error)[:200]
         raise OSError(
-            f"{path.name}: not fetched to {path.parent}: {_reason(error)}; fetch {url} "
-            "by hand and give its path instead: python -m convert to-jax FILE DST"
+            f"{path.name}: not fetched to {path.parent}: {reason}; fetch {url} by hand "
+            "and give its path instead: python -m convert to-jax FILE DST"
         ) from None
     return path
 
@@ -168,10 +156,8 @@ def _check_response(
     status, kind = response.status_code, response.headers.get("Content-Type", "")
     size = int(response.headers.get("Content-Length", 0))
     free = shutil.disk_usage(folder).free
-    if response.is_redirect:
-        return
-    if status >= 500 or status in (408, 429):
-        return  # pooch raises an error by which it tries again
+    if response.is_redirect or status >= 500 or status in (408, 429):
+        return  # followed, or an error by which pooch tries again
     if status >= 400:
         refusal = f"HTTP {status} {response.reason}"
     elif kind.startswith("text/html"):
@@ -186,14 +172,6 @@ def _check_response(
     else:
         return
     raise OSError(refusal)
-
-
-def _reason(error: BaseException) -> str:
-    """Innermost cause of an error, on one line."""
-    while isinstance(inner := error.__cause__ or error.__context__, Exception):
-        error = inner
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]
 
 
 # --- Hugging Face ---------------------------------------------------------------------
@@ -220,12 +198,10 @@ def _fetch_hugging_face(repo_id: str) -> Path:
     # connection or a full disk.
     except Exception as error:
         for weights in WEIGHTS:
-            try:
+            with contextlib.suppress(Exception):  # not in the cache, or not all of it
                 cached = _snapshot(hub, repo_id, weights, local_files_only=True)
-            except Exception:  # not in the cache, or not all of it
-                continue
-            if any(cached.glob(weights[0])):
-                return cached
+                if any(cached.glob(weights[0])):
+                    return cached
         reason = _hugging_face_reason(error)
         raise OSError(f"{repo_id}: not fetched: {reason}; {by_hand}") from None
     raise ValueError(
@@ -254,4 +230,4 @@ def _hugging_face_reason(error: Exception) -> str:
         return "its owner wants you to agree to terms first (there, then hf auth login)"
     if isinstance(error, errors.RepositoryNotFoundError):
         return "Hugging Face has no such model, or a private one (hf auth login)"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return cli.one_line(error)[:200]

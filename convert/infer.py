@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from convert import layouts
 from sinder_jax import families, vit
@@ -33,42 +33,29 @@ TOKENS = ("cls_token", "pos_embed", "mask_token")
 WIDE = (*TOKENS, "patch_embed/bias", "norm/scale", "norm/bias")
 
 
-class Backbone(NamedTuple):
-    """The names of a bare DINOv2 in a state dict that may hold more.
-
-    Attributes:
-      keys: bare name -> name in the state dict.
-      left_out: names that belong to no backbone, such as training heads.
-    """
-
-    keys: dict[str, str]
-    left_out: list[str]
-
-
-def backbone_keys(names: Sequence[str]) -> Backbone:
+def backbone_keys(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Strips what training and classification wrap around the names of a backbone.
+
+    Returns:
+      Bare name -> name in the state dict, for the tensors of a bare DINOv2; and the
+      names that are not part of it, such as those of training heads.
 
     Raises:
       ValueError: two names mean the same tensor.
     """
     keys, left_out = {name: name for name in names}, []
     while prefix := _prefix(keys):
-        beside = [
-            bare
-            for bare in keys
-            if not bare.startswith(prefix) and re.match(OTHERS, bare)
-        ]
+        # None of these names begins with a prefix.
+        beside = [bare for bare in keys if re.match(OTHERS, bare)]
         left_out += [keys.pop(bare) for bare in beside]
         # Names without the prefix stay: the comparison with the table names them.
         keys = {bare.removeprefix(prefix): name for bare, name in keys.items()}
-    return Backbone(_without_chunks(keys), left_out)
+    return _without_chunks(keys), left_out
 
 
 def _prefix(keys: Mapping[str, str]) -> str | None:
-    for prefix in PREFIXES:
-        if any(key.startswith(f"{prefix}.") for key in keys):
-            return f"{prefix}."
-    return None
+    first = {key.partition(".")[0] for key in keys if "." in key}
+    return next((f"{prefix}." for prefix in PREFIXES if prefix in first), None)
 
 
 def _without_chunks(keys: Mapping[str, str]) -> dict[str, str]:

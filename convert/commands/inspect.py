@@ -1,10 +1,11 @@
 """`inspect`: what a model or a delta is, where it came from, whether it is intact."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from convert import layouts, opening
+from convert import infer, layouts, opening
 from convert.commands import lines
 from convert.files import reading, sha256
 from sinder_jax import kernels, linalg
@@ -35,7 +36,7 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     antialias, offset = config.interpolate_antialias, config.interpolate_offset
     owner = f", {layouts.LAYOUTS[model.layout].owner}" if torch else " checkpoint"
     fields = {
-        "architecture": lines.title(config),
+        "architecture": infer.describe(config),
         "width": f"{width}, {heads} heads of {width // heads}",
         "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden {config.hidden_dim}",
         "registers": str(config.num_register_tokens),
@@ -49,16 +50,19 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
         "verified": _verified(model, stated),
         "provenance": lines.origin(model.provenance),
     }
-    lines.print_fields(fields)
-    for step in model.provenance.get("steps", []):
-        print(f"{'':<15}then {step}")
-    for note in lines.notes(model):
-        print(f"{'note:':<15}{note}")
+    _print_columns(fields.items())
+    _print_columns(("", f"then {step}") for step in model.provenance.get("steps", []))
+    _print_columns(("note", note) for note in lines.notes(model))
     print("largest singular values of the trainable kernels, block by block:")
     print("block  " + "".join(f"{name:>12}" for name in places))
     for block in range(config.depth):
         row = (f"{tops[name][block]:>12.4f}" for name in places)
         print(f"{block:>5}  " + "".join(row))
+
+
+def _print_columns(fields: Iterable[tuple[str, str]]) -> None:
+    for name, value in fields:
+        print(f"{name + ':' if name else '':<15}{value}")
 
 
 def _verified(model: Model, digest_stated: bool) -> str:
@@ -84,14 +88,14 @@ def _inspect_delta(path: Path) -> None:
     repair, metadata = delta_file.load(path)
     whole = f"all of it against the digest in the file; SHA-256 {sha256.of_file(path)}"
     fields = {
-        "delta for": lines.title(repair.config),
+        "delta for": infer.describe(repair.config),
         "base digest": repair.base,
         "size": f"{path.stat().st_size:,} bytes",
         "verified": whole,
         "written by": metadata.get("writer", "not known"),
         "base from": lines.origin(_json(metadata.get("provenance", "{}"))),
     }
-    lines.print_fields(fields)
+    _print_columns(fields.items())
     print(lines.about_delta(repair))
 
 

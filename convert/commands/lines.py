@@ -8,13 +8,8 @@ from typing import Any
 import numpy as np
 
 from convert import infer
-from sinder_jax import delta, families, vit
+from sinder_jax import delta, families
 from sinder_jax.model import Model
-
-
-def title(config: vit.ViTConfig) -> str:
-    """The hub's name of an architecture, or a remark that it has none."""
-    return infer.hub_name(config) or "a DINOv2 model of its own size"
 
 
 def print_proof(
@@ -29,18 +24,11 @@ def print_proof(
       digest: the model's digest.
       layout: layout of the tensors; empty for a checkpoint directory.
     """
-    detail = f", {layout} layout" if layout else ""
+    title = infer.describe(model.config) + (f", {layout} layout" if layout else "")
     print(
-        f"{destination}: {title(model.config)}{detail}, {num_tensors} tensors, "
-        f"{model.num_params:,} parameters, digest {digest}; names, shapes and finite "
-        "values checked."
+        f"{destination}: {title}, {num_tensors} tensors, {model.num_params:,} "
+        f"parameters, digest {digest}; names, shapes and finite values checked."
     )
-
-
-def print_fields(fields: Mapping[str, str]) -> None:
-    """Prints `name: value` lines in two columns."""
-    for name, value in fields.items():
-        print(f"{name + ':':<15}{value}")
 
 
 def print_notes(model: Model) -> None:

@@ -11,7 +11,8 @@ from convert import fetch, infer, opening
 from convert.commands import lines
 from convert.verify import print_verdict
 from sinder_jax import model as models
-from sinder_jax.model import Model, differences
+from sinder_jax import vit
+from sinder_jax.model import Model
 from sinder_jax.storage import array_store
 
 
@@ -50,8 +51,8 @@ def open_source(src: str, num_heads: int | None = None, **overrides: Any) -> Mod
         return opening.open_model(Path(src), num_heads, **overrides)
     path = fetch.fetch(src)
     model = opening.open_model(path, num_heads, name=src, **overrides)
-    want = fetch.hub_config(src)
-    if want and differences(model.config, want):
+    hub_model = fetch.MODELS.get(src)
+    if hub_model and models.differences(model.config, vit.CONFIGS[hub_model.name]):
         raise ValueError(
             f"{path}: got a {infer.describe(model.config)}, expected {src}; remove the "
             "file and try again"

@@ -66,7 +66,8 @@ def test_hub_names_and_file_names_mean_the_same(name):
     alias = name.replace("_reg", "_reg4")
     assert fetch.is_name(name) and fetch.is_name(alias)
     assert fetch.hub_url(name) == fetch.hub_url(alias)
-    assert fetch.hub_config(name) is fetch.hub_config(alias) is vit.CONFIGS[name]
+    assert fetch.MODELS[name] is fetch.MODELS[alias]
+    assert vit.ViTConfig(**fetch.MODELS[alias].fields) == vit.CONFIGS[name]
 
 
 def test_urls_are_those_of_the_hub(monkeypatch):
@@ -81,9 +82,8 @@ def test_urls_are_those_of_the_hub(monkeypatch):
     "source",
     ["facebook/dinov2-giant", "timm/vit_small_patch14_dinov2.lvd142m", "o/n", "_o/_n"],
 )
-def test_hugging_face_ids_are_names_without_a_config(source):
-    assert fetch.is_name(source)
-    assert fetch.hub_config(source) is None
+def test_hugging_face_ids_are_names(source):
+    assert fetch.is_name(source) and source not in fetch.MODELS
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_hugging_face_ids_are_names_without_a_config(source):
 )
 def test_paths_and_misspelt_names_are_no_names(source, server):
     assert not fetch.is_name(source)
-    for function in (fetch.fetch, fetch.hub_config):
+    for function in (fetch.fetch, fetch.hub_url):
         with pytest.raises(ValueError) as caught:
             function(source)
         assert "\n" not in str(caught.value) and "dinov2_vitg14" in str(caught.value)
