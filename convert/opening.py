@@ -6,9 +6,10 @@ The provenance of a model travels with it: from the file that first held the wei
 into the checkpoint, and from there into every export.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sinder_jax.model import Model
 from sinder_jax.storage import array_store, errors, paths, run_files
 from sinder_jax.storage.paths import StrPath
 
+STATED = ("num_heads", "interpolate_antialias", "interpolate_offset")
 ENTRY = "sinder_jax"  # under which a file's metadata holds our description of the model
 
 
@@ -46,9 +48,11 @@ def open_model(
         line.
       ImportError: `.pth` without torch.
     """
+    if num_heads is not None:
+        overrides["num_heads"] = num_heads
     path = paths.as_path(path)
     if reading.is_torch_source(path):
-        return _open_torch(Path(path), num_heads, name or path.name, overrides)
+        return _open_torch(Path(path), name or path.name, overrides)
     if (path / run_files.FROZEN).exists():
         path = path / run_files.REPAIRED
         if not path.exists():
@@ -62,33 +66,28 @@ def open_model(
             f"without {' or '.join(reading.WEIGHTS)}"
         )
     model = models.open_checkpoint(path)
-    if num_heads not in (None, model.config.num_heads):
-        raise ValueError(f"{path}: has {model.config.num_heads} heads")
     config = dataclasses.replace(model.config, **overrides)
     if different := models.differences(model.config, config):
         raise ValueError(f"{path}: its config contradicts the arguments: {different}")
     return dataclasses.replace(model, config=config)
 
 
-def _open_torch(
-    path: Path, num_heads: int | None, name: str, overrides: Mapping[str, Any]
-) -> Model:
+def _open_torch(path: Path, name: str, overrides: Mapping[str, Any]) -> Model:
     verified = sha256.check(path)
     state = reading.open_state_dict(path)
     stated = _description(path, state.metadata)
-    known = _known(stated, state.config) | dict(overrides)
-    if num_heads is not None:
-        known["num_heads"] = num_heads
-    try:
-        torch = TorchModel(state, **known)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    # What the files say of the config and the tensors do not.
+    if stated:
+        known = {field: getattr(stated.config, field) for field in STATED}
+    else:
+        heads = state.config.get("num_attention_heads")
+        known = {"num_heads": heads} if isinstance(heads, int) and heads > 0 else {}
+    with _naming(path):
+        torch = TorchModel(state, **{**known, **overrides})
 
     def leaf(path_of_leaf: str) -> np.ndarray:
-        try:
+        with _naming(path):
             return torch.leaf(path_of_leaf)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
 
     provenance = (stated and stated.provenance) or {
         "source": name,
@@ -99,6 +98,15 @@ def _open_torch(
     }
     digest = stated.digest if stated else None
     return Model(torch.config, leaf, path, provenance, digest, torch=torch)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Begins errors about tensors with the path of their file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _description(path: Path, metadata: Mapping[str, str]) -> models.Description | None:
@@ -112,14 +120,3 @@ def _description(path: Path, metadata: Mapping[str, str]) -> models.Description 
             f"{path}: damaged, its metadata cannot be read "
             f"({errors.reason_of(error)}): fetch or convert it again"
         ) from None
-
-
-def _known(
-    stated: models.Description | None, config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Fields of the config that only the files, not the tensors, determine."""
-    names = ("num_heads", "interpolate_antialias", "interpolate_offset")
-    if stated:
-        return {name: getattr(stated.config, name) for name in names}
-    heads = config.get("num_attention_heads")
-    return {"num_heads": heads} if isinstance(heads, int) and heads > 0 else {}

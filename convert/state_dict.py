@@ -60,15 +60,13 @@ class TorchModel:
         self.layout = infer.layout_of(seen)
         self.config = infer.config_of(self.layout, seen, num_heads, overrides)
         table = layouts.table_of(self.layout, self.config)
-        self.fills_mask_token = not any(
-            slot.path == tables.OPTIONAL and key in self.specs
-            for key, slot in table.items()
-        )
         self.table = {
             key: slot
             for key, slot in table.items()
             if key in self.specs or slot.path != tables.OPTIONAL
         }
+        paths = {slot.path for slot in self.table.values()}
+        self.fills_mask_token = tables.OPTIONAL not in paths
         self.formats = sorted({spec.dtype for spec in self.specs.values()})
         self.shapes = param_tree.leaf_shapes(self.config)
         if misfits := self._misfits():

@@ -7,34 +7,15 @@ from sinder_jax import families, vit
 
 
 def contents(config: vit.ViTConfig) -> dict[str, dict[str, Any]]:
-    """The JSON objects that transformers needs to load a model, by file name."""
-    return {CONFIG: model_config(config), PREPROCESSOR: preprocessor(config)}
+    """The JSON objects that transformers needs to load a model, by file name.
 
-
-def preprocessor(config: vit.ViTConfig) -> dict[str, Any]:
-    """As preprocessor_config.json of facebook/dinov2-base; the same for all sizes."""
-    mean, std = families.of(config).statistics
-    return {
-        "crop_size": {"height": 224, "width": 224},
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(mean),
-        "image_processor_type": "BitImageProcessor",
-        "image_std": list(std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "size": {"shortest_edge": 256},
-    }
-
-
-def model_config(config: vit.ViTConfig) -> dict[str, Any]:
-    """As config.json of transformers' Dinov2Config or Dinov2WithRegistersConfig."""
+    Returns:
+      config.json as of Dinov2Config or Dinov2WithRegistersConfig, and
+      preprocessor_config.json as of facebook/dinov2-base, the same for all sizes.
+    """
     registers = config.num_register_tokens
     name = "Dinov2WithRegisters" if registers else "Dinov2"
-    stated = {
+    model = {
         "architectures": [f"{name}Model"],
         "model_type": "dinov2_with_registers" if registers else "dinov2",
         "hidden_size": config.embed_dim,
@@ -55,4 +36,21 @@ def model_config(config: vit.ViTConfig) -> dict[str, Any]:
         "initializer_range": 0.02,
         "torch_dtype": "float32",
     }
-    return stated | ({"num_register_tokens": registers} if registers else {})
+    if registers:
+        model["num_register_tokens"] = registers
+    mean, std = families.of(config).statistics
+    preprocessor = {
+        "crop_size": {"height": 224, "width": 224},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(mean),
+        "image_processor_type": "BitImageProcessor",
+        "image_std": list(std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": 256},
+    }
+    return {CONFIG: model, PREPROCESSOR: preprocessor}

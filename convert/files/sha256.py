@@ -23,8 +23,7 @@ def of_files(files: Sequence[Path], known: Mapping[Path, str] | None = None) -> 
       files: at least one.
       known: SHA-256 of files that need not be read again.
     """
-    known = known or {}
-    digests = [known.get(file) or of_file(file) for file in files]
+    digests = [(known or {}).get(file) or of_file(file) for file in files]
     if len(files) == 1:
         return digests[0]
     lines = map(line, files, digests)

@@ -25,7 +25,7 @@ def test_overrides_change_how_a_checkpoint_resamples(stored):
 def test_overrides_that_contradict_a_checkpoint_are_refused(stored):
     message = error_of(convert.open_model, stored, depth=9)
     assert f"depth ({CONFIG.depth} and 9)" in message
-    assert "has 2 heads" in error_of(convert.open_model, stored, num_heads=4)
+    assert "num_heads (2 and 4)" in error_of(convert.open_model, stored, num_heads=4)
 
 
 def test_a_workdir_is_opened_as_its_repaired_model(tmp_path):
