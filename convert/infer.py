@@ -91,18 +91,14 @@ def layout_of(seen: Mapping[str, Shape]) -> str:
 
 
 def _is_packed(seen: Mapping[str, Shape]) -> bool:
-    """True if fc1 makes gate and value of a SwiGLU at once."""
+    """True if fc1 makes gate and value of a SwiGLU at once, as in most blocks."""
     # From all blocks, since a single tensor may be missing or misshapen.
-    hidden = [
-        Counter(
-            shape[axis]
-            for key, shape in seen.items()
-            if key.endswith(f".mlp.{name}.weight") and len(shape) == 2
-        )
-        for name, axis in (("fc1", 0), ("fc2", 1))
-    ]
-    up, down = (count.most_common(1) for count in hidden)
-    return bool(up and down) and up[0][0] == 2 * down[0][0]
+    votes = []
+    for key, up in seen.items():
+        down = seen.get(key.replace(".fc1.", ".fc2."), ())
+        if key.endswith(".mlp.fc1.weight") and len(up) == len(down) == 2:
+            votes.append(up[0] == 2 * down[1])
+    return bool(votes) and 2 * sum(votes) >= len(votes)
 
 
 def _is_folded(seen: Mapping[str, Shape]) -> bool:

@@ -157,13 +157,9 @@ def measure(
     ours: Float[np.ndarray, "B T D"], theirs: Float[np.ndarray, "B T D"]
 ) -> tuple[float, float]:
     """Largest difference, and RMS of the differences over RMS of `theirs`."""
-    difference = np.abs(ours - theirs, dtype=np.float64)
-    relative = _rms(difference) / max(_rms(theirs), float(np.finfo(np.float32).tiny))
-    return float(np.max(difference)), relative
-
-
-def _rms(array: Float[np.ndarray, "B T D"]) -> float:
-    return float(np.sqrt(np.mean(np.square(array, dtype=np.float64))))
+    difference = np.subtract(ours, theirs, dtype=np.float64)
+    scale = max(np.linalg.norm(theirs.astype(np.float64)), np.finfo(np.float32).tiny)
+    return float(np.max(np.abs(difference))), float(np.linalg.norm(difference) / scale)
 
 
 def photograph(config: vit.ViTConfig) -> Float32[np.ndarray, "1 size size 3"]:

@@ -37,7 +37,7 @@ def apply(
     saving.check_destination(destination, directory=directory)
     repair, _ = delta_file.load(delta_path)
     model = opening.open_model(base, num_heads)
-    lines.print_notes(model)
+    lines.print_notes(lines.notes(model))
     if different := models.differences(repair.config, model.config):
         raise ValueError(f"the architectures differ in {different}")
     delta.check_base(repair, model.digest)

@@ -3,8 +3,7 @@
 base, repaired --delta.extract--> delta        run --its ε--> delta
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def diff(
         made, provenance = _of_run(paths[0])
     else:
         made, provenance = _between(*paths, num_heads=num_heads, residual=residual)
-    delta_file.save(destination, made, {"provenance": json.dumps(provenance)})
+    delta_file.save(destination, made, provenance)
     print(lines.about_delta(made))
     size = destination.stat().st_size
     print(f"{destination}: {size:,} bytes, for the model with digest {made.base}.")
@@ -50,7 +49,7 @@ def diff(
 
 def _between(
     base_path: Path, repaired_path: Path, *, num_heads: int | None, residual: float
-) -> tuple[delta.Delta, dict[str, Any]]:
+) -> tuple[delta.Delta, Mapping[str, Any]]:
     base, repaired = (
         opening.open_model(path, num_heads) for path in (base_path, repaired_path)
     )
@@ -73,10 +72,10 @@ def _between(
         f"{len(found.rounding_only)} of {len(found.differences)} tensors that differ "
         "differ by rounding alone."
     )
-    return made, dict(base.provenance)
+    return made, base.provenance
 
 
-def _of_run(workdir: Path) -> tuple[delta.Delta, dict[str, Any]]:
+def _of_run(workdir: Path) -> tuple[delta.Delta, Mapping[str, Any]]:
     """ε of a run's newest state, which is its last one if the run has ended."""
     frozen, states = workdir / run_files.FROZEN, workdir / run_files.STATES
     if not (frozen.is_dir() and states.is_dir()):
@@ -93,4 +92,4 @@ def _of_run(workdir: Path) -> tuple[delta.Delta, dict[str, Any]]:
     eps = param_tree.flatten(newest.tree["eps"])
     made = delta.from_eps(model.config, model.params, factors, eps)
     print(f"{workdir}: ε after {newest.metadata['num_images']} images")
-    return made, dict(model.provenance)
+    return made, model.provenance

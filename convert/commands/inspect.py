@@ -1,9 +1,7 @@
 """`inspect`: what a model or a delta is, where it came from, whether it is intact."""
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from convert import infer, layouts, opening
 from convert.commands import lines
@@ -30,8 +28,8 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     for leaf_path, leaf in model.leaves():
         for name, place in places.items():
             if place.path == leaf_path:
-                kernel_stack = place.of(leaf)
-                tops[name] = [linalg.leading_triplets(x, 1).s[0] for x in kernel_stack]
+                stack = place.of(leaf)
+                tops[name] = [linalg.leading_triplets(x, 1).s[0] for x in stack]
     width, heads, torch = config.embed_dim, config.num_heads, model.torch
     antialias, offset = config.interpolate_antialias, config.interpolate_offset
     owner = f", {layouts.LAYOUTS[model.layout].owner}" if torch else " checkpoint"
@@ -86,22 +84,14 @@ def _is_delta(path: Path) -> bool:
 
 def _inspect_delta(path: Path) -> None:
     repair, metadata = delta_file.load(path)
-    whole = f"all of it against the digest in the file; SHA-256 {sha256.of_file(path)}"
     fields = {
         "delta for": infer.describe(repair.config),
         "base digest": repair.base,
         "size": f"{path.stat().st_size:,} bytes",
-        "verified": whole,
-        "written by": metadata.get("writer", "not known"),
-        "base from": lines.origin(_json(metadata.get("provenance", "{}"))),
+        "verified": "all of it against the digest in the file; SHA-256 "
+        f"{sha256.of_file(path)}",
+        "written by": metadata["writer"],
+        "base from": lines.origin(metadata["provenance"]),
     }
     _print_columns(fields.items())
     print(lines.about_delta(repair))
-
-
-def _json(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

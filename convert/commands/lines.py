@@ -1,7 +1,7 @@
 """What the commands print: proof, notes, origin, the running SVD."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,9 @@ def print_proof(
     )
 
 
-def print_notes(model: Model) -> None:
-    """Prints `notes`, a line each."""
-    for note in notes(model):
+def print_notes(notes: Iterable[str]) -> None:
+    """Prints `notes` or `losses`, a line each."""
+    for note in notes:
         print(f"note: {note}")
 
 
@@ -99,11 +99,9 @@ def origin(provenance: Mapping[str, Any]) -> str:
     """The file that first held the weights of a model."""
     if "source" not in provenance:
         return "not known"
-    stated = {name: provenance.get(name, "?") for name in ("layout", "sha256", "tool")}
-    return (
-        f"{provenance['source']}, {stated['layout']} layout, SHA-256 "
-        f"{stated['sha256']}, read by {stated['tool']}"
-    )
+    stated = {"layout": "?", "sha256": "?", "tool": "?", **provenance}
+    template = "{source}, {layout} layout, SHA-256 {sha256}, read by {tool}"
+    return template.format_map(stated)
 
 
 class RunningSVD:

@@ -36,7 +36,7 @@ def to_jax(
     model = open_source(src, num_heads, **overrides)
     if model.torch is None:
         raise ValueError(f"{model.path} is a checkpoint already")
-    lines.print_notes(model)
+    lines.print_notes(lines.notes(model))
     converted = model.with_step(f"to-jax, {array_store.tool()}")
     digest = models.save(destination, converted)
     if verify:

@@ -37,9 +37,8 @@ def to_torch(
         )
     saving.check_destination(destination, directory=directory)
     model = opening.open_model(src, num_heads)
-    lines.print_notes(model)
-    for loss in lines.losses(model, layout):
-        print(f"note: {loss}")
+    lines.print_notes(lines.notes(model))
+    lines.print_notes(lines.losses(model, layout))
     table = layouts.table_of(layout, model.config)
     converted = model.with_step(f"to-torch {layout}, {array_store.tool()}")
     digest = saving.save(destination, converted, table, directory=directory)

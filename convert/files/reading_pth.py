@@ -93,22 +93,19 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+            names = {entry.filename for entry in entries}
             pickles = [x for x in entries if x.filename.endswith("data.pkl")]
-            total = sum(entry.file_size for entry in entries)
-            packed = any(x.compress_type != zipfile.ZIP_STORED for x in entries)
-            wrong = {
-                "an archive with compressed entries": packed,
-                "its entries claim more bytes than it has": total > path.stat().st_size,
-                "an archive with two entries of one name": len(entries)
-                > len({entry.filename for entry in entries}),
-                "an archive without one data.pkl": len(pickles) != 1,
-                f"a pickle of over {MOST_PICKLE} bytes": any(
-                    entry.file_size > MOST_PICKLE for entry in pickles
-                ),
+            large = [x for x in pickles if x.file_size > MOST_PICKLE]
+            claimed = sum(entry.file_size for entry in entries)
+            found = {
+                "compressed entries": any(x.compress_type for x in entries),
+                "entries of more bytes than it has": claimed > path.stat().st_size,
+                "two entries of one name": len(names) < len(entries),
+                "no data.pkl, or several": len(pickles) != 1,
+                f"a pickle of over {MOST_PICKLE} bytes": bool(large),
             }
-            for why, found in wrong.items():
-                if found:
-                    raise damaged(path, "PyTorch", why)
+            if wrong := [what for what, is_there in found.items() if is_there]:
+                raise damaged(path, "PyTorch", f"an archive with {wrong[0]}")
             with archive.open(pickles[0]) as file:
                 _check_pickle(path, file)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:

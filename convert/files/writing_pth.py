@@ -52,16 +52,9 @@ def write(
             file.write(checksum)
             file.seek(entries[record.filename] + 16)
             file.write(checksum)
-    _add_extra(path, metadata())
-
-
-def _add_extra(path: Path, metadata: Mapping[str, str]) -> None:
-    """Adds texts as further entries of the archive, which torch.load ignores."""
-    if not metadata:
-        return
+    # The texts are further entries, which torch.load ignores. They have no time of
+    # writing: the same tensors give the same bytes.
     with zipfile.ZipFile(path, "a") as archive:
-        top = archive.namelist()[0].partition("/")[0]
-        for name, text in metadata.items():
-            # No time of writing: the same tensors give the same bytes.
-            entry = zipfile.ZipInfo(f"{top}/extra/{name}", (1980, 1, 1, 0, 0, 0))
-            archive.writestr(entry, text)
+        for name, text in metadata().items():
+            extra = zipfile.ZipInfo(f"{top}/extra/{name}", (1980, 1, 1, 0, 0, 0))
+            archive.writestr(extra, text)

@@ -7,7 +7,6 @@ params now --export--> repaired/, repaired.safetensors, repaired.pth
 
 import importlib.util
 import itertools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -121,7 +120,7 @@ def export_delta(
     made = delta.from_eps(model.config, model.params, original.factors, eps)
     with workdir.output("repaired.patch.safetensors") as path:
         path.unlink(missing_ok=True)  # left by a finish that was cut short
-        delta_file.save(path, made, {"provenance": json.dumps(dict(model.provenance))})
+        delta_file.save(path, made, model.provenance)
     return [path.name]
 
 

@@ -1,6 +1,6 @@
 """Deltas as files, which is how repaired weights get shared.
 
-    Delta, metadata --save--> one small .safetensors file --load--> Delta, metadata
+    Delta, provenance --save--> small .safetensors file --load--> Delta, provenance
 
 The file holds a digest of all its content, so that a damaged file is never loaded. Its
 format tag, "sinder_jax patch", dates from when a delta was called a patch.
@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -24,36 +25,31 @@ from sinder_jax.vit import ViTConfig
 FORMAT = "sinder_jax patch"
 VERSION = "1"
 MAX_BYTES = 64 * 2**20  # the giant's delta has 1 MB
-HEADER = ("format", "version", "base", "config", "digest")
 
 
 def save(
-    path: StrPath, delta: Delta, metadata: Mapping[str, str] | None = None
+    path: StrPath, delta: Delta, provenance: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a delta as one .safetensors file, which appears whole or not at all.
 
-    The same delta and metadata give the same bytes.
+    The same delta and provenance give the same bytes.
 
     Args:
       path: a file that does not exist, in a directory that does.
       delta: the delta.
-      metadata: text to store with it, under names other than `HEADER`; "writer" is this
-        program unless given.
+      provenance: of the base, see `model.Model`.
 
     Raises:
-      ValueError: an invalid delta, or metadata that cannot be stored.
+      ValueError: an invalid delta.
       FileExistsError: `path` exists.
       FileNotFoundError, PermissionError: its directory is missing or not writable.
       OSError: writing failed, for example on a full disk.
     """
     array_store.check_destination(path)
     check(delta)
-    header = {"writer": array_store.tool()} | dict(metadata or {})
-    if taken := sorted(header.keys() & set(HEADER)):
-        raise ValueError(f"metadata must not be named {', '.join(taken)}")
-    if not all(isinstance(text, str) for text in header.values()):
-        raise ValueError("metadata must be text")
-    header |= {
+    header = {
+        "writer": array_store.tool(),
+        "provenance": json.dumps(dict(provenance or {})),
         "format": FORMAT,
         "version": VERSION,
         "base": delta.base,
@@ -68,11 +64,11 @@ def save(
     files.write(path, _sorted_header(safetensors.numpy.save(tensors, header)))
 
 
-def load(path: StrPath) -> tuple[Delta, dict[str, str]]:
+def load(path: StrPath) -> tuple[Delta, dict[str, Any]]:
     """Reads what `save` wrote.
 
     Returns:
-      The delta, and the metadata given to `save`, with "writer".
+      The delta, and {"writer": the program that wrote it, "provenance": of the base}.
 
     Raises:
       FileNotFoundError: nothing is at `path`.
@@ -90,10 +86,12 @@ def load(path: StrPath) -> tuple[Delta, dict[str, str]]:
         config = ViTConfig(**json.loads(header["config"]))
         delta = Delta(config=config, base=header["base"], **parts)
         check(delta)
-    except (KeyError, TypeError, ValueError) as error:
+        provenance = dict(json.loads(header.get("provenance", "{}")))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         reason = errors.reason_of(error)
         raise ValueError(f"{path}: not a sinder_jax delta ({reason})") from None
-    return delta, {name: text for name, text in header.items() if name not in HEADER}
+    writer = header.get("writer", "not known")
+    return delta, {"writer": writer, "provenance": provenance}
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

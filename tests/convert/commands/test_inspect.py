@@ -1,7 +1,5 @@
 """`inspect`: what it says of models and deltas."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -57,7 +55,7 @@ def test_a_changed_export_is_noticed_without_its_side_file(tmp_path, capsys):
 def test_a_patch_is_inspected(tmp_path, capsys):
     config, (params, factors, eps, _) = KINDS["swiglu"], repair("swiglu")
     made = delta.from_eps(config, params, factors, eps)
-    delta_file.save(tmp_path / "a.safetensors", made, {"provenance": json.dumps({})})
+    delta_file.save(tmp_path / "a.safetensors", made)
     run("inspect", tmp_path / "a.safetensors")
     out = capsys.readouterr().out
     assert made.base in out and "in blocks 1;" in out
