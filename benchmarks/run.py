@@ -258,8 +258,9 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
     import convert
     from convert import torch_vit
 
-    config = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitl14"]
     size = 112 if quick else 518
+    model = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitl14"]
+    config = dataclasses.replace(model, img_size=size)
     params = synthetic.random_params(config)
     arrays = convert.to_torch(config, params)
     state = {key: torch.from_numpy(array) for key, array in arrays.items()}

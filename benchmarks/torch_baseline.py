@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch.utils.flop_counter import FlopCounterMode
 
-from convert.torch_vit import resample_positions
 from sinder_jax import factor, families, kernels, loss, param_tree, vit
 from sinder_jax.state import RepairOptions
 
@@ -53,6 +53,42 @@ class StepResult(NamedTuple):
     layer: int
     loss: float
     num_outliers: int
+
+
+def resample_positions(
+    grid: Float[torch.Tensor, "M M D"],
+    rows: int,
+    columns: int,
+    *,
+    antialias: bool,
+    offset: float,
+) -> Float[torch.Tensor, "{rows} {columns} D"]:
+    """The stored position embedding of the patches, resampled as the hub does it.
+
+    After DINOv2's `interpolate_pos_encoding`: a grid equal to the stored one is used
+    untouched. Otherwise an offset enters as a scale factor, (rows + offset)/M, which
+    PyTorch then samples by although the size is not quite in that ratio; offset 0 asks
+    for the size, and the scale is exact.
+
+    Args:
+      grid: stored embedding of M x M patches.
+      rows: wanted rows, in patches.
+      columns: wanted columns, in patches.
+      antialias: PyTorch's `antialias=True`.
+      offset: DINOv2's `interpolate_offset`.
+    """
+    stored = len(grid)
+    if (rows, columns) == (stored, stored):
+        return grid
+    scale = ((rows + offset) / stored, (columns + offset) / stored)
+    resampled = F.interpolate(
+        grid.permute(2, 0, 1)[None],
+        size=None if offset else (rows, columns),
+        scale_factor=scale if offset else None,
+        mode="bicubic",
+        antialias=antialias,
+    )
+    return resampled[0].permute(1, 2, 0)
 
 
 class Baseline:

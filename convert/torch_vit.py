@@ -15,7 +15,6 @@ It reads the layouts of the torch.hub files and of timm, which differ in:
     SwiGLU          `mlp.w12`, `mlp.w3`, or timm's `mlp.fc1`, `mlp.fc2` of those shapes
 """
 
-import math
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -35,8 +34,6 @@ def features(
     *,
     num_heads: int,
     norm_epsilon: float,
-    interpolate_antialias: bool = False,
-    interpolate_offset: float = 0.1,
 ) -> Tokens:
     """Tokens after the final norm: class token, registers, patches row by row.
 
@@ -45,12 +42,10 @@ def features(
         number format, in which everything is computed. Each is asked for when it is
         used, so a mapping may read or convert it then.
       images: RGB, normalized by ImageNet's mean and standard deviation, in the number
-        format of the weights; both sides multiples of the patch size.
+        format of the weights; of the stored grid's size, since at other sizes the
+        layouts mean different functions.
       num_heads: attention heads M, which no tensor tells.
       norm_epsilon: added to the variance by every LayerNorm.
-      interpolate_antialias: how the position embedding is resampled to a grid other
-        than the stored one, see `resample_positions`.
-      interpolate_offset: likewise.
 
     Raises:
       KeyError: a tensor is missing.
@@ -59,69 +54,22 @@ def features(
     weights = _Weights(state_dict, num_heads, norm_epsilon)
     kernel = state_dict["patch_embed.proj.weight"]
     bias = state_dict["patch_embed.proj.bias"]
-    grid = F.conv2d(images, kernel, bias, stride=kernel.shape[-1]).movedim(1, -1)
-    tokens = _embed(state_dict, grid, interpolate_antialias, interpolate_offset)
+    grid = F.conv2d(images, kernel, bias, stride=kernel.shape[-1])
+    tokens = _embed(state_dict, grid.flatten(2).movedim(1, -1))
     found = (re.match(r"blocks\.(\d+)\.", key) for key in state_dict)
     for i in range(1 + max((int(match[1]) for match in found if match), default=-1)):
         tokens = _block(weights, f"blocks.{i}.", tokens)
     return weights.norm("norm", tokens)
 
 
-def resample_positions(
-    grid: Float[torch.Tensor, "M M D"],
-    rows: int,
-    columns: int,
-    *,
-    antialias: bool,
-    offset: float,
-) -> Float[torch.Tensor, "{rows} {columns} D"]:
-    """The stored position embedding of the patches, resampled as the hub does it.
-
-    After DINOv2's `interpolate_pos_encoding`: a grid equal to the stored one is used
-    untouched. Otherwise an offset enters as a scale factor, (rows + offset)/M, which
-    PyTorch then samples by although the size is not quite in that ratio; offset 0 asks
-    for the size, and the scale is exact.
-
-    Args:
-      grid: stored embedding of M x M patches.
-      rows: wanted rows, in patches.
-      columns: wanted columns, in patches.
-      antialias: PyTorch's `antialias=True`.
-      offset: DINOv2's `interpolate_offset`.
-    """
-    stored = len(grid)
-    if (rows, columns) == (stored, stored):
-        return grid
-    scale = ((rows + offset) / stored, (columns + offset) / stored)
-    resampled = F.interpolate(
-        grid.permute(2, 0, 1)[None],
-        size=None if offset else (rows, columns),
-        scale_factor=scale if offset else None,
-        mode="bicubic",
-        antialias=antialias,
-    )
-    return resampled[0].permute(1, 2, 0)
-
-
-def _embed(
-    state: State,
-    patches: Float[torch.Tensor, "B H W D"],
-    antialias: bool,
-    offset: float,
-) -> Tokens:
+def _embed(state: State, patches: Float[torch.Tensor, "B N D"]) -> Tokens:
     positions, cls = state["pos_embed"][0], state["cls_token"]
-    side = math.isqrt(len(positions))
-    if side**2 != len(positions):  # 1 + M x M is never a square, M x M always
-        side = math.isqrt(len(positions) - 1)
+    count = patches.shape[1]
+    if len(positions) == 1 + count:
         cls = cls + positions[0]
-    grid = positions[-(side**2) :].unflatten(0, (side, side))
-    rows, columns = patches.shape[1:3]
-    patches = patches + resample_positions(
-        grid, rows, columns, antialias=antialias, offset=offset
-    )
     registers = [state[x] for x in ("register_tokens", "reg_token") if x in state]
-    # Registers have no position: they enter after it is added.
-    parts = [cls, *registers, patches.flatten(1, 2)]
+    # Registers have no position.
+    parts = [cls, *registers, patches + positions[-count:]]
     return torch.cat([part.expand(len(patches), -1, -1) for part in parts], dim=1)
 
 

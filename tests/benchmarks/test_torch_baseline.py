@@ -70,3 +70,13 @@ def test_operations_of_a_giant_block_match_the_hand_count():
     assert round(dense["forward"]) == 251 and round(dense["backward"]) == 311
     scaled = torch_baseline.count_operations(torch_baseline.rebuild_scaled)
     assert scaled["forward"] < 0.75 * dense["forward"]
+
+
+@pytest.mark.parametrize("changed", [{"antialias": False}, {"offset": 0.0}], ids=str)
+def test_resampling_follows_its_options(changed):
+    grid = torch.from_numpy(np.random.default_rng(0).standard_normal((5, 5, 8)))
+    options = {"antialias": True, "offset": 0.1}
+    one = torch_baseline.resample_positions(grid, 3, 9, **options)
+    other = torch_baseline.resample_positions(grid, 3, 9, **options | changed)
+    assert one.shape == (3, 9, 8)
+    assert torch.linalg.norm(one - other) > 1e-3 * torch.linalg.norm(one)
