@@ -138,9 +138,7 @@ def _fetch_hub(name: str) -> Path:
             cache.fetch(path.name, downloader=downloader)
         path.chmod(0o644)  # pooch leaves the mode of a temporary file
     except (OSError, ValueError) as error:
-        while isinstance(inner := error.__cause__ or error.__context__, Exception):
-            error = inner
-        reason = cli.one_line(error)[:200]
+        reason = cli.one_line(_innermost(error))[:200]
         raise OSError(
             f"{path.name}: not fetched to {path.parent}: {reason}; fetch {url} by hand "
             "and give its path instead: python -m convert to-jax FILE DST"
@@ -172,6 +170,12 @@ def _check_response(
     else:
         return
     raise OSError(refusal)
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(inner := error.__cause__ or error.__context__, Exception):
+        error = inner
+    return error
 
 
 # --- Hugging Face ---------------------------------------------------------------------
