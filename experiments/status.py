@@ -78,7 +78,7 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
     )
     rows = run_files.read_metrics(workdir)
     folder = workdir / run_files.STATES
-    states = [run_files.number_of(path) for path in run_files.numbered(folder)]
+    states = [int(path.name) for path in run_files.numbered(folder)]
     # A bucket's metrics are written with each state only; the sign of life is newer.
     counts = (alive.get("images"), rows[-1]["image"] + 1 if rows else 0)
     images = max(0, *states, *(n for n in counts if isinstance(n, int)))

@@ -1,7 +1,7 @@
 """One photograph: decoded, resized, cut to whole patches, normalized.
 
     file --read_rgb--> RGB --training_crop | training_keep | visual_resize--> RGB
-    RGB --normalize--> float32 array --to_uint8--> the same pixels
+    RGB --normalize--> float32 array
 
 Sizes follow torchvision's arithmetic on PIL images, as in the authors' code.
 """
@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from sinder_jax.families import Statistics
 
 MAX_ASPECT = 100  # long side / short side; beyond it one resized image fills gigabytes
+MAX_SIDE = 1792  # pixels of a picture to look at, as in the authors' visualization
 
 # Width and height of the shapes that `training_keep` cuts to: the usual ones of
 # cameras, and so few that a step is compiled at most seven times.
@@ -61,8 +62,6 @@ def read_rgb(
             return _to_rgb(image)
     except MemoryError:
         raise  # not the fault of the file
-    except UnreadableImage as error:
-        raise UnreadableImage(f"{name}: {error}") from None
     except UnidentifiedImageError as error:
         reason = f"not an image in one of the formats {', '.join(_FORMATS)}"
         raise UnreadableImage(f"{name}: {reason}") from error
@@ -118,8 +117,7 @@ def training_crop(image: Image.Image, size: int, *, patch_size: int) -> Image.Im
       ValueError: `size` is not a whole number of patches.
     """
     check_side("size", size, patch_size)
-    image = _resize_short_side(image, size)
-    return _center_crop(image, (size, size))
+    return _center_crop(_resize_to_cover(image, size, size), size, size)
 
 
 def training_keep(image: Image.Image, size: int, *, patch_size: int) -> Image.Image:
@@ -145,12 +143,7 @@ def training_keep(image: Image.Image, size: int, *, patch_size: int) -> Image.Im
         buckets(size, patch_size),
         key=lambda bucket: abs(math.log(bucket[0] / bucket[1]) - aspect),
     )
-    if image.width * height >= image.height * width:  # longer than the bucket
-        sides = (image.width * height // image.height, height)
-    else:
-        sides = (width, image.height * width // image.width)
-    image = image.resize(sides, Image.Resampling.BICUBIC)
-    return _center_crop(image, (width, height))
+    return _center_crop(_resize_to_cover(image, width, height), width, height)
 
 
 def buckets(size: int, patch_size: int) -> list[tuple[int, int]]:
@@ -164,26 +157,19 @@ def buckets(size: int, patch_size: int) -> list[tuple[int, int]]:
     """
     check_side("size", size, patch_size)
     patches = size // patch_size
-    sides = [
-        (patches * width / min(width, height), patches * height / min(width, height))
-        for width, height in ASPECTS
-    ]
-    return [
-        (round(width) * patch_size, round(height) * patch_size)
-        for width, height in sides
-    ]
+
+    def whole(side: int, short: int) -> int:
+        return round(patches * side / short) * patch_size
+
+    return [(whole(w, min(w, h)), whole(h, min(w, h))) for w, h in ASPECTS]
 
 
 def visual_resize(
-    image: Image.Image,
-    short_side: int,
-    *,
-    patch_size: int,
-    max_side: int = 1792,
+    image: Image.Image, short_side: int, *, patch_size: int
 ) -> Image.Image:
     """Resizes the short side and keeps the aspect, as the authors' visualization.
 
-    Crops on the right and at the bottom, to whole patches and at most `max_side`
+    Crops on the right and at the bottom, to whole patches and at most `MAX_SIDE`
     pixels.
 
     Args:
@@ -191,19 +177,17 @@ def visual_resize(
       short_side: pixels, a multiple of `patch_size`; the authors' figures use 518,
         and 896 during training.
       patch_size: pixels per patch side.
-      max_side: pixels, a multiple of `patch_size`.
 
     Returns:
       RGB, both sides multiples of `patch_size`.
 
     Raises:
-      ValueError: `short_side` or `max_side` is not a whole number of patches.
+      ValueError: `short_side` is not a whole number of patches.
     """
     check_side("short_side", short_side, patch_size)
-    check_side("max_side", max_side, patch_size)
-    image = _resize_short_side(image, short_side)
+    image = _resize_to_cover(image, short_side, short_side)
     width, height = (
-        min(side // patch_size * patch_size, max_side) for side in image.size
+        min(side, MAX_SIDE) // patch_size * patch_size for side in image.size
     )
     return image.crop((0, 0, width, height))
 
@@ -219,18 +203,18 @@ def check_side(name: str, side: int, patch_size: int) -> None:
     )
 
 
-def _center_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    width, height = size
+def _center_crop(image: Image.Image, width: int, height: int) -> Image.Image:
     left = round((image.width - width) / 2)
     top = round((image.height - height) / 2)
     return image.crop((left, top, left + width, top + height))
 
 
-def _resize_short_side(image: Image.Image, size: int) -> Image.Image:
-    short, long = sorted(image.size)
-    new_long = int(size * long / short)
-    portrait = image.width <= image.height
-    sides = (size, new_long) if portrait else (new_long, size)
+def _resize_to_cover(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The smallest image of this aspect that covers width × height; rounds down."""
+    if image.width * height >= image.height * width:
+        sides = (image.width * height // image.height, height)
+    else:
+        sides = (width, image.height * width // image.width)
     return image.resize(sides, Image.Resampling.BICUBIC)
 
 
@@ -254,12 +238,3 @@ def normalize(
     rows -= np.tile(mean, pixels.shape[1])
     rows /= np.tile(std, pixels.shape[1])
     return rows.reshape(pixels.shape)
-
-
-def to_uint8(
-    normalized: Float32[np.ndarray, "height width 3"], statistics: Statistics
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Undoes `normalize` exactly."""
-    mean, std = np.asarray(statistics, np.float32)
-    pixels = (normalized * std + mean) * np.float32(255)
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)

@@ -7,16 +7,15 @@ The order does not depend on the file system. A `Photograph` is small and can be
 another process, which opens the file or dataset itself.
 """
 
-import abc
 import dataclasses
 import functools
 import importlib.util
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 from PIL import Image
@@ -46,17 +45,16 @@ _TFDS_NAME = re.compile(r"\w+(/[\w.-]+)?(:[\w.*]+)?")
 _USUAL_SPLITS = ("train", "test", "validation")
 
 
-class Photograph(abc.ABC):
-    """One photograph, with a name that no other photograph has."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class File:
+    """A photograph in its own file.
 
-    __slots__ = ()
+    Attributes:
+      name: its path as the user gave it, on a disk or gs://bucket/a.jpg.
+    """
 
-    @property
-    @abc.abstractmethod
-    def name(self) -> str:
-        """Its name in metrics and messages; for a file the path as the user gave it."""
+    name: str
 
-    @abc.abstractmethod
     def read(self) -> Image.Image:
         """Decodes the photograph to 8-bit RGB at full size, see `decode.read_rgb`.
 
@@ -64,36 +62,19 @@ class Photograph(abc.ABC):
           UnreadableImage: the file cannot be read or decoded; the message begins with
             `name`.
         """
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class File(Photograph):
-    """A photograph in its own file.
-
-    Attributes:
-      path: on a disk, or gs://bucket/a.jpg.
-    """
-
-    path: str
-
-    @property
-    def name(self) -> str:
-        return self.path
-
-    def read(self) -> Image.Image:
-        if not paths.is_remote(self.path):
-            return decode.read_rgb(self.path)
+        if not paths.is_remote(self.name):
+            return decode.read_rgb(self.name)
         try:
-            path = paths.as_path(self.path)
+            path = paths.as_path(self.name)
             with paths.answering(path):
                 content = path.read_bytes()
         except (OSError, ValueError) as error:
-            raise decode.UnreadableImage(f"{self.path}: {error}") from error
-        return decode.read_rgb(content, name=self.path)
+            raise decode.UnreadableImage(f"{self.name}: {error}") from error
+        return decode.read_rgb(content, name=self.name)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Record(Photograph):
+class Record:
     """A photograph in a split of a TFDS dataset.
 
     Attributes:
@@ -106,15 +87,21 @@ class Record(Photograph):
 
     @property
     def name(self) -> str:
+        """Dataset, version, split and number, such as "tfds:coco:1.0.0/train#7"."""
         return f"{self.split.name}#{self.index}"
 
     def read(self) -> Image.Image:
+        """Decodes the photograph, as `File.read`."""
         try:
             content = self.split.images[self.index]["image"]
         except (OSError, RuntimeError, ValueError) as error:
             # array_record and pyarrow raise these on a missing or damaged file.
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
         return decode.read_rgb(content, name=self.name)
+
+
+Photograph = File | Record
+"""One photograph, with a name that no other photograph has."""
 
 
 def open_photographs(spec: str) -> Sequence[Photograph]:
@@ -155,14 +142,12 @@ def open_photographs(spec: str) -> Sequence[Photograph]:
     if colon and kind == "tfds":
         return _tfds_records(rest)
     folder = rest if colon and kind == "folder" else spec
-    if "://" in folder:
-        return [File(path) for path in _list_bucket(folder)]
-    if colon and kind != "folder" and not Path(folder).exists():
+    other = colon and kind != "folder" and "://" not in spec
+    if other and not Path(folder).exists():
         raise FileNotFoundError(
             f"no such image folder: {spec}; photographs are given as {KINDS}"
         )
-    prefix = os.fspath(Path(folder) / "x")[:-1]
-    return [File(prefix + path) for path in _relative_paths(folder)]
+    return [File(path) for path in _images_below(folder)]
 
 
 # --- Folders --------------------------------------------------------------------------
@@ -185,18 +170,32 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
       FileNotFoundError: there is no such folder.
       ValueError: `folder` is a file, or there is no image below it.
     """
-    return [Path(folder) / path for path in _relative_paths(folder)]
+    return [Path(path) for path in _images_below(os.fspath(folder))]
 
 
-def _relative_paths(folder: str | os.PathLike) -> list[str]:
-    if not Path(folder).exists():
-        raise FileNotFoundError(f"no such image folder: {folder}")
-    if not Path(folder).is_dir():
+def _images_below(folder: str) -> list[str]:
+    """The paths of the images below a folder, on a disk or in a bucket, in order."""
+    path = paths.as_path(folder)
+    with paths.answering(path):
+        if not path.exists():
+            raise FileNotFoundError(f"no such image folder: {folder}")
+        walk = _walk_bucket if paths.is_remote(path) else _walk
+        files = walk(os.fspath(path)) if path.is_dir() else None
+        images = [name for name in files or () if name.lower().endswith(SUFFIXES)]
+    if files is None:
         raise ValueError(f"got the file {folder}, expected a folder; give its folder")
-    return _in_order(_walk(os.fspath(folder), "", frozenset()), folder)
+    if not images:
+        raise ValueError(
+            f"no images in {folder}: looked there and in its sub-folders for files "
+            f"ending in {', '.join(SUFFIXES)} in any case"
+        )
+    prefix = os.fspath(path / "x")[:-1]
+    return [prefix + name for name in sorted(images, key=os.fsencode)]
 
 
-def _walk(folder: str, relative: str, ancestors: frozenset[str]) -> Iterator[str]:
+def _walk(
+    folder: str, relative: str = "", ancestors: frozenset[str] = frozenset()
+) -> Iterator[str]:
     # Strings and scandir, for ImageNet has 1.3 million files and a Path is slow.
     here = os.path.realpath(folder)
     if here in ancestors:  # a link back to a folder above
@@ -206,32 +205,13 @@ def _walk(folder: str, relative: str, ancestors: frozenset[str]) -> Iterator[str
             if entry.is_dir():
                 inside = f"{relative}{entry.name}/"
                 yield from _walk(entry.path, inside, ancestors | {here})
-            elif entry.name.lower().endswith(SUFFIXES):
+            else:
                 yield relative + entry.name
 
 
-def _in_order(relative: Iterable[str], folder: str | os.PathLike) -> list[str]:
-    in_order = sorted(relative, key=os.fsencode)
-    if not in_order:
-        raise ValueError(
-            f"no images in {folder}: looked there and in its sub-folders for files "
-            f"ending in {', '.join(SUFFIXES)} in any case"
-        )
-    return in_order
-
-
-def _list_bucket(address: str) -> list[str]:
-    folder = paths.as_path(address)
-    root = os.fspath(folder)
-    prefix = root.removeprefix(paths.BUCKET) + "/"
-    with paths.answering(folder):
-        objects = fsspec.filesystem("gs").find(root)
-        if not objects and not folder.exists():
-            raise FileNotFoundError(f"no such image folder: {address}")
-    names = (name for name in objects if name.startswith(prefix))
-    images = (name for name in names if name.lower().endswith(SUFFIXES))
-    found = [name.removeprefix(prefix) for name in images]
-    return [f"{root}/{path}" for path in _in_order(found, address)]
+def _walk_bucket(folder: str) -> Iterator[str]:
+    for name in fsspec.filesystem("gs").find(folder):
+        yield name.removeprefix(folder.removeprefix(paths.BUCKET) + "/")
 
 
 # --- Lists ----------------------------------------------------------------------------
@@ -264,39 +244,38 @@ def _listed(file: str) -> list[Photograph]:
 # --- TFDS -----------------------------------------------------------------------------
 
 
-class _TfdsSplit:
+class _TfdsSplit(NamedTuple):
     """A split of a prepared dataset, opened by each process that reads from it.
 
-    Args:
+    Attributes:
       name: first part of the names of its records.
       folder: of one version, with dataset_info.json in it.
       split: in the notation of tfds.
     """
 
-    def __init__(self, name: str, folder: str, split: str):
-        self.name, self._folder, self._split = name, folder, split
-        self._lock = threading.Lock()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _TfdsSplit, (self.name, self._folder, self._split)
+    name: str
+    folder: str
+    split: str
 
     @property
     def images(self) -> Any:
         """Examples by index: dicts that hold the stored bytes of image files."""
-        with self._lock:
-            return self._opened
+        with _OPENING:
+            return _opened(self)
 
-    @functools.cached_property
-    def _opened(self) -> Any:
-        import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self._folder)
-        skipped = {
-            name: tfds.decode.SkipDecoding()
-            for name, feature in builder.info.features.items()
-            if isinstance(feature, tfds.features.Image)
-        }
-        return builder.as_data_source(split=self._split, decoders=skipped)
+_OPENING = threading.Lock()  # or each thread might open the same split
+
+
+@functools.cache
+def _opened(split: _TfdsSplit) -> Any:
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(split.folder)
+    features = builder.info.features.items()
+    images = [name for name, f in features if isinstance(f, tfds.features.Image)]
+    encoded = dict.fromkeys(images, tfds.decode.SkipDecoding())
+    return builder.as_data_source(split=split.split, decoders=encoded)
 
 
 def _tfds_records(spec: str) -> list[Photograph]:
@@ -304,14 +283,9 @@ def _tfds_records(spec: str) -> list[Photograph]:
 
     builder, split = _find_prepared(spec)
     info, folder = builder.info, os.fspath(builder.data_dir)
-    name = f"tfds:{info.name}"
-    if builder.builder_config is not None:
-        name += f"/{builder.builder_config.name}"
-    name += f":{builder.version}"
-    random_access = {
-        file_format.value for file_format in info.available_file_formats()
-    } & {"array_record", "parquet"}
-    if not random_access:
+    name = "tfds:" + ":".join(info.full_name.rsplit("/", 1))
+    stored = {file_format.value for file_format in info.available_file_formats()}
+    if not stored & {"array_record", "parquet"}:
         raise ValueError(
             f"{name} is stored as {info.file_format.value}, which cannot be read image "
             f"by image; run `tfds convert_format --dataset_version_dir={folder} "
@@ -323,7 +297,7 @@ def _tfds_records(spec: str) -> list[Photograph]:
             f"{name} has no feature `image` that is an image; it has "
             f"{', '.join(sorted(features))}"
         )
-    if "[" in split and "array_record" not in random_access:
+    if "[" in split and "array_record" not in stored:
         # tfds 4.9 silently returns the whole split.
         raise ValueError(
             f"{name} is stored as parquet, got split {split}, expected a whole split"
@@ -344,19 +318,17 @@ def _find_prepared(spec: str) -> tuple[Any, str]:
     """The builder of a prepared dataset, and the name of the split."""
     head, _, last = spec.rpartition("/")
     split = re.split(r"[\[+]", last)[0]
-    builder = _prepared(head)
-    if builder is not None and split in builder.info.splits:
-        return builder, last
-    whole = _prepared(spec)
-    if whole is not None and "train" in whole.info.splits:
-        return whole, "train"
-    found = whole or builder
-    if found is not None:
-        wanted = "train" if whole else last
-        raise ValueError(
-            f"tfds:{spec}: {found.info.full_name} has no split {wanted}, only "
-            f"{', '.join(found.info.splits)}"
-        )
+    lacking = ""
+    for name, wanted, whole in ((head, last, split), (spec, "train", "train")):
+        builder = _prepared(name)
+        if builder is None:
+            continue
+        if whole in builder.info.splits:
+            return builder, wanted
+        splits = ", ".join(builder.info.splits)
+        lacking = f"{builder.info.full_name} has no split {wanted}, only {splits}"
+    if lacking:
+        raise ValueError(f"tfds:{spec}: {lacking}")
     name = head if head and split in _USUAL_SPLITS else spec
     where = _tfds_folder()
     raise FileNotFoundError(
@@ -380,7 +352,7 @@ def _prepared(name: str) -> Any:
 
 
 def _tfds_folder() -> str:
-    default = os.path.join(os.path.expanduser("~"), "tensorflow_datasets")
+    default = os.path.expanduser("~/tensorflow_datasets")
     return os.environ.get("TFDS_DATA_DIR") or default
 
 
@@ -397,15 +369,15 @@ def sample_images() -> list[Path]:
       FileNotFoundError: scikit-image or all of its photographs are missing.
     """
     package = importlib.util.find_spec("skimage")
-    if package is None or not package.submodule_search_locations:
-        raise FileNotFoundError(
-            "the sample photographs are part of scikit-image, which is not installed: "
-            "run `pip install scikit-image` or give a folder of images"
-        )
-    folder = Path(package.submodule_search_locations[0]) / "data"
-    files = [folder / name for name in _SAMPLES if (folder / name).is_file()]
+    folders = package.submodule_search_locations if package else None
+    data = [Path(folder, "data") for folder in folders or ()]
+    files = [
+        path for folder in data for n in _SAMPLES if (path := folder / n).is_file()
+    ]
     if not files:
         raise FileNotFoundError(
-            f"no sample photographs in {folder}: looked for {', '.join(_SAMPLES)}"
+            "the sample photographs are part of scikit-image, which is not installed "
+            f"or has none of {', '.join(_SAMPLES)}: run `pip install scikit-image` or "
+            "give a folder of images"
         )
     return files

@@ -94,9 +94,4 @@ def numbered(folder: StrPath) -> list[AnyPath]:
         if re.fullmatch("[0-9]+", path.name)
         and (not paths.is_remote(path) or (path / COMMITTED).exists())
     )
-    return sorted(complete, key=number_of)
-
-
-def number_of(path: AnyPath) -> int:
-    """Number of images after which a state was saved, which is its name."""
-    return int(path.name)
+    return sorted(complete, key=lambda path: int(path.name))

@@ -83,7 +83,7 @@ def test_photograph_has_the_size_of_the_stored_grid():
     )
     assert image.shape == (1, 48, 48, 3) and image.dtype == np.float32
     statistics = families.of(config).statistics
-    assert np.array_equal(decode.to_uint8(image[0], statistics), np.asarray(want))
+    np.testing.assert_array_equal(image[0], decode.normalize(want, statistics))
 
 
 def test_check_raises_with_the_numbers_unless_the_models_agree():

@@ -54,7 +54,7 @@ def photos(tmp_path) -> list[listing.File]:
         pixels = np.random.default_rng(i).integers(0, 256, (120, 130, 3), np.uint8)
         Image.fromarray(pixels).save(file)
         files.append(listing.File(str(file)))
-    Path(files[3].path).write_bytes(b"no image")
+    Path(files[3].name).write_bytes(b"no image")
     return files
 
 
