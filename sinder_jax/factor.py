@@ -104,25 +104,13 @@ def factorize(config: ViTConfig, params: Params) -> Factors:
     """
     _, stacks = kernels.split(config, params)
     factors = Factors(u={}, sigma={}, v={})
-    for name, stack in stacks.items():
-        depth, width_in, width_out = stack.shape
-        size = min(width_in, width_out)
-        factors.u[name] = np.empty((depth, width_out, size), np.float32)
-        factors.sigma[name] = np.empty((depth, size), np.float32)
-        factors.v[name] = np.empty((depth, width_in, size), np.float32)
 
-    def factorize_one(key: tuple[str, int]) -> None:
-        name, block = key
-        found = factorize_kernel(np.asarray(stacks[name][block]))
-        factors.u[name][block] = found.u
-        factors.sigma[name][block] = found.sigma
-        factors.v[name][block] = found.v
+    def of_block(name: str, block: int) -> KernelFactors:
+        return factorize_kernel(np.asarray(stacks[name][block]))
 
-    keys = [
-        (name, block) for name, stack in stacks.items() for block in range(len(stack))
-    ]
-    for _ in linalg.in_parallel(factorize_one, keys):
-        pass
+    for name, found in linalg.by_kernel(of_block, list(stacks), config.depth):
+        parts = (np.stack(part) for part in zip(*found, strict=True))
+        factors.u[name], factors.sigma[name], factors.v[name] = parts
     return factors
 
 

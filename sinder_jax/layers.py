@@ -24,19 +24,38 @@ HIGHEST = jax.lax.Precision.HIGHEST
 # Of the largest singular value: dividing by a smaller one would make float32's rounding
 # of 1e-7 more than the 1e-4 by which ε-gradients may be off.
 SMALL = 1e-3
-NORMAL, ZEROS = nn.initializers.truncated_normal(0.02), nn.initializers.zeros
+NORMAL, ORTHONORMAL = (
+    nn.initializers.truncated_normal(0.02),
+    nn.initializers.orthogonal(),
+)
+ZEROS, ONES = nn.initializers.zeros, nn.initializers.ones
 
 
 def weight(
-    module: nn.Module, name: str, init: Any, shape: tuple[int, ...], *, frozen: bool
+    module: nn.Module,
+    name: str,
+    init: Any,
+    shape: tuple[int, ...],
+    *,
+    frozen: bool = True,
+    collection: str = "frozen",
 ) -> Array:
-    """A weight of a module: a parameter or, if frozen, a variable of `frozen`."""
+    """A weight of a module: a parameter or, if frozen, a variable of `collection`."""
     if not frozen:
         return jnp.asarray(module.param(name, init, shape))
     variable = module.variable(
-        "frozen", name, lambda: init(module.make_rng("params"), shape)
+        collection, name, lambda: init(module.make_rng("params"), shape)
     )
     return jnp.asarray(variable.value)  # converters and checkpoints hold NumPy arrays
+
+
+def factors(
+    module: nn.Module, width_in: int, width_out: int
+) -> tuple[Float[Array, "out S"], Float[Array, "in S"]]:
+    """U [out, S] and V [in, S] of a layer; orthonormal columns when initialized."""
+    size = min(width_in, width_out)
+    own = functools.partial(weight, module, init=ORTHONORMAL, collection="factors")
+    return own("u", shape=(width_out, size)), own("v", shape=(width_in, size))
 
 
 def along(vector: Float[Array, " D"], x: Float[Array, "*batch _"]) -> Array:
@@ -72,7 +91,7 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         own = functools.partial(weight, self, shape=x.shape[-1:], frozen=self.frozen)
-        scale, bias = own("scale", nn.initializers.ones), own("bias", ZEROS)
+        scale, bias = own("scale", ONES), own("bias", ZEROS)
         mean = jnp.mean(x, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
         inverse = jax.lax.rsqrt(variance + self.epsilon)
@@ -89,8 +108,8 @@ class LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-        ones, shape = nn.initializers.ones, x.shape[-1:]
-        return x * along(weight(self, "gamma", ones, shape, frozen=self.frozen), x)
+        gamma = weight(self, "gamma", ONES, x.shape[-1:], frozen=self.frozen)
+        return x * along(gamma, x)
 
 
 class PatchEmbed(nn.Module):
@@ -131,9 +150,9 @@ class SpectralDense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         size = min(x.shape[-1], self.features)
-        s = jnp.asarray(self.param("s", nn.initializers.ones, (size,)))
-        u, v = _factors(self, x.shape[-1], self.features)
-        bias = weight(self, "bias", ZEROS, (self.features,), frozen=True)
+        s = jnp.asarray(self.param("s", ONES, (size,)))
+        u, v = factors(self, x.shape[-1], self.features)
+        bias = weight(self, "bias", ZEROS, (self.features,))
         xv = jnp.matmul(x, v, precision=self.precision)
         y = jnp.matmul(xv * along(s, xv), u.T, precision=self.precision)
         return y + along(bias, y)
@@ -155,36 +174,20 @@ class MergedDense(nn.Module):
     def __call__(self, x: Float[Array, "*batch in"]) -> Float[Array, "*batch out"]:
         size = min(x.shape[-1], self.features)
         eps = self.param("eps", ZEROS, (size,))
-        u, v = _factors(self, x.shape[-1], self.features)
-        sigma = self.variable("factors", "sigma", jnp.ones, (size,)).value
+        u, v = factors(self, x.shape[-1], self.features)
+        sigma = weight(self, "sigma", ONES, (size,), collection="factors")
 
         def merged() -> Array:
             return jnp.matmul(v * (sigma + eps)[None, :], u.T, precision=HIGHEST)
 
         kernel = self.variable("merged", "kernel", merged).value
-        bias = weight(self, "bias", ZEROS, (self.features,), frozen=True)
+        bias = weight(self, "bias", ZEROS, (self.features,))
         y = None
         if self.has_variable("known", "y"):
             y = jnp.asarray(self.get_variable("known", "y"))
             y = y - along(bias, y)
         y = merged_product(self.precision, x, kernel, u, sigma, v, eps, y)
         return y + along(bias, y)
-
-
-def _factors(
-    module: nn.Module, width_in: int, width_out: int
-) -> tuple[Float[Array, "out S"], Float[Array, "in S"]]:
-    """U [out, S] and V [in, S] of a layer; orthonormal columns when initialized."""
-    size = min(width_in, width_out)
-    orthonormal = nn.initializers.orthogonal()
-
-    def variable(name: str, width: int) -> Array:
-        def init() -> Array:
-            return orthonormal(module.make_rng("params"), (width, size))
-
-        return jnp.asarray(module.variable("factors", name, init).value)
-
-    return variable("u", width_out), variable("v", width_in)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -9,6 +9,7 @@ vector has no sign. The square of a singular value is an eigenvalue of the Gram 
 which is several times faster than an SVD and exact to 1e-16·(σ_0/σ_i)².
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,27 @@ def in_parallel(
             yield result
             if progress is not None:
                 progress(done, len(jobs))
+
+
+def by_kernel(
+    function: Callable[[str, int], _Result],
+    names: Sequence[str],
+    depth: int,
+    progress: Progress | None = None,
+) -> Iterator[tuple[str, list[_Result]]]:
+    """Yields each kernel's name with `function(name, block)` of every block.
+
+    Args:
+      function: as for `in_parallel`.
+      names: kernels, each computed for blocks 0 to depth - 1.
+      depth: number of blocks.
+      progress: called after each result, in the caller's thread.
+    """
+    jobs = [(name, block) for name in names for block in range(depth)]
+    results = in_parallel(lambda job: function(*job), jobs, progress)
+    named = zip(jobs, results, strict=True)
+    for name, group in itertools.groupby(named, key=lambda pair: pair[0][0]):
+        yield name, [result for _, result in group]
 
 
 # --- Singular values by the Gram matrix of the shorter side ---------------------------

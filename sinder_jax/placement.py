@@ -78,14 +78,15 @@ def at(stacked: Array, block: Array) -> Array:
 # --- Several devices ------------------------------------------------------------------
 
 
-def over(devices: Sequence[jax.Device]) -> NamedSharding:
-    """The sharding that gives each device its share of a step's images."""
+def over(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
+    """The sharding that gives each device its share of a step's images.
+
+    Args:
+      devices: None means all, sorted so that each process gets consecutive images.
+    """
+    if devices is None:
+        devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-
-
-def in_order(devices: Sequence[jax.Device]) -> tuple[jax.Device, ...]:
-    """Sorts devices so that each process gets consecutive images."""
-    return tuple(sorted(devices, key=lambda device: (device.process_index, device.id)))
 
 
 def axis_of(sharding: NamedSharding) -> tuple[Any, str]:
@@ -146,9 +147,8 @@ def replicate(
       devices: as for `repair.make_pmapped_step`.
       copy: if False, a single device may take over the memory of `tree`.
     """
-    devices = in_order(jax.devices()) if devices is None else devices
     everywhere = NamedSharding(over(devices).mesh, PartitionSpec())
-    if len(devices) == 1 and not copy:
+    if everywhere.num_devices == 1 and not copy:
         return jax.device_put(tree, everywhere)
     return jax.tree.map(lambda x: _put(x, everywhere), tree)
 

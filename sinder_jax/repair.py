@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
@@ -148,7 +149,7 @@ def make_pmapped_step(
     Args:
       config: the architecture.
       options: the options.
-      devices: None means all, in the order of `placement.in_order`.
+      devices: None means all, in the order of `placement.over`.
 
     Returns:
       step(state, frozen, images, valid=None) as in `make_step`, with state and frozen
@@ -157,15 +158,14 @@ def make_pmapped_step(
       Metrics are those of all devices, with the leading axes [devices, per_device], or
       [devices] where they describe the state.
     """
-    devices = placement.in_order(jax.devices()) if devices is None else devices
-    return _pmapped_step(config, options, tuple(devices))
+    return _pmapped_step(config, options, placement.over(devices))
 
 
 @functools.lru_cache
 def _pmapped_step(
-    config: ViTConfig, options: RepairOptions, devices: tuple[jax.Device, ...]
+    config: ViTConfig, options: RepairOptions, sharding: NamedSharding
 ) -> Step:
-    sharding = placement.over(devices)
+    number = sharding.num_devices
     step = make_step.__wrapped__(config, options, sharding, split=False)
 
     def by_image(x):
@@ -174,8 +174,7 @@ def _pmapped_step(
         return jax.make_array_from_process_local_data(sharding, flat)
 
     def by_device(x):
-        shape = (len(devices), -1) if x.ndim else (len(devices),)
-        return x.reshape(shape) if x.ndim else jnp.broadcast_to(x, shape)
+        return x.reshape(number, -1) if x.ndim else jnp.broadcast_to(x, number)
 
     def call(state, frozen, images, valid=None):
         valid = np.ones(images.shape[:2], bool) if valid is None else valid
@@ -201,23 +200,18 @@ def _update(
     used = counted & results.finite & (results.layer >= 0)
     gradients, touched = _reduce(options.reduce, results, used)
 
-    # PyTorch leaves a parameter without gradient alone, momentum included: select.
-    def update(gradient, velocity, eps):
-        moved = gradient + options.momentum * velocity
-        velocity = jnp.where(touched[:, None], moved, velocity)
-        return velocity, jnp.where(touched[:, None], eps - options.lr * velocity, eps)
+    # Selected, not zeroed: momentum would still move an ε whose gradient is zero, while
+    # PyTorch leaves a parameter without a gradient alone, its momentum included.
+    def select(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(touched[:, None], n, o), new, old)
 
-    updated = {
-        name: update(gradients[name], state.momentum[name], eps)
-        for name, eps in state.eps.items()
-    }
-    eps = {name: new for name, (_, new) in updated.items()}
-    state = dataclasses.replace(
-        state,
-        eps=eps,
-        momentum={name: velocity for name, (velocity, _) in updated.items()},
-        merged=_merge_touched(frozen.factors, eps, state.merged, touched, place),
-    )
+    trace = optax.trace(decay=options.momentum)
+    velocity, _ = trace.update(gradients, optax.TraceState(state.momentum))
+    momentum = select(velocity, state.momentum)
+    stepped = jax.tree.map(lambda e, m: e - options.lr * m, state.eps, momentum)
+    eps = select(stepped, state.eps)
+    merged = _merge_touched(frozen.factors, eps, state.merged, touched, place)
+    state = dataclasses.replace(state, eps=eps, momentum=momentum, merged=merged)
     return state, Metrics(
         *results[:5],  # up to `finite`
         counted=counted,

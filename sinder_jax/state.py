@@ -189,11 +189,7 @@ def to_saved(state: RepairState) -> dict[str, Any]:
 
     ε and momentum are nested by the parts of their names, as in the params tree.
     """
-    saved = {
-        field.name: getattr(state, field.name)
-        for field in dataclasses.fields(state)
-        if field.name != "merged"
-    }
+    saved = {name: part for name, part in vars(state).items() if name != "merged"}
     return saved | {name: param_tree.unflatten(saved[name]) for name in TRAINED}
 
 

@@ -10,19 +10,17 @@ NumPy or JAX arrays. A linear map is the matrix that multiplies a column; `u` is
 its output side, `v` its input side, and a singular vector has no sign.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Complex, Float
 
 from sinder_jax import defects, kernels, linalg, param_tree
-from sinder_jax.linalg import Progress, in_parallel
+from sinder_jax.linalg import TINY, Progress, by_kernel, in_parallel
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
-
-_Result = TypeVar("_Result")
-
 
 # --- Kernels --------------------------------------------------------------------------
 
@@ -56,21 +54,8 @@ def kernel_spectra(
     def values(name: str, block: int) -> np.ndarray:
         return linalg.singular_values(kernels.matrix(config, params, block, name))
 
-    found = _by_kernel(config, names, values, progress)
-    return {name: np.stack(rows) for name, rows in found.items()}
-
-
-def _by_kernel(
-    config: ViTConfig,
-    names: Sequence[str],
-    function: Callable[[str, int], _Result],
-    progress: Progress | None = None,
-) -> dict[str, list[_Result]]:
-    """`function(name, block)` of every block, by the kernel's name."""
-    keys = [(name, block) for name in names for block in range(config.depth)]
-    results = in_parallel(lambda key: function(*key), keys, progress)
-    found = dict(zip(keys, results, strict=True))
-    return {name: [found[name, i] for i in range(config.depth)] for name in names}
+    found = by_kernel(values, names, config.depth, progress)
+    return {name: np.stack(rows) for name, rows in found}
 
 
 # --- Block maps -----------------------------------------------------------------------
@@ -134,18 +119,14 @@ def block_maps(
             config, params, block, method, key=key, num_probes=num_probes
         )
         u, s, vt = np.linalg.svd(matrix)
-        values = _by_modulus(np.linalg.eigvals(matrix)) if eigenvalues else np.zeros(0)
-        return u[:, 0], vt[0], s, values.astype(np.complex128)
+        values = np.linalg.eigvals(matrix) if eigenvalues else np.zeros(0)
+        by_modulus = np.argsort(-np.abs(values), kind="stable")
+        return u[:, 0], vt[0], s, values[by_modulus].astype(np.complex128)
 
     parts = in_parallel(one_block, range(config.depth), progress)
     directions, triggers, s, values = (np.stack(x) for x in zip(*parts, strict=True))
-    tiny = np.finfo(float).tiny
-    ratios = s[:, 0] / np.maximum(s[:, min(1, s.shape[1] - 1)], tiny)
+    ratios = s[:, 0] / np.maximum(s[:, min(1, s.shape[1] - 1)], TINY)
     return BlockMaps(directions, triggers, s, ratios, values)
-
-
-def _by_modulus(values: np.ndarray) -> np.ndarray:
-    return values[np.argsort(-np.abs(values), kind="stable")]
 
 
 class Decay(NamedTuple):
@@ -215,11 +196,10 @@ def clamp_singular_values(
       >>> float(kernel_spectra(made.config, clamped)["mlp/w3"].max().round(5))
       1.5
     """
-    for _, clamped in clamp_all(
+    ((_, clamped),) = clamp_all(
         config, params, [gamma], kernels=kernels, progress=progress
-    ):
-        return clamped
-    raise AssertionError("one γ gives one params tree")
+    )
+    return clamped
 
 
 def clamp_all(
@@ -255,35 +235,28 @@ def clamp_all(
             raise ValueError(f"gamma must be above 0, got {gamma}")
 
     def clamped() -> Iterator[tuple[float, dict[str, Any]]]:
-        found = _above(config, params, names, min(gammas), progress) if gammas else {}
+        above = functools.partial(_above, config, params, min(gammas, default=0))
+        found = dict(by_kernel(above, names, config.depth, progress)) if gammas else {}
         for gamma in gammas:
             yield gamma, _clamped(config, params, found, gamma)
 
     return clamped()
 
 
-Above = dict[str, list[tuple[np.ndarray, np.ndarray]]]
+Above = tuple[np.ndarray, np.ndarray]
+"""The singular values of a kernel above a γ, and their short side's vectors."""
 
 
 def _above(
-    config: ViTConfig,
-    params: Params,
-    names: tuple[str, ...],
-    gamma: float,
-    progress: Progress | None,
+    config: ViTConfig, params: Params, gamma: float, name: str, block: int
 ) -> Above:
-    """By kernel, for each block: the σ above γ, and their short side's vectors."""
-
-    def above(name: str, block: int) -> tuple[np.ndarray, np.ndarray]:
-        wide = linalg.wide(kernels.matrix(config, params, block, name))
-        vectors, s = linalg.short_side(wide, subset_by_value=(gamma**2, np.inf))
-        return np.ascontiguousarray(vectors), s
-
-    return _by_kernel(config, names, above, progress)
+    wide = linalg.wide(kernels.matrix(config, params, block, name))
+    vectors, s = linalg.short_side(wide, subset_by_value=(gamma**2, np.inf))
+    return s, np.ascontiguousarray(vectors)
 
 
 def _clamped(
-    config: ViTConfig, params: Params, found: Above, gamma: float
+    config: ViTConfig, params: Params, found: dict[str, list[Above]], gamma: float
 ) -> dict[str, Any]:
     """Takes σ − γ off every triplet above γ, so that the others keep their rounding.
 
@@ -294,16 +267,15 @@ def _clamped(
         flat[path] = np.array(flat[path])
 
     def clamp(name: str, block: int) -> None:
-        vectors, s = found[name][block]
+        s, vectors = found[name][block]
         too_large = s > gamma
-        if not too_large.any():
-            return
-        wide = linalg.wide(kernels.view(config, flat, block, name).T)
-        u = vectors[:, too_large]
-        shrink = 1 - gamma / s[too_large]
-        wide[...] = wide - (u * shrink[None, :]) @ (u.T @ wide.astype(np.float64))
+        if too_large.any():
+            wide = linalg.wide(kernels.view(config, flat, block, name).T)
+            u, shrink = vectors[:, too_large], 1 - gamma / s[too_large]
+            wide[...] = wide - (u * shrink[None, :]) @ (u.T @ wide.astype(np.float64))
 
-    _by_kernel(config, tuple(found), clamp)
+    for _ in by_kernel(clamp, list(found), config.depth):
+        pass  # each changes its part of `flat`
     return param_tree.unflatten(flat)
 
 
@@ -357,13 +329,12 @@ def singular_value_changes(
     """
     names = kernels.names(config)
     for name in names:
-        shapes = [
+        ours, theirs = (
             kernels.matrix(config, tree, 0, name).shape for tree in (original, repaired)
-        ]
-        if shapes[0] != shapes[1]:
+        )
+        if ours != theirs:
             raise ValueError(
-                f"the models differ: {name} is {shapes[0]} in one and {shapes[1]} in "
-                "the other"
+                f"the models differ: {name} is {ours} in one and {theirs} in the other"
             )
 
     def change(name: str, block: int) -> np.ndarray:
@@ -373,5 +344,5 @@ def singular_value_changes(
         u, _, v = linalg.leading_triplets(before, leading)
         return np.einsum("oi,oi->i", u, (after - before) @ v)
 
-    found = _by_kernel(config, names, change, progress)
-    return {name: np.stack(rows) for name, rows in found.items()}
+    found = by_kernel(change, names, config.depth, progress)
+    return {name: np.stack(rows) for name, rows in found}
