@@ -24,10 +24,8 @@ HIGHEST = jax.lax.Precision.HIGHEST
 # Of the largest singular value: dividing by a smaller one would make float32's rounding
 # of 1e-7 more than the 1e-4 by which ε-gradients may be off.
 SMALL = 1e-3
-NORMAL, ORTHONORMAL = (
-    nn.initializers.truncated_normal(0.02),
-    nn.initializers.orthogonal(),
-)
+NORMAL = nn.initializers.truncated_normal(0.02)
+ORTHONORMAL = nn.initializers.orthogonal()
 ZEROS, ONES = nn.initializers.zeros, nn.initializers.ones
 
 
