@@ -143,7 +143,7 @@ def ffn_map(
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     if method == "analytic":
-        fit = _SLOPES[weights.ffn_layer](weights.first, weights.bias)
+        fit = hidden_fit(weights.ffn_layer, weights.first, weights.bias)
     else:
         key = jax.random.key(0) if key is None else key
         fit = _fit_hidden(weights, jax.random.fold_in(key, weights.block), num_probes)
@@ -162,10 +162,38 @@ def _with_residual(
 # --- The linear fit J of a hidden layer: exactly, by Stein's lemma E[∂h/∂x] -----------
 
 
-def gelu_slopes(
-    weight: Float[np.ndarray, "F D"], bias: Float[np.ndarray, " F"]
+def hidden_fit(
+    ffn_layer: str,
+    weight: Float[np.ndarray, "up D"],
+    bias: Float[np.ndarray, " up"],
 ) -> Float[np.ndarray, "F D"]:
-    """J of h = GELU(W·x + b), x ~ N(0, I): each row of W times E[GELU'(a)].
+    """J of a hidden layer; arguments as for `hidden_slopes`."""
+    slopes = hidden_slopes(ffn_layer, weight, bias)
+    parts = zip(slopes, np.split(weight, len(slopes)), strict=True)
+    return np.sum([slope[:, None] * rows for slope, rows in parts], axis=0)
+
+
+def hidden_slopes(
+    ffn_layer: str,
+    weight: Float[np.ndarray, "up D"],
+    bias: Float[np.ndarray, " up"],
+) -> Float[np.ndarray, "parts F"]:
+    """The factors by which J multiplies the rows of the first FFN kernel.
+
+    A row of J is slope·w for GELU (one part) and slope1·w1 + slope2·w2 for SwiGLU (gate
+    and value).
+
+    Args:
+      ffn_layer: "mlp" or "swiglu".
+      weight: of fc1 or w12, as it multiplies a column; the rows of w12 are those of all
+        gates, then those of all values.
+      bias: likewise.
+    """
+    return (_swiglu_slopes if ffn_layer == "swiglu" else _gelu_slopes)(weight, bias)
+
+
+def _gelu_slopes(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """E[GELU'(a)] of h = GELU(a), a = W·x + b, x ~ N(0, I).
 
     With a ~ N(b, v), v = ‖w‖² and t = b/√(1+v):
     E[GELU'(a)] = Φ(t) + φ(t)·b/(1+v)^{3/2}.
@@ -175,22 +203,15 @@ def gelu_slopes(
     spread = 1 + np.sum(weight**2, axis=1)
     t = bias / np.sqrt(spread)
     density = np.exp(-(t**2) / 2) / SQRT_2PI
-    slope = special.ndtr(t) + density * bias / spread**1.5
-    return slope[:, None] * weight
+    return (special.ndtr(t) + density * bias / spread**1.5)[None]
 
 
-def swiglu_slopes(
-    weight: Float[np.ndarray, "F2 D"], bias: Float[np.ndarray, " F2"]
-) -> Float[np.ndarray, "F D"]:
-    """J of h = silu(a)·c, (a, c) = W12·x + b12, x ~ N(0, I).
+def _swiglu_slopes(weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """E[silu'(a)·E[c|a]] and E[silu(a)] of h = silu(a)·c, (a, c) = W12·x + b12.
 
-    Row: E[silu'(a)·E[c|a]]·w1 + E[silu(a)]·w2, where E[c|a] is linear in a with slope
-    w1·w2/‖w1‖². One-dimensional integrals by the trapezoidal rule over ±9 standard
-    deviations; w1 = 0 makes a constant.
-
-    Args:
-      weight: gate rows w1 above value rows w2.
-      bias: likewise.
+    x ~ N(0, I), so E[c|a] is linear in a with slope w1·w2/‖w1‖². One-dimensional
+    integrals by the trapezoidal rule over ±9 standard deviations; w1 = 0 makes a
+    constant.
     """
     from scipy import special  # here: it takes long to import
 
@@ -205,10 +226,7 @@ def swiglu_slopes(
     c = b2[:, None] + slope[:, None] * deviation
     gate = special.expit(a)
     silu, dsilu = a * gate, gate * (1 + a * (1 - gate))
-    return ((dsilu * c) @ density)[:, None] * w1 + (silu @ density)[:, None] * w2
-
-
-_SLOPES = {"mlp": gelu_slopes, "swiglu": swiglu_slopes}
+    return np.stack([(dsilu * c) @ density, silu @ density])
 
 
 # --- The same fit by random probes, the authors' way ----------------------------------

@@ -8,7 +8,8 @@ NumPy float64 on the host. The two thresholds were chosen on small models, plant
 random ones; they were not calibrated on published weights.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -161,7 +162,8 @@ def forecast(
     """
     found = defects.singular_defects(config, params, progress=progress)
     nu, gap = found.directions, found.gaps
-    turns = _turns(nu)
+    cosine = np.abs(np.sum(nu[:-1] * nu[1:], axis=1))
+    turns = np.append(np.degrees(np.arccos(np.minimum(cosine, 1.0))), 0.0)
     growth = gap / np.concatenate([[1.0], gap[:-1]])
     runs = stretches(gap, turns)
     if not runs:
@@ -169,11 +171,6 @@ def forecast(
     block = max(runs, key=lambda run: run.last - run.first).first  # of equals the first
     gain, blamed = blame(config, params, block, nu[block], count=count)
     return Forecast(block, runs, nu, gap, growth, turns, gain, blamed)
-
-
-def _turns(directions: Float[np.ndarray, "L D"]) -> Float[np.ndarray, " L"]:
-    cosine = np.abs(np.sum(directions[:-1] * directions[1:], axis=1))
-    return np.append(np.degrees(np.arccos(np.minimum(cosine, 1.0))), 0.0)
 
 
 def stretches(
@@ -240,7 +237,7 @@ def blame(
     matrices = (weights.v, weights.proj, weights.first, weights.last)
     jobs = list(zip(kernels.names(config), matrices, sides, strict=True))
 
-    def largest_shares(job: tuple[str, np.ndarray, Sides]) -> list[Blame]:
+    def largest_shares(job: tuple[str, np.ndarray, Any]) -> list[Blame]:
         name, matrix, (outer, inner) = job
         u, sigma, v = (np.asarray(x, np.float64) for x in factorize_kernel(matrix.T))
         shares = (outer @ u) * sigma * (inner @ v) / max(gain, TINY)
@@ -254,12 +251,9 @@ def blame(
     return gain, tuple(found[:count])
 
 
-Sides = tuple[np.ndarray, np.ndarray]
-
-
 def _kernel_sides(
     weights: kernels.BlockWeights, nu: Float[np.ndarray, " D"]
-) -> tuple[float, tuple[Sides, Sides, Sides, Sides]]:
+) -> tuple[float, Sequence[tuple[np.ndarray, np.ndarray]]]:
     """The gain, and for each kernel a (output side) and x (input side) of `blame`."""
     w = weights
     attention, ffn = defects.attention_map(w), defects.ffn_map(w)
@@ -275,31 +269,7 @@ def _kernel_sides(
     after = attention @ trigger
     x = w.scale2 * (after - after.mean())
     a = w.gamma2 * nu
-    slopes = hidden_slopes(w.ffn_layer, w.first, w.bias)
+    slopes = defects.hidden_slopes(w.ffn_layer, w.first, w.bias)
     up = slopes * (w.first @ x).reshape(slopes.shape)  # of gate and value of a unit
     back = slopes * (w.last.T @ a)[None, :]
     return gain, (v, proj, (back.ravel(), x), (a, up.sum(axis=0)))
-
-
-def hidden_slopes(
-    ffn_layer: str,
-    weight: Float[np.ndarray, "up D"],
-    bias: Float[np.ndarray, " up"],
-) -> Float[np.ndarray, "parts F"]:
-    """What J of `defects.ffn_map` multiplies the rows of the first FFN kernel by.
-
-    A row of J is slope·w for GELU (one part) and slope1·w1 + slope2·w2 for SwiGLU (gate
-    and value); where w1 and w2 are parallel the shortest solution is taken.
-
-    Args:
-      ffn_layer: "mlp" or "swiglu".
-      weight: of w12 or fc1, as it multiplies a column.
-      bias: likewise.
-    """
-    if ffn_layer == "mlp":
-        fit, rows = defects.gelu_slopes(weight, bias), weight[None]
-    else:
-        fit, rows = defects.swiglu_slopes(weight, bias), np.stack(np.split(weight, 2))
-    gram = np.einsum("pfd,qfd->fpq", rows, rows)
-    inner = np.einsum("pfd,fd->fp", rows, fit)
-    return np.einsum("fpq,fq->pf", np.linalg.pinv(gram, hermitian=True), inner)

@@ -121,31 +121,35 @@ def density(deviations=12.0, nodes=400_001):
 NORMS, BIASES = (0.0, 1e-3, 0.5, 1.0, 4.0, 32.0), (-3.0, -0.2, 0.0, 1.5)
 
 
-def test_gelu_slopes_match_quadrature_of_the_least_squares_fit():
+def test_gelu_fit_matches_quadrature_of_the_least_squares_fit():
     """J = E[h xᵀ]: along w it is E[GELU(b + ‖w‖z) z], across it zero."""
     rows, biases = hidden_units(NORMS, BIASES)
     z, weight = density()
-    slopes = defects.gelu_slopes(rows, biases)
-    for slope, row, bias in zip(slopes, rows, biases, strict=True):
+    fit = defects.hidden_fit("mlp", rows, biases)
+    for found, row, bias in zip(fit, rows, biases, strict=True):
         norm = np.linalg.norm(row)
         a = bias + norm * z
         along = np.sum(a * scipy.special.ndtr(a) * z * weight)
         unit = row / norm if norm else row
         # float64 rounding of terms as large as the gate
         atol = 1e-14 * max(1.0, norm)
-        np.testing.assert_allclose(slope, along * unit, rtol=0, atol=atol)
+        np.testing.assert_allclose(found, along * unit, rtol=0, atol=atol)
 
 
-def test_swiglu_slopes_match_dense_quadrature_of_the_least_squares_fit():
-    """J = E[h xᵀ], also where the gate is steep (‖w1‖ = 32) or constant (w1 = 0)."""
+def test_swiglu_fit_matches_dense_quadrature_of_the_least_squares_fit():
+    """J = E[h xᵀ], also where the gate is steep (‖w1‖ = 32) or constant (w1 = 0).
+
+    The last units have a value row parallel to the gate's and a value row of zero.
+    """
     gates, b1 = hidden_units(NORMS, BIASES)
     rng = np.random.default_rng(2)
     values, b2 = rng.standard_normal(gates.shape), rng.standard_normal(len(gates))
-    slopes = defects.swiglu_slopes(
-        np.concatenate([gates, values]), np.concatenate([b1, b2])
+    values[-1], values[-2] = -2 * gates[-1], 0
+    fit = defects.hidden_fit(
+        "swiglu", np.concatenate([gates, values]), np.concatenate([b1, b2])
     )
     z, weight = density()
-    for slope, w1, c1, w2, c2 in zip(slopes, gates, b1, values, b2, strict=True):
+    for found, w1, c1, w2, c2 in zip(fit, gates, b1, values, b2, strict=True):
         norm = np.linalg.norm(w1)
         unit = w1 / norm if norm else w1
         a = c1 + norm * z
@@ -154,7 +158,7 @@ def test_swiglu_slopes_match_dense_quadrature_of_the_least_squares_fit():
         across = np.sum(silu * weight)
         expected = along * unit + across * (w2 - (w2 @ unit) * unit)
         # 2e-14 is what 1,025 nodes leave at the steepest gate
-        error = np.linalg.norm(slope - expected)
+        error = np.linalg.norm(found - expected)
         assert error < 5e-14 * max(1.0, np.linalg.norm(expected))
 
 
@@ -162,8 +166,8 @@ def test_constant_gate_scales_the_value_rows():
     w2 = np.array([[1.0, -2.0, 0.5]])
     weight, bias = np.concatenate([0 * w2, w2]), np.array([0.7, 3.0])
     expected = 0.7 * scipy.special.expit(0.7) * w2
-    slopes = defects.swiglu_slopes(weight, bias)
-    np.testing.assert_allclose(slopes, expected, rtol=1e-13)
+    fit = defects.hidden_fit("swiglu", weight, bias)
+    np.testing.assert_allclose(fit, expected, rtol=1e-13)
 
 
 @pytest.mark.parametrize("name", golden.REPAIRED)

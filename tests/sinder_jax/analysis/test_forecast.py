@@ -13,7 +13,7 @@ import photos
 import reference
 from experiments import config as config_files
 from experiments.run import inputs
-from samples import SMALL, error_of
+from samples import error_of
 from sinder_jax import defects, kernels, linalg, param_tree, planted, repair, vit
 from sinder_jax.analysis import forecast, spectra
 from sinder_jax.data import listing
@@ -213,24 +213,12 @@ def test_hidden_slopes_rebuild_the_linear_fit(name):
     first = "mlp/fc1" if config.ffn_layer == "mlp" else "mlp/w12"
     weight = kernels.matrix(config, params, 1, first)
     layer = params["blocks"]["mlp"][first.removeprefix("mlp/")]
-    slopes = forecast.hidden_slopes(
+    slopes = defects.hidden_slopes(
         config.ffn_layer, weight, np.float64(layer["bias"][1])
     )
     parts = np.split(weight, len(slopes))
     fit = sum(slope[:, None] * part for slope, part in zip(slopes, parts, strict=True))
     assert relative(fit, reference.hidden_fit(model, 1)) < 1e-12
-
-
-def test_hidden_slopes_rebuild_units_whose_gate_and_value_are_parallel_or_zero():
-    config = SMALL["swiglu"]
-    rng = np.random.default_rng(0)
-    w1, w2 = rng.normal(size=(2, 5, 8))
-    w2[0], w2[1], w1[2] = -2 * w1[0], 0, 0
-    weight, bias = np.concatenate([w1, w2]), rng.normal(size=10)
-    slopes = forecast.hidden_slopes(config.ffn_layer, weight, bias)
-    fit = slopes[0][:, None] * w1 + slopes[1][:, None] * w2
-    expected = defects.swiglu_slopes(weight, bias)
-    np.testing.assert_allclose(fit, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
