@@ -7,7 +7,7 @@
 Arrays only: nothing here knows a model. Equations (5) and (7) of the paper.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -179,11 +179,15 @@ def check_loss_options(
     *, mask_thr: float = 4.0, window: int = 3, temperature: float = 0.1
 ) -> None:
     """Raises ValueError naming the given option that is out of range."""
-    if window not in GAUSSIANS:
-        raise ValueError(f"window must be 3 or 5 patches, got {window}")
+    check_option("window", window, window in GAUSSIANS, "3 or 5 patches")
     for name, value in (("mask_thr", mask_thr), ("temperature", temperature)):
-        if not value > 0:
-            raise ValueError(f"{name} must be above 0, got {value}")
+        check_option(name, value, value > 0, "above 0")
+
+
+def check_option(name: str, value: Any, is_allowed: bool, allowed: str) -> None:
+    """Raises ValueError naming the option and its value unless the value is allowed."""
+    if not is_allowed:
+        raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
 def _safe_norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:

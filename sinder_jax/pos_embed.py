@@ -18,8 +18,8 @@ def cubic(x: Float[np.ndarray, "*shape"], a: float) -> Float[np.ndarray, "*shape
     """The cubic convolution kernel of Keys (1981), zero outside -2 < x < 2.
 
     Args:
-      x: distances in units of source pixels, float64.
-      a: slope at 1; PyTorch takes -0.75, and -0.5 when it antialiases.
+      x: distances in source pixels, float64.
+      a: slope at 1; PyTorch uses -0.5 with antialiasing and -0.75 without.
     """
     x = np.abs(x)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
@@ -33,20 +33,20 @@ def resize_weights(
     """Weights of one axis: output row j is `weights[j] @ stored rows`.
 
     Output j sits at `(j + ½)·stored/(size + offset) − ½` in source pixels. Without
-    antialias the four nearest source pixels count and the edge pixel is repeated
-    (aten upsample_bicubic2d). With antialias the kernel widens when shrinking, taps
-    outside are dropped and the rest is normalized; an axis of unchanged length is
-    copied whatever the offset (aten _upsample_bicubic2d_aa on the CPU; whether its GPU
-    kernel copies too was not checked).
+    antialiasing, each output reads the four nearest source pixels, and the edge pixel
+    repeats outside the image (aten upsample_bicubic2d). With antialiasing, the kernel
+    widens when shrinking, taps outside the image are dropped and the remaining weights
+    are normalized; an axis of unchanged length is copied whatever the offset (aten
+    _upsample_bicubic2d_aa on the CPU; its GPU kernel was not checked).
 
     Args:
       stored: number of stored patches along the axis.
-      size: number of patches wanted.
+      size: number of output patches.
       antialias: PyTorch's `antialias=True`.
       offset: DINOv2's `interpolate_offset`, added to `size` in the scale only.
 
     Returns:
-      float64 weights, rows sum to 1.
+      float64 weights whose rows sum to 1.
     """
     scale = stored / (size + offset)
     centers = (np.arange(size) + 0.5) * scale - 0.5
@@ -73,16 +73,16 @@ def resample(
     antialias: bool,
     offset: float,
 ) -> Float[Array, "{height} {width} D"]:
-    """The stored position embedding of the patches, resampled to `height` x `width`.
+    """Resamples the stored position embedding of the patches to `height` x `width`.
 
-    Follows DINOv2's `interpolate_pos_encoding`: a grid equal to the stored one is used
-    untouched, otherwise both axes are resampled.
+    Follows DINOv2's `interpolate_pos_encoding`: returns a grid of the stored size as it
+    is and otherwise resamples both axes.
 
     Args:
       grid: stored embedding of M x M patches.
-      height: wanted rows, in patches.
-      width: wanted columns, in patches.
-      antialias: part of the convention, see `resize_weights`.
+      height: output rows, in patches.
+      width: output columns, in patches.
+      antialias: as for `resize_weights`.
       offset: likewise.
     """
     stored = grid.shape[0]

@@ -43,16 +43,16 @@ class Metrics(NamedTuple):
     """What a step reports: B images in order, then the state after the step.
 
     Attributes:
-      layer: block of the first defect, -1 without one.
+      layer: block of the first defect, -1 without a defect.
       loss: neighbor loss before the update, nan without a defect.
-      alpha: mean token norm that the loss was divided by, nan without a defect.
+      alpha: mean token norm by which the loss was divided, nan without a defect.
       num_outliers: outliers in the defect's block, 0 without a defect.
       finite: True if tokens, loss and gradient were; a bad image changes nothing.
-      counted: True if the image took part: it was valid and the run not yet done.
+      counted: True if the image took part: it was valid and the run was not yet done.
       num_images: images passed so far.
       skipped: share of the last images without a defect, 0 to 1.
-      num_bad: images so far that were not finite.
-      bad_in_row: how many of them came last.
+      num_bad: images so far that were not finite (`finite` False).
+      bad_in_row: how many of the last images were not finite, in a row.
       done: True if the stopping rule holds.
     """
 
@@ -196,7 +196,7 @@ def _update(
     place: Placement,
 ) -> tuple[RepairState, Metrics]:
     """State and metrics after a step, from the results of its images in order."""
-    state, counted = _count(options, state, results, valid)
+    counts, counted = _count(options, state, results, valid)
     used = counted & results.finite & (results.layer >= 0)
     gradients, touched = _reduce(options.reduce, results, used)
 
@@ -211,7 +211,7 @@ def _update(
     stepped = jax.tree.map(lambda e, m: e - options.lr * m, state.eps, momentum)
     eps = select(stepped, state.eps)
     merged = _merge_touched(frozen.factors, eps, state.merged, touched, place)
-    state = dataclasses.replace(state, eps=eps, momentum=momentum, merged=merged)
+    state = dataclasses.replace(counts, eps=eps, momentum=momentum, merged=merged)
     return state, Metrics(
         *results[:5],  # up to `finite`
         counted=counted,
@@ -242,6 +242,10 @@ def _count(
 
     Images after the one at which the rule began to hold do not count; an invalid image
     only advances the position; one that is not finite counts as having a defect.
+
+    Returns:
+      (state with new counts but without ε, momentum and kernels; True for each image
+      that counts).
     """
 
     def step(state, image):
@@ -265,10 +269,7 @@ def _count(
 
     # The kernels do not travel through the loop.
     light = dataclasses.replace(state, eps={}, momentum={}, merged={})
-    light, counted = lax.scan(step, light, (results.layer, results.finite, valid))
-    return dataclasses.replace(
-        light, eps=state.eps, momentum=state.momentum, merged=state.merged
-    ), counted
+    return lax.scan(step, light, (results.layer, results.finite, valid))
 
 
 def _reduce(

@@ -76,14 +76,12 @@ class RepairOptions:
             "reduce": (self.reduce in REDUCTIONS, f"one of {REDUCTIONS}"),
             "matmul_precision": (precision in PRECISIONS, f"one of {PRECISIONS}"),
             "stop_share": (0 < self.stop_share <= 1, "in (0, 1]"),
+            "min_outliers": (self.min_outliers >= 1, "at least 1"),
+            "max_iter": (self.max_iter >= 1, "at least 1"),
+            "history": (self.history >= 1, "at least 1"),
         }
-        for name in ("min_outliers", "max_iter", "history"):
-            rules[name] = (getattr(self, name) >= 1, "at least 1")
-        for name, (is_allowed, allowed) in rules.items():
-            if not is_allowed:
-                raise ValueError(
-                    f"{name} must be {allowed}, got {getattr(self, name)!r}"
-                )
+        for name, rule in rules.items():
+            loss.check_option(name, getattr(self, name), *rule)
 
 
 @struct.dataclass

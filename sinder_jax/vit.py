@@ -34,16 +34,16 @@ class ViTConfig:
       depth: number of blocks L.
       num_heads: attention heads M; must divide `embed_dim`.
       ffn_layer: "mlp" (fc1, exact GELU, fc2; S, B, L) or "swiglu" (w12, w3; g).
-      img_size: side in pixels of the images the stored position embedding is for.
+      img_size: side in pixels of the images that fit the stored position embedding.
       patch_size: side of a patch in pixels.
       num_register_tokens: registers R between class token and patches.
-      interpolate_antialias, interpolate_offset: how the position embedding is resampled
-        to other sizes (`pos_embed`). Plain hub models: False, 0.1; register models:
-        True, 0.0; the SINDER authors: True, 0.1.
-      family: key of `families.FAMILIES`, which says what the fields above do not.
+      interpolate_antialias, interpolate_offset: how the model resamples the position
+        embedding for other image sizes (`pos_embed`). Plain hub models: False, 0.1;
+        register models: True, 0.0; the SINDER authors: True, 0.1.
+      family: key of `families.FAMILIES`, which holds what the fields above leave open.
 
     Raises:
-      ValueError: on values that no model can have.
+      ValueError: a value that no model can have.
     """
 
     embed_dim: int
@@ -73,7 +73,8 @@ class ViTConfig:
             )
         if self.img_size % self.patch_size:
             raise ValueError(
-                f"img_size={self.img_size} must be a multiple of {self.patch_size=}"
+                f"img_size={self.img_size} must be a multiple of "
+                f"patch_size={self.patch_size}"
             )
 
     def check_block(self, block: int) -> None:
@@ -93,10 +94,10 @@ class ViTConfig:
         return families.of(self).hidden_widths[self.ffn_layer](self.embed_dim)
 
     def as_dict(self) -> dict[str, Any]:
-        """Fields as they are stored, so that `ViTConfig(**config.as_dict())` is equal.
+        """The fields to store; `ViTConfig(**config.as_dict())` equals this config.
 
-        DINOv2's name is left out: files had no `family` before there were others, and
-        theirs stay the same bytes.
+        Leaves out the family DINOv2: files written before there were other families do
+        not name one, and new files of DINOv2 must have the same bytes.
         """
         fields = dataclasses.asdict(self)
         if self.family == families.DEFAULT:
@@ -122,7 +123,8 @@ def patch_grid(config: ViTConfig, height: int, width: int) -> tuple[int, int]:
     """Patch rows and columns of an image of `height` x `width` pixels.
 
     Raises:
-      ValueError: a side is not a positive multiple of the patch size; says the nearest.
+      ValueError: a side is not a positive multiple of the patch size; names the nearest
+        multiples.
     """
     patch = config.patch_size
     if height % patch or width % patch or not height or not width:
@@ -146,9 +148,9 @@ class Attention(nn.Module):
 
     Attributes:
       config: the architecture.
-      dense: class of the layers whose kernel a repair changes: `layers.Dense`, with
-        q, k and v fused and all weights in `params`, or `layers.SpectralDense` or
-        `layers.MergedDense`, with the value apart and all other weights frozen.
+      dense: class of the layers whose kernels a repair changes. `layers.Dense` fuses q,
+        k and v and keeps all weights in `params`; `layers.SpectralDense` and
+        `layers.MergedDense` keep v apart and freeze all other weights.
       precision: of every matrix product.
     """
 
@@ -214,7 +216,7 @@ class FFN(nn.Module):
 
 
 class BlockTrace(NamedTuple):
-    """What a block computes on the way, each the input of one of its stages.
+    """The intermediate results of a block, each the input of one of its stages.
 
     Attributes:
       x: the block's input.
@@ -236,8 +238,8 @@ class BlockTrace(NamedTuple):
 class Block(nn.Module):
     """x += γ1·Attn(LN1 x); x += γ2·FFN(LN2 x), in six stages.
 
-    A stage is a method, and the trace holds the input of each, so that a gradient can
-    be taken stage by stage without running the block again.
+    Each stage is a method and the trace holds its input, so that the gradient can be
+    taken stage by stage without running the block again.
 
     Attributes as in `Attention`.
     """
@@ -257,7 +259,7 @@ class Block(nn.Module):
         self.mlp, self.ls2 = FFN(*part), layers.LayerScale(frozen)
 
     def __call__(self, x: Tokens) -> tuple[Tokens, BlockTrace]:
-        """The block's output, and what it computed on the way."""
+        """The block's output and its intermediate results."""
         qkv = self.project(x)
         mixed = self.mix(qkv)
         attended = self.attend(x, mixed)
@@ -275,7 +277,7 @@ class Block(nn.Module):
         return self.attn.mix(qkv)
 
     def attend(self, x: Tokens, mixed: Tokens) -> Tokens:
-        """Stage 3: the projection, scaled and added."""
+        """Stage 3: projects, scales and adds to the block's input."""
         return x + self.ls1(self.attn.proj(mixed))
 
     def expand(self, attended: Tokens) -> Float[Array, "B T up"]:
@@ -287,7 +289,7 @@ class Block(nn.Module):
         return self.mlp.contract(hidden)
 
     def add(self, attended: Tokens, ffn: Tokens) -> Tokens:
-        """Stage 6: scaled and added."""
+        """Stage 6: scales and adds to the result of the attention half."""
         return attended + self.ls2(ffn)
 
 
@@ -301,8 +303,8 @@ class ViT(nn.Module):
     Attributes:
       config: the architecture.
       spectral: True to factor the trainable kernels.
-      precision: of every matrix product; JAX's own default is bfloat16 on TPU and TF32
-        on GPU, hence the explicit one.
+      precision: of every matrix product. Explicit, because JAX's default is bfloat16 on
+        TPU and TF32 on GPU.
     """
 
     config: ViTConfig
@@ -381,7 +383,7 @@ class ViT(nn.Module):
     def _run_blocks(
         self, tokens: Tokens, *, keep: tuple[int, ...]
     ) -> tuple[Tokens, Float[Array, "kept B T D"]]:
-        """All blocks in turn; also the tokens after the blocks in `keep`, stacked."""
+        """Runs all blocks; also returns the tokens after those in `keep`, stacked."""
         # A block that is not kept writes to a slot past the end, which is dropped.
         slots = np.full(self.config.depth, len(keep))
         slots[list(keep)] = np.arange(len(keep))

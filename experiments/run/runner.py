@@ -32,7 +32,7 @@ def choose_devices(images_per_step: int, processes: int) -> tuple[jax.Device, ..
     per_process = math.gcd(images_per_step // processes, jax.local_device_count())
     chosen: list[jax.Device] = []
     for process in range(processes):
-        own = (d for d in jax.devices() if d.process_index == process)
+        own = jax.local_devices(process)
         chosen += sorted(own, key=lambda device: device.id)[:per_process]
     return tuple(chosen)
 

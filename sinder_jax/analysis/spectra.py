@@ -15,10 +15,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Complex, Float
 
 from sinder_jax import defects, kernels, linalg, param_tree
 from sinder_jax.linalg import TINY, Progress, by_kernel, in_parallel
+from sinder_jax.loss import check_option
 from sinder_jax.param_tree import Params
 from sinder_jax.vit import ViTConfig
 
@@ -84,22 +85,19 @@ def block_maps(
     config: ViTConfig,
     params: Params,
     *,
-    method: str = "analytic",
-    key: Array | None = None,
-    num_probes: int = 100_000,
     eigenvalues: bool = True,
     progress: Progress | None = None,
+    **fit: Any,
 ) -> BlockMaps:
     """Singular values, leading vectors and eigenvalues of every block map (section 2).
 
     Args:
       config: the architecture.
       params: the params tree.
-      method: of the FFN's linear fit, as for `defects.singular_defects`.
-      key: likewise.
-      num_probes: likewise.
       eigenvalues: whether to compute them; they take most of the time.
       progress: called after each block.
+      **fit: method, key and num_probes of the FFN's linear fit, as for
+        `defects.singular_defects`.
 
     Raises:
       ValueError: an unknown method, or fewer probes than D.
@@ -115,9 +113,7 @@ def block_maps(
     """
 
     def one_block(block: int) -> tuple[np.ndarray, ...]:
-        matrix = defects.block_map(
-            config, params, block, method, key=key, num_probes=num_probes
-        )
+        matrix = defects.block_map(config, params, block, **fit)
         u, s, vt = np.linalg.svd(matrix)
         values = np.linalg.eigvals(matrix) if eigenvalues else np.zeros(0)
         by_modulus = np.argsort(-np.abs(values), kind="stable")
@@ -231,8 +227,7 @@ def clamp_all(
     """
     gammas, names = tuple(gammas), _clamped_names(config, kernels)
     for gamma in gammas:
-        if not gamma > 0:
-            raise ValueError(f"gamma must be above 0, got {gamma}")
+        check_option("gamma", gamma, gamma > 0, "above 0")
 
     def clamped() -> Iterator[tuple[float, dict[str, Any]]]:
         above = functools.partial(_above, config, params, min(gammas, default=0))
