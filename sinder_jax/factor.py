@@ -8,6 +8,7 @@ FFN kernels. A kernel is Flax's [in, out]; the paper's W multiplies a column and
 [out, in]: `u` is the output side, `v` the input side and kernel = V·diag(s)·Uᵀ.
 """
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -108,9 +109,11 @@ def factorize(config: ViTConfig, params: Params) -> Factors:
     def of_block(name: str, block: int) -> KernelFactors:
         return factorize_kernel(np.asarray(stacks[name][block]))
 
-    for name, found in linalg.by_kernel(of_block, list(stacks), config.depth):
-        parts = (np.stack(part) for part in zip(*found, strict=True))
-        factors.u[name], factors.sigma[name], factors.v[name] = parts
+    by_kernel = linalg.by_kernel(of_block, list(stacks), config.depth)
+    with contextlib.closing(by_kernel):  # an interrupt drops the jobs that wait
+        for name, found in by_kernel:
+            parts = (np.stack(part) for part in zip(*found, strict=True))
+            factors.u[name], factors.sigma[name], factors.v[name] = parts
     return factors
 
 

@@ -41,6 +41,32 @@ def test_jobs_that_have_not_begun_when_it_is_interrupted_are_left_out():
     assert len(begun) <= 3 * workers
 
 
+def test_results_of_a_kernel_come_together_in_the_order_of_its_blocks():
+    told = []
+    results = linalg.by_kernel(
+        lambda name, block: f"{name}{block}", ["b", "a"], 3, lambda *at: told.append(at)
+    )
+    assert next(results) == ("b", ["b0", "b1", "b2"])
+    assert told[:3] == [(1, 6), (2, 6), (3, 6)]
+    assert list(results) == [("a", ["a0", "a1", "a2"])]
+    assert told == [(done, 6) for done in range(1, 7)]
+
+
+def test_closing_the_results_by_kernel_drops_jobs_that_have_not_begun():
+    begun, go_on = [], threading.Event()
+    workers = min(os.cpu_count() or 1, linalg.MOST_AT_ONCE)
+
+    def work(name, block):
+        begun.append((name, block))
+        if name == "b":
+            go_on.wait(0.2)
+
+    results = linalg.by_kernel(work, ["a", "b"], 20 * workers)
+    next(results)
+    results.close()
+    assert len(begun) <= 23 * workers
+
+
 # --- Singular values ------------------------------------------------------------------
 
 
