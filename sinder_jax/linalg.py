@@ -11,7 +11,7 @@ which is several times faster than an SVD and exact to 1e-16·(σ_0/σ_i)².
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
@@ -72,7 +72,7 @@ def by_kernel(
     names: Sequence[str],
     depth: int,
     progress: Progress | None = None,
-) -> Iterator[tuple[str, list[_Result]]]:
+) -> Generator[tuple[str, list[_Result]], None, None]:
     """Yields each kernel's name with `function(name, block)` of every block.
 
     Args:
