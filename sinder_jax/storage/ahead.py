@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, pairwise
 from typing import TypeVar
 
 Argument = TypeVar("Argument")
@@ -16,11 +17,7 @@ def ahead(
     Two results are in memory at a time. An error is raised where its result is due.
     """
     with ThreadPoolExecutor(1) as thread:
-        due: Future[Result] | None = None
-        for argument in arguments:
-            following = thread.submit(function, argument)
-            if due is not None:
-                yield due.result()
-            due = following
-        if due is not None:
-            yield due.result()
+        calls = (thread.submit(function, argument) for argument in arguments)
+        end = Future[Result]()  # nobody waits for it
+        for call, _ in pairwise(chain(calls, [end])):  # the second has been started
+            yield call.result()

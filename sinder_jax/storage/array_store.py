@@ -165,11 +165,8 @@ class Reader:
         stored = self.arrays[name]
         self._check_shape(name, stored)
         array = self._restore(name, stored["part"])
-        found = {"shape": list(array.shape), "dtype": array.dtype.name}
-        want = {key: stored[key] for key in found}
-        if found != want:
-            raise self._damaged(f"{name} is {found}, its metadata says {want}")
-        if param_tree.digest_of_array(array) != stored["sha256"]:
+        found = (list(array.shape), array.dtype.name, param_tree.digest_of_array(array))
+        if found != tuple(stored[key] for key in ("shape", "dtype", "sha256")):
             raise self._damaged(f"the bytes of {name} are not those that were written")
         return array
 
