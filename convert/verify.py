@@ -25,10 +25,11 @@ from einops import rearrange
 from jaxtyping import Float, Float32
 
 from convert import infer, opening
-from convert.files import reading, writing
-from convert.files.tensors import reason
+from convert.files import reading, sha256
 from sinder_jax import families, vit
 from sinder_jax.data import decode, listing
+from sinder_jax.storage import files
+from sinder_jax.storage.errors import reason_of
 
 # By `model_type` of config.json.
 _TRANSFORMERS = {
@@ -110,7 +111,8 @@ def print_verdict(jax_side: Path, torch_side: Path, *, made: Path) -> None:
         print(f"verify: {error.name} is not installed: not compared.")
         return
     if not comparison.agree:
-        writing.remove(made)
+        sha256.side_file(made).unlink(missing_ok=True)
+        files.remove(made)
     check(comparison)
     print(f"verify: {comparison}.")
 
@@ -236,7 +238,9 @@ def _torch_vit_tokens(
             norm_epsilon=families.of(config).norm_epsilon,
         )
     except (KeyError, RuntimeError) as error:  # a tensor is missing or misshapen
-        raise ValueError(f"PyTorch cannot use the tensors: {reason(error)}") from None
+        raise ValueError(
+            f"PyTorch cannot use the tensors: {reason_of(error)}"
+        ) from None
     return tokens, f"PyTorch {torch.__version__} on the tensors"
 
 
@@ -297,7 +301,7 @@ def load(directory: Path) -> tuple[Any, dict[str, list[str]]]:
     # Its own OSError, safetensors' error, and those of config fields it refuses.
     except Exception as error:
         raise ValueError(
-            f"{directory}: transformers cannot load it ({reason(error)})"
+            f"{directory}: transformers cannot load it ({reason_of(error)})"
         ) from None
     misfits = {
         "missing": sorted(info["missing_keys"]),

@@ -41,8 +41,7 @@ def notes(model: Model) -> Iterator[str]:
     """What a PyTorch model lacks, or what is read differently than it is stored."""
     if model.torch is None:
         return
-    converted = [name for name in model.torch.formats if name != "float32"]
-    if converted:
+    if converted := [name for name in model.torch.formats if name != "float32"]:
         yield f"{' and '.join(converted)} became float32."
     if model.torch.fills_mask_token:
         yield "no mask token (only pre-training reads it): filled with zeros."

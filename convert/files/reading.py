@@ -8,8 +8,8 @@ for `.pth`, `.pt` and `.bin` only, inside the functions that need it.
 """
 
 import json
+import math
 import re
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import safetensors
 
 from convert.files import sha256
 from convert.files.reading_pth import open_pth
-from convert.files.tensors import DTYPES, MOST_TEXT, Spec, StateDict, damaged, reason
+from convert.files.tensors import DTYPES, MOST_TEXT, Spec, StateDict, damaged
 from sinder_jax.storage import paths
+from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import StrPath
 
 FORMATS = (".pth", ".pt", ".bin", ".safetensors")
@@ -76,7 +77,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         return _parse(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise damaged(path, "JSON", reason(error)) from None
+        raise damaged(path, "JSON", reason_of(error)) from None
 
 
 def _parse(text: bytes) -> dict[str, Any]:
@@ -118,27 +119,22 @@ def _open_directory(path: Path) -> StateDict:
 def _open_safetensors(path: Path) -> StateDict:
     header, start = _header(path)
     metadata = header.pop("__metadata__", {})
-    specs, offsets = {}, {}
-    for key, entry in header.items():
-        dtype = DTYPES.get(entry["dtype"])
-        specs[key] = Spec(
-            tuple(entry["shape"]), dtype.name if dtype else entry["dtype"]
-        )
-        offsets[key] = start + entry["data_offsets"][0]
+    dtypes = {key: DTYPES.get(entry["dtype"]) for key, entry in header.items()}
+    specs = {
+        key: Spec(tuple(entry["shape"]), getattr(dtypes[key], "name", entry["dtype"]))
+        for key, entry in header.items()
+    }
     size = path.stat().st_size
 
     def read(key: str) -> np.ndarray:
         shape, name = specs[key]
-        try:
-            dtype = np.dtype(name)
-        except TypeError:
-            raise ValueError(
-                f"{path}: {key} is {name}, a number format that is not supported"
-            ) from None
-        count = int(np.prod(shape, dtype=np.int64))
+        if dtypes[key] is None:
+            raise ValueError(f"{path}: {key} is {name}, which NumPy does not have")
         if path.stat().st_size != size:
             raise damaged(path, "safetensors", "it changed while it was read")
-        return np.fromfile(path, dtype, count, offset=offsets[key]).reshape(shape)
+        offset = start + header[key]["data_offsets"][0]
+        flat = np.fromfile(path, dtypes[key], math.prod(shape), offset=offset)
+        return flat.reshape(shape)
 
     return StateDict(specs, read, [path], metadata)
 
@@ -146,8 +142,7 @@ def _open_safetensors(path: Path) -> StateDict:
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header, checked by the safetensors library, and the offset of the data."""
     with path.open("rb") as file:
-        first = file.read(8)
-        length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
+        length = int.from_bytes(file.read(8), "little")
         size = path.stat().st_size
         if not 0 < length <= min(MOST_TEXT, size - 8):
             raise damaged(
@@ -162,7 +157,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
             pass
     # SafetensorError, or AttributeError for a number format that NumPy lacks.
     except Exception as error:
-        raise damaged(path, "safetensors", reason(error)) from None
+        raise damaged(path, "safetensors", reason_of(error)) from None
     return header, 8 + length
 
 
@@ -170,19 +165,13 @@ def _open_shards(path: Path) -> StateDict:
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise damaged(path, "safetensors index", "it holds no weight_map")
-    for name in set(map(str, weight_map.values())):
+    shards = {}
+    for name in sorted(set(map(str, weight_map.values()))):
         if not re.fullmatch(r"[\w.-]+\.safetensors", name):
             raise ValueError(
                 f"{path}: got {name[:80]!r}, expected a .safetensors file beside it"
             )
-        if not (path.parent / name).is_file():
-            raise FileNotFoundError(
-                f"{path.parent / name}: no such file, but {path} names it"
-            )
-    shards = {
-        name: _open_safetensors(path.parent / name)
-        for name in sorted(set(weight_map.values()))
-    }
+        shards[name] = _open_safetensors(path.parent / name)
     stored = [(key, name) for name, shard in shards.items() for key in shard]
     misplaced = set(stored) ^ set(weight_map.items())
     if misplaced:

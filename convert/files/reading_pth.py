@@ -20,7 +20,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from convert.files.tensors import MOST_TEXT, Spec, StateDict, damaged, reason
+from convert.files.tensors import MOST_TEXT, Spec, StateDict, damaged
+from sinder_jax.storage.errors import reason_of
 
 MOST_PICKLE = 2**20  # bytes; the giant's has 0.1 MB
 MOST_ENTRIES = 20_000
@@ -78,7 +79,7 @@ def open_pth(path: Path) -> StateDict:
         try:
             return _to_numpy(stored[key], torch)
         except (TypeError, RuntimeError) as error:  # quantized
-            raise ValueError(f"{path}: {key}: {reason(error)}") from None
+            raise ValueError(f"{path}: {key}: {reason_of(error)}") from None
 
     return StateDict(specs, read, [path], metadata, left_out)
 
@@ -109,7 +110,7 @@ def _check_archive(path: Path) -> None:
             with archive.open(pickles[0]) as file:
                 _check_pickle(path, file)
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
-        raise damaged(path, "PyTorch", reason(error)) from None
+        raise damaged(path, "PyTorch", reason_of(error)) from None
 
 
 def _num_entries(path: Path) -> int:
@@ -165,7 +166,7 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     code = re.search(r"GLOBAL ([\w.]+)", str(error))
     if code or isinstance(error, pickle.UnpicklingError):
         return _would_run_code(path, code[1] if code else None)
-    return damaged(path, "PyTorch", reason(error))
+    return damaged(path, "PyTorch", reason_of(error))
 
 
 def _would_run_code(path: Path, code: str | None) -> ValueError:

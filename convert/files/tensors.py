@@ -1,6 +1,5 @@
 """Tensors by name that may still be in a file, and the errors about such files."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,9 +94,3 @@ class StateDict(Mapping[str, np.ndarray]):
 def damaged(path: Path, kind: str, why: str) -> ValueError:
     """The error about a file that cannot be read as what its name says."""
     return ValueError(f"{path}: damaged, or not a {kind} file ({why}); fetch it again")
-
-
-def reason(error: BaseException) -> str:
-    """The first sentence of an error, short enough to quote in another one."""
-    text = str(error).strip() or type(error).__name__
-    return re.split(r"\. |\n", text)[0][:200].rstrip(".")

@@ -7,7 +7,6 @@ any order. The same tensors and metadata give the same bytes.
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -141,12 +140,3 @@ def check_destination(path: StrPath, overwrite: bool = False) -> None:
     for file in (path, sha256.side_file(path)):
         if not (overwrite and file.is_file()):
             array_store.check_destination(file)
-
-
-def remove(path: Path) -> None:
-    """Removes a directory, or a file with its side file."""
-    if path.is_dir():
-        shutil.rmtree(path)
-        return
-    sha256.side_file(path).unlink(missing_ok=True)
-    path.unlink()

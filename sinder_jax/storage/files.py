@@ -38,7 +38,7 @@ def replacing(path: StrPath) -> Iterator[Path]:
             upload(Path(folder), path.parent)
         return
     partial = Path(path).with_name(f".{path.name}.{os.getpid()}.partial")
-    _remove(partial)  # left by a killed process that had the same number
+    remove(partial)  # left by a killed process that had the same number
     try:
         yield partial
         os.replace(partial, path)
@@ -48,10 +48,11 @@ def replacing(path: StrPath) -> Iterator[Path]:
             raise
         raise type(error)(f"{path} cannot be written: {reason_of(error)}") from None
     finally:
-        _remove(partial)
+        remove(partial)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Removes a local file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
