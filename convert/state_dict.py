@@ -174,7 +174,7 @@ def to_torch(
     Raises:
       ValueError: an unknown layout, or params that do not fit the config.
     """
-    layouts.check_name(layout)
+    layouts.check_name(layout, config)
     param_tree.check(config, params)
     flat = param_tree.flatten(params)
     table = layouts.table_of(layout, config)

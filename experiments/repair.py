@@ -8,7 +8,6 @@ number of processes. A run that is told to stop saves its state and ends with ex
 75.
 """
 
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -286,5 +285,4 @@ def _parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     cli.exit_on_error(main)

@@ -11,10 +11,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-if TYPE_CHECKING:
-    from sinder_jax.vit import ViTConfig
+from typing import Any, NamedTuple, Protocol
 
 DEFAULT = "dinov2"  # of a ViTConfig; the only name that stored configs leave out
 
@@ -184,7 +181,14 @@ def _publish(name: str, family: Family, letter: str, variant: Variant) -> Publis
     )
 
 
-def of(config: "ViTConfig") -> Family:
+class HasFamily(Protocol):
+    """What `of` needs to know of a `vit.ViTConfig`."""
+
+    @property
+    def family(self) -> str: ...
+
+
+def of(config: HasFamily) -> Family:
     """The family of a model."""
     return FAMILIES[config.family]
 

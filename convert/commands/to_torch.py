@@ -37,6 +37,7 @@ def to_torch(
         )
     saving.check_destination(destination, directory=directory)
     model = opening.open_model(src, num_heads)
+    layouts.check_name(layout, model.config)
     lines.print_notes(lines.notes(model))
     lines.print_notes(lines.losses(model, layout))
     table = layouts.table_of(layout, model.config)

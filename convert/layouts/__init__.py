@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from convert.layouts import dinov2, hugging_face, timm
 from convert.layouts.table import Row, Table, slots
-from sinder_jax import vit
+from sinder_jax import families, vit
 
 
 class Layout(NamedTuple):
@@ -31,10 +31,16 @@ IN_MEMORY = Layout("Hugging Face transformers 5's, as in its memory", hugging_fa
 LAYOUTS = WRITTEN | {"hf-memory": IN_MEMORY}
 
 
-def check_name(layout: str) -> None:
-    """Raises ValueError for a layout that cannot be written; lists those that can."""
-    if layout not in WRITTEN:
-        allowed = ", ".join(repr(name) for name in WRITTEN)
+def check_name(layout: str, config: vit.ViTConfig | None = None) -> None:
+    """Raises ValueError for a layout that cannot be written; lists those that can.
+
+    Args:
+      layout: its name.
+      config: the model to write, whose family may come in some layouts only.
+    """
+    known = families.of(config).layouts if config else WRITTEN
+    if layout not in known:
+        allowed = ", ".join(repr(name) for name in known)
         raise ValueError(f"unknown layout {layout!r}; use {allowed}")
 
 

@@ -61,7 +61,7 @@ def _draw_rows(part: FigureBase, photo: Photo, rows: Mapping[str, TokenMaps]) ->
         line[0].set_ylabel(defective.describe(maps), fontsize=7, color=GRAY)
         beside = {"textcoords": "offset points", "rotation": 90, "va": "center"}
         line[0].annotate(
-            name, (0, 0.5), (-14, 0), xycoords="axes fraction", ha="right", **beside
+            name, (0, 0.5), (-15, 0), xycoords="axes fraction", ha="right", **beside
         )
     titles = ("photograph", "PCA of tokens", "token norm", "outliers")
     for ax, title in zip(panels[0], titles, strict=True):

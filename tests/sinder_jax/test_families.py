@@ -146,6 +146,15 @@ def test_files_of_a_family_without_layer_scale_have_none(layout, other, monkeypa
         convert.from_torch(convert.to_torch(other, params, layout=layout) | {})
 
 
+def test_a_layout_in_which_a_family_is_not_published_is_refused(other, monkeypatch):
+    hub_only = dataclasses.replace(OTHER, layouts=("dinov2",))
+    monkeypatch.setitem(families.FAMILIES, "other", hub_only)
+    params = random_params(param_tree.flatten(param_tree.shapes(other)))
+    convert.to_torch(other, params, layout="dinov2")
+    with pytest.raises(ValueError, match="unknown layout 'timm'; use 'dinov2'"):
+        convert.to_torch(other, params, layout="timm")
+
+
 def random_params(shapes):
     rng = np.random.default_rng(1)
     return param_tree.unflatten(
