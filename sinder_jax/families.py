@@ -11,7 +11,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 DEFAULT = "dinov2"  # of a ViTConfig; the only name that stored configs leave out
 
@@ -181,6 +181,7 @@ def _publish(name: str, family: Family, letter: str, variant: Variant) -> Publis
     )
 
 
+@runtime_checkable
 class HasFamily(Protocol):
     """What `of` needs to know of a `vit.ViTConfig`."""
 
