@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from experiments.study.cache import Arrays, Step
     from experiments.study.numbers import Study
+    from experiments.study.token_figures import Drawing
 
 
 class Kind(NamedTuple):
@@ -26,20 +27,6 @@ class Kind(NamedTuple):
     needs: str
     title: str
     caption: str
-
-
-class Drawing(NamedTuple):
-    """What the functions `draw_NAME` return.
-
-    Attributes:
-      figure: of matplotlib.
-      arrays: the numbers in the figure.
-      words: for the braces of the caption, where they depend on the numbers.
-    """
-
-    figure: "Figure"
-    arrays: "Arrays"
-    words: dict[str, str] = {}
 
 
 class Drawn(NamedTuple):
@@ -150,7 +137,9 @@ def draw(study: "Study", names: Sequence[str]) -> Iterator[Drawn]:
             yield _captioned(f"{name}-{photo.name}", kind, drawing, named)
 
 
-def _captioned(name: str, kind: Kind, drawing: Drawing, words: dict[str, Any]) -> Drawn:
+def _captioned(
+    name: str, kind: Kind, drawing: "Drawing", words: dict[str, Any]
+) -> Drawn:
     words = {**words, **drawing.words}
     title, caption = (text.format(**words) for text in (kind.title, kind.caption))
     return Drawn(name, title, caption, drawing.figure, drawing.arrays)

@@ -3,15 +3,31 @@
 study --draw_*--> Drawing; titles and captions are in figures.toml
 """
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.study.cache import Arrays
-from experiments.study.figures import Drawing
 from experiments.study.numbers import HIGHEST, TEMPERATURES, Study, Subject
 from experiments.study.photos import Photo
 from sinder_jax.analysis import defective, tokens
 from sinder_jax.plots import token_plots
+
+
+class Drawing(NamedTuple):
+    """What the functions `draw_NAME` return.
+
+    Attributes:
+      figure: of matplotlib.
+      arrays: the numbers in the figure.
+      words: for the braces of the caption, where they depend on the numbers.
+    """
+
+    figure: Figure
+    arrays: Arrays
+    words: dict[str, str] = {}
 
 
 def _flat(array: np.ndarray) -> np.ndarray:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from experiments.study.cache import Arrays
-from experiments.study.figures import Drawing
 from experiments.study.numbers import BLAMED, Study
-from experiments.study.token_figures import keyed
+from experiments.study.token_figures import Drawing, keyed
 from sinder_jax.plots import weight_plots
 
 
