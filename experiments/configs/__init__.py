@@ -1,1 +1,1 @@
-"""One file per model size, each with a `get_config()` that reads on its own."""
+"""One file per model size: `giant.py` is whole, the others set what differs."""

@@ -155,8 +155,8 @@ def test_a_shape_that_asks_for_all_memory_is_not_allocated(exports, tmp_path):
         checkpoint.load(path)
 
 
-def test_a_patch_survives_no_flip(exports, tmp_path):
-    """As for the rest; `tests/test_patch.py` flips bits of the file alone."""
+def test_a_delta_survives_no_flip(exports, tmp_path):
+    """As for the rest; `test_delta_file.py` flips bits of the file alone."""
     params = random_params(CONFIG)
     state = convert.to_torch(CONFIG, params)
     state["blocks.1.attn.proj.weight"] = state["blocks.1.attn.proj.weight"] * 1.25

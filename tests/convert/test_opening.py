@@ -1,4 +1,4 @@
-"""What `convert.open_model` makes of a path; the layouts are in `test_commands`."""
+"""What `convert.open_model` makes of a path; the layouts are in `test_to_torch.py`."""
 
 import pytest
 

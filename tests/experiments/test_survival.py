@@ -1,7 +1,7 @@
 """A run that is stopped, killed or moved ends as if nothing had happened.
 
 All on the planted model: in this process where that is enough, else in processes of
-their own. `tests/test_processes.py` has runs of several processes.
+their own. `test_processes.py` has runs of several processes.
 """
 
 import contextlib
@@ -321,7 +321,7 @@ def test_devices_may_come_and_go(split, whole, tmp_path):
     for devices, stop_at, code in ((4, 8, 75), (1, 24, 75), (8, -1, 0)):
         process = start(moved, *arguments, devices=devices, stop_at=stop_at)
         output, _ = ended(process, code)
-        assert f"8 images a step on {devices} x " in output
+        assert f"8 images per step on {devices} x " in output
     assert_same(moved, alone)
 
 
@@ -381,7 +381,7 @@ def test_thirty_kills_lose_at_most_a_save_interval_each(whole, tmp_path):
 def test_a_run_in_a_bucket_is_stopped_and_goes_on_to_the_same_bits(
     whole, tmp_path, monkeypatch
 ):
-    """A stand-in of a bucket (`tests/bucket.py`): the real ones were not reached."""
+    """Against a stand-in (`tests/support/bucket.py`): no real bucket was reached."""
     cloud = tmp_path / "cloud"
     bucket.install(monkeypatch, cloud)
     place = "gs://bucket/run"

@@ -1,4 +1,4 @@
-"""Patches: what `extract` finds is what `apply` puts back, and nothing else passes."""
+"""Deltas: what `extract` finds is what `apply` puts back, and nothing else passes."""
 
 import functools
 

@@ -1,7 +1,4 @@
-"""Start, storage and result of a repair; options and their limits.
-
-`setting`, `host` and `assert_same_bits` also serve test_search.py and test_repair.py.
-"""
+"""Start, storage and result of a repair; options and their limits."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""experiments/cluster.py without a cluster; tests/test_processes.py has real ones."""
+"""run/cluster.py without a cluster; `test_processes.py` has real ones."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""experiments/runner.py: the same state and params wherever the devices are."""
+"""run/runner.py: the same state and params wherever the devices are."""
 
 import jax
 import numpy as np

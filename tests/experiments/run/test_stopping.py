@@ -1,4 +1,4 @@
-"""experiments/stopping.py: what signals do to a run, before its steps and within."""
+"""run/stopping.py: what signals do to a run, before its steps and within."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""analysis.py against NumPy in float64."""
+"""pca.py against NumPy in float64."""
 
 import doctest
 

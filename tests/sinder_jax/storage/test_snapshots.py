@@ -1,4 +1,4 @@
-"""sinder_jax/states.py: a run's states survive kills, full disks and flipped bits."""
+"""storage/snapshots.py: a run's states survive kills, full disks and flipped bits."""
 
 import asyncio
 import json
