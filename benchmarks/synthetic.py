@@ -69,10 +69,10 @@ class Synthetic(NamedTuple):
     qk: dict[tuple[int, str], factor.KernelFactors]
 
 
-def synthetic_model(config: vit.ViTConfig, seed: int = 0) -> Synthetic:
+def synthetic_model(config: vit.ViTConfig) -> Synthetic:
     """Builds a model whose kernels are U·diag(σ)·Vᵀ with random, known factors."""
-    rng = np.random.default_rng(seed)
-    params = random_params(config, seed)
+    rng = np.random.default_rng(0)
+    params = random_params(config, 0)
     factors = factor.Factors(u={}, sigma={}, v={})
     _, stacks = kernels.split(config, params)
     qk = {}

@@ -31,7 +31,6 @@ def violins(
     marked: Marks | None = None,
     *,
     log: bool = False,
-    color: str = style.BLUE,
 ) -> Axes:
     """One violin per block, its median as a white dash; marked tokens as dots.
 
@@ -41,7 +40,6 @@ def violins(
       marked: tokens shown one by one and left out of the violin: the defective tokens,
         isolated points in the paper's figures.
       log: a logarithmic axis, and violins of the logarithms; values must be positive.
-      color: of the violins; dots are vermilion.
     """
     marked = np.zeros(values.shape, bool) if marked is None else marked
     rows = [row[~dots] for row, dots in zip(values, marked, strict=True)]
@@ -57,7 +55,7 @@ def violins(
         shapes, blocks, widths=0.84, showmedians=True, showextrema=False
     )
     for body in drawn["bodies"]:
-        body.set(facecolor=color, alpha=0.75, linewidth=0)
+        body.set(facecolor=style.BLUE, alpha=0.75, linewidth=0)
     drawn["cmedians"].set_color("white")
     block, _ = np.nonzero(marked)
     dots = ax.plot(block, values[marked], ".", color=VERMILION)
