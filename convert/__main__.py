@@ -109,7 +109,7 @@ COMMANDS: dict[str, tuple[str, *tuple[Argument, ...]]] = {
         ),
     ),
     "apply": (
-        "repair a model by a delta, in the model's own layout",
+        "repair a model with a delta, in the model's own layout",
         Argument("base", "BASE", "the model to repair"),
         Argument("delta_path", "DELTA", "file written by diff"),
         Argument(
@@ -118,7 +118,7 @@ COMMANDS: dict[str, tuple[str, *tuple[Argument, ...]]] = {
         Argument(
             "--scale",
             "X",
-            "share of the change to apply, above 0 to 1 (default: 1)",
+            "share of the change to apply, above 0 and at most 1 (default: 1)",
             float,
         ),
     ),

@@ -159,12 +159,12 @@ def _check_response(
     if status >= 400:
         refusal = f"HTTP {status} {response.reason}"
     elif kind.startswith("text/html"):
-        refusal = "the server sent a web page, such as a login, and no file"
+        refusal = "the server sent a web page, such as a login, instead of the file"
     elif not size:  # a lost connection would look like the end of the file
         refusal = "the server does not say how long the file is"
     elif free < size:
         refusal = (
-            f"it needs {filesize.decimal(size)}, free are {filesize.decimal(free)}; "
+            f"it needs {filesize.decimal(size)}, {filesize.decimal(free)} are free; "
             "make room or set SINDER_CACHE to another folder"
         )
     else:

@@ -126,17 +126,17 @@ def _parser() -> cli.Parser:
     add(
         "--config",
         metavar="FILE",
-        help="a config of a repair, such as giant.py: detection, image size, "
-        "directions and resampling as there, changed by --config.KEY=VALUE; default: "
-        "the authors' settings",
+        help="take detection, image size, directions and resampling from this config "
+        "of a repair, such as giant.py, and from --config.KEY=VALUE; default: the "
+        "authors' settings",
     )
     add(
         "--figures",
         default="all",
         metavar="NAMES",
-        help="all, or some of those below with commas between; default: %(default)s",
+        help="all, or names from the list below, with commas; default: %(default)s",
     )
-    add("--report", action="store_true", help=f"also write {REPORT}: one file, for all")
+    add("--report", action="store_true", help=f"also write {REPORT}")
     add("--out", default="analysis", metavar="DIR", help="default: %(default)s")
     add(
         "--gamma",
@@ -188,7 +188,7 @@ def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
     except ValueError:
         what = "whole numbers" if kind is int else "numbers"
         raise ValueError(
-            f"{name} must be {what} with commas between, got {text!r}"
+            f"{name} must be {what} separated by commas, got {text!r}"
         ) from None
 
 

@@ -36,13 +36,13 @@ examples:
 
 A bare config name means experiments/configs/; --config.KEY=VALUE changes a key of it.
 docs/pods.md has the lines for TPU pods and clusters. Exit codes: 0 finished, 2 an error
-that one line tells, 75 stopped and saved: start it again, 130 a second Ctrl-C.
+reported in one line, 75 stopped and saved: start it again, 130 a second Ctrl-C.
 SINDER_TRACEBACK=1 in the environment shows where an error comes from.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a repair to its end, or on from where it was stopped.
+    """Runs a repair, or resumes one that was stopped.
 
     Args:
       argv: the command line without the program's name; None means the process's own.
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         say(
             f"{len(train)} photographs to repair on, {len(held_out)} others held out\n"
-            f"{batch} images a step on {used}"
+            f"{batch} images per step on {used}"
         )
 
         # Model, factors and directions: computed once, read by every start and process.
@@ -268,17 +268,17 @@ def _parser() -> cli.Parser:
     add(
         "--force",
         action="store_true",
-        help="go on with a config that changes the result",
+        help="resume even if the config has changed in a way that affects the result",
     )
     add(
         "--profile",
         metavar="START:STOP",
-        help="trace the devices between two numbers of images, into DIR/profile",
+        help="write a trace of the devices to DIR/profile, from image START to STOP",
     )
     add(
         "--compilation-cache",
         metavar="FOLDER",
-        help="keep compiled programs there for the next start; off by default",
+        help="cache compiled programs in this folder for later starts; off by default",
     )
     cluster.add_arguments(parser)
     return parser

@@ -31,7 +31,7 @@ examples:
   python -m experiments.status runs/giant
   python -m experiments.status gs://bucket/runs/giant --json
 
-Exit codes: 0, whatever the run does; 2 for a folder that holds no run.
+Exit codes: 0 whatever state the run is in; 2 for a folder that holds no run.
 """
 
 Row = Mapping[str, Any]
@@ -48,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Show where a repair stands and if it is alive.",
         epilog=EXAMPLE,
     )
-    parser.add_argument("workdir", metavar="WORKDIR", help="of the repair, local or gs")
-    parser.add_argument("--json", action="store_true", help="for a program")
+    parser.add_argument("workdir", metavar="WORKDIR", help="folder or gs://BUCKET/NAME")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     status = read(as_path(args.workdir), now=time.time())
     print(json.dumps(status, indent=2) if args.json else "\n".join(lines(status)))

@@ -107,8 +107,8 @@ def _parser() -> cli.Parser:
         "--short-side",
         type=int,
         metavar="PIXELS",
-        help="of the image the model sees, a multiple of its patch size; default: "
-        "the size that models of its family are made for",
+        help="short side of the image that the model sees, a multiple of its patch "
+        "size; default: the image size of its family",
     )
     add(
         "--mask-thr",

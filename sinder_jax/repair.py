@@ -47,7 +47,7 @@ class Metrics(NamedTuple):
       loss: neighbor loss before the update, nan without a defect.
       alpha: mean token norm by which the loss was divided, nan without a defect.
       num_outliers: outliers in the defect's block, 0 without a defect.
-      finite: True if tokens, loss and gradient were; a bad image changes nothing.
+      finite: True if tokens, loss and gradient were finite; else the image is ignored.
       counted: True if the image took part: it was valid and the run was not yet done.
       num_images: images passed so far.
       skipped: share of the last images without a defect, 0 to 1.
@@ -120,8 +120,8 @@ def make_step(
             return own_step(state, frozen, images, valid)
         if images.shape[0] % mesh.shape[axis]:
             raise ValueError(
-                f"got {images.shape[0]} images a step for {mesh.shape[axis]} devices; "
-                "use a multiple of the devices"
+                f"got {images.shape[0]} images per step for {mesh.shape[axis]} "
+                "devices; use a multiple of the devices"
             )
         everywhere, share = PartitionSpec(), PartitionSpec(axis)
         states, frozens = (
@@ -144,7 +144,7 @@ def make_pmapped_step(
     options: RepairOptions,
     devices: Sequence[jax.Device] | None = None,
 ) -> Step:
-    """`make_step` on several devices that hold the whole model, by device and image.
+    """`make_step` on several devices that each hold the model; images by device.
 
     Args:
       config: the architecture.

@@ -53,9 +53,9 @@ def notes(model: Model) -> Iterator[str]:
     plain = model.config.num_register_tokens == 0
     if model.layout.startswith("hf") and plain and model.config.interpolate_offset:
         yield (
-            "other image sizes resample the position embedding as the hub does, by an "
-            f"offset of {model.config.interpolate_offset}; transformers has none: "
-            "--interpolate-offset=0 is its way."
+            "at other image sizes the position embedding is resampled as by the hub, "
+            f"with offset {model.config.interpolate_offset}; transformers uses 0: "
+            "--interpolate-offset=0 does the same."
         )
 
 

@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.num_images = 30_000  # every max(1, files // num_images)-th file is used
     config.shuffle_seed = 0  # of the order; 0: as they are listed, no shuffling
     config.image_size = 518  # pixels, the short side
-    config.resize = "crop"  # to the middle square; "keep": 7 shapes, one image a step
+    config.resize = "crop"  # to the middle square; "keep": 7 shapes, one image per step
     config.images_per_step = 0  # 0: one per device; with 1 it is the authors' step
     config.read_threads = 4  # in each process that reads
     config.read_workers = 0  # processes that read; 0: threads of this one

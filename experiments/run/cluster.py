@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "several processes", "not needed on TPU pods, under Slurm and Open MPI"
     )
     add = group.add_argument
-    add("--coordinator", metavar="HOST:PORT", help="where process 0 runs, a free port")
+    add("--coordinator", metavar="HOST:PORT", help="process 0's host, and a free port")
     add("--num-processes", type=int, metavar="N", help="how many processes there are")
     add("--process-id", type=int, metavar="I", help="number of this process, from 0")
 
@@ -185,7 +185,7 @@ class Cluster:
         if blind:
             raise ValueError(
                 f"--workdir={folder} is not one folder for all {len(seen)} processes: "
-                f"{', '.join(blind)} cannot see what 0 writes there. Put it on a disk "
+                f"{', '.join(blind)} cannot see what 0 writes there; put it on a disk "
                 "that all of them share, or into a bucket (gs://)"
             )
 

@@ -199,7 +199,7 @@ def refuse_if_alive(workdir: AnyPath) -> None:
     if judge(facts, now=time.time()).alive:
         raise ValueError(
             f"another run writes to {workdir}: process {facts['pid']} on "
-            f"{facts['host']}, {facts['phase']}. Stop it, or choose another --workdir"
+            f"{facts['host']}, {facts['phase']}; stop it, or choose another --workdir"
         )
 
 

@@ -131,7 +131,7 @@ def check_weights_given(config: ConfigDict) -> None:
     if config.model == PLANTED:
         if config.checkpoint:
             raise ValueError(
-                f"config.model={PLANTED} makes its own weights: name that of "
+                f"config.model={PLANTED} makes its own weights; give the model of "
                 f"{config.checkpoint} by --config.model: {', '.join(vit.CONFIGS)}"
             )
         return
@@ -141,16 +141,16 @@ def check_weights_given(config: ConfigDict) -> None:
             f"{', '.join(vit.CONFIGS)}"
         )
     if not config.checkpoint:
-        raise ValueError(f"no weights of {config.model}. {how_to_get(config.model)}")
+        raise ValueError(f"no weights of {config.model}; {how_to_get(config.model)}")
     path = paths.as_path(config.checkpoint)
     if paths.is_remote(path) and path.suffix in (".pth", ".safetensors"):
         raise ValueError(
-            f"config.checkpoint={path}: PyTorch files are read from a disk. Convert it "
+            f"config.checkpoint={path}: PyTorch files are read from a disk; convert it "
             "there (`python -m convert to-jax`) and copy the directory to the bucket"
         )
     if not path.exists():
         raise FileNotFoundError(
-            f"{config.checkpoint} does not exist. {how_to_get(config.model)}"
+            f"{config.checkpoint} does not exist; {how_to_get(config.model)}"
         )
 
 
@@ -163,7 +163,7 @@ def how_to_get(model: str) -> str:
     """What to fetch for a hub model, and the command that converts it."""
     url = fetch.hub_url(model)
     return (
-        f"Fetch {url}, run `python -m convert to-jax {Path(url).name} {model}` and "
+        f"fetch {url}, run `python -m convert to-jax {Path(url).name} {model}` and "
         f"add --config.checkpoint={model}"
     )
 

@@ -127,9 +127,9 @@ class Workdir:
         )
         if changed and not force:
             raise ValueError(
-                f"{self.path} holds a run with another config: {changed}. Choose "
-                "another --workdir, or go on with what it was started with; --force "
-                "goes on with the new one"
+                f"{self.path} holds a run with another config: {changed}; choose "
+                "another --workdir, or use the config of the first start, or --force "
+                "to go on with the new one"
             )
         self._config = config.to_dict()
         if not self.writes or not (first or changed):
@@ -140,8 +140,8 @@ class Workdir:
                 number += 1
             files.write(before, path.read_text())
             cli.warn(
-                f"{self.path} goes on with another config: {changed}. The one "
-                f"before is {before.name}"
+                f"{self.path} goes on with another config: {changed}; the "
+                f"previous one is {before.name}"
             )
         files.write(path, json.dumps(self._config, indent=2) + "\n")
 

@@ -21,7 +21,7 @@ class Options:
       method, num_probes, seed: of the directions, see `defects.singular_defects`; the
         seed also draws the random directions.
       gammas: thresholds of the clamped models.
-      blocks: shown one by one; None: four at even distances, the last among them (9,
+      blocks: shown one by one; None: four, evenly spaced, including the last (9,
         19, 29 and 39 of a giant).
 
     Raises:

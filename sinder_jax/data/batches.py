@@ -118,9 +118,9 @@ def stream(
     """Reads a training list over and over, from position `start` on.
 
     Image k is photographs[k % n], resized and normalized, for any number of threads and
-    workers. A stream started at k continues one that got there. It starts from k alone,
-    because Grain can restore the state of an iterator only on as many workers and hosts
-    as saved it. An unreadable file keeps its place, with zeros for pixels.
+    workers. A stream started at k continues one that has reached k. It starts from k
+    alone, because Grain can restore the state of an iterator only on as many workers
+    and hosts as saved it. An unreadable file keeps its place, with zeros for pixels.
 
     Closing the stream ends its reading threads and workers. Workers ignore Ctrl-C and
     SIGTERM, which a terminal or batch system sends to them too, and end when this
@@ -195,12 +195,12 @@ def stream(
 
 
 def check_resize(resize: str, batch_size: int) -> None:
-    """Raises ValueError unless `resize` is known and allows so large a batch."""
+    """Raises ValueError unless `resize` is known and allows this batch size."""
     if resize not in RESIZES:
         raise ValueError(f"got resize={resize!r}, expected {' or '.join(RESIZES)}")
     if resize == "keep" and batch_size != 1:
         raise ValueError(
-            f"got {batch_size} images a step, expected 1: resize=keep gives images "
+            f"got {batch_size} images per step, expected 1: resize=keep gives images "
             "of several shapes"
         )
 

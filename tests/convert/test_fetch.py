@@ -276,7 +276,7 @@ def test_full_disk_names_the_variable_of_the_cache(cache, monkeypatch):
     usage = types.SimpleNamespace(free=1000)
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: usage)
     message = failed_download()
-    assert "it needs 2.0 kB, free are 1.0 kB; make room or" in message
+    assert "it needs 2.0 kB, 1.0 kB are free; make room or" in message
     assert "set SINDER_CACHE to another folder" in message
 
 

@@ -558,7 +558,7 @@ def test_help_is_shown_without_loading_jax():
              "--figures=forecast,spectra,eigenvalues"),
         (["--figures=forecast", "--gamma=0"], "--gamma must be above 0, got 0"),
         (["--figures=forecast", "--gamma=1,-2"], "--gamma must be above 0, got -2"),
-        (["--figures=forecast", "--gamma=x"], "--gamma must be numbers with commas"),
+        (["--figures=forecast", "--gamma=x"], "--gamma must be numbers separated"),
         (["--figures=spectra", "--blocks=1,3"], "there is no block 3: the model has"),
         (["--figures=spectra", "--blocks=1.5"], "--blocks must be whole numbers"),
         (["--figures=forecast", "--config.widow=3"], "did you mean window"),

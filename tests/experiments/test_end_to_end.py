@@ -196,7 +196,7 @@ def test_the_summary_counts_what_the_metrics_list(finished):
 def test_the_output_tells_the_way_and_the_result(finished):
     lines = finished.output.splitlines()
     assert lines[0] == "4 photographs to repair on, 4 others held out"
-    assert lines[1].startswith("1 images a step on 1 x ")
+    assert lines[1].startswith("1 images per step on 1 x ")
     progress = [line for line in lines if re.match(r"image \d+/400  ", line)]
     assert len(progress) == summary(finished)["images"] // 10  # log_every
     assert progress[0].startswith(f"image 10/400  block {planted.BLOCK}  loss ")
@@ -316,7 +316,7 @@ def test_another_config_is_refused_with_the_difference(finished, capsys):
         capsys, *TINY, "--config.lr=0.5", "--config.seed=2", workdir=finished.path
     )
     assert (
-        "holds a run with another config: lr was 0.02 and is 0.5; seed was 1 and is 2."
+        "holds a run with another config: lr was 0.02 and is 0.5; seed was 1 and is 2;"
         in line
     )
     assert contents(finished.path) == before
@@ -411,7 +411,7 @@ def test_two_devices_share_the_images_of_a_step(tmp_path, monkeypatch):
         pytest.skip("needs two devices")
     arguments = ("--config=tiny.py", NO_PICTURES, "--config.measure_images=2")
     both = run(tmp_path / "both", *arguments)
-    assert "2 images a step on 2 x " in both.output
+    assert "2 images per step on 2 x " in both.output
     stored = json.loads((both.path / "config.json").read_text())
     assert stored["images_per_step"] == 2
     told, lines = summary(both), rows(both.path)
@@ -435,7 +435,7 @@ def test_two_devices_share_the_images_of_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: devices)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     resumed = run(alone, *arguments)
-    assert "2 images a step on 1 x " in resumed.output
+    assert "2 images per step on 1 x " in resumed.output
     assert_same_trajectory(alone, both.path)
 
 
@@ -604,17 +604,17 @@ def failure(capsys, *arguments: object, workdir: Path | None = None) -> str:
         ),
         (["--config=tiny.py", "--config.data=bad"], "none of the 2 images of bad can"),
         (["--config=tiny.py", "--config.model=x"], "config.model=x is unknown"),
-        (["--config=giant.py"], "no weights of dinov2_vitg14. Fetch"),
+        (["--config=giant.py"], "no weights of dinov2_vitg14; fetch"),
         (
             ["--config=giant.py", "--config.data=sample"],
-            "no weights of dinov2_vitg14. Fetch https://.*/dinov2_vitg14/dinov2_vitg14_"
+            "no weights of dinov2_vitg14; fetch https://.*/dinov2_vitg14/dinov2_vitg14_"
             "pretrain.pth, run `python -m convert to-jax dinov2_vitg14_pretrain.pth "
             "dinov2_vitg14` and add --config.checkpoint=dinov2_vitg14",
         ),
         (
             ["--config=large.py", "--config.model=dinov2_vitl14_reg"]
             + ["--config.data=sample", "--config.checkpoint=nowhere"],
-            "nowhere does not exist. Fetch https://.*/dinov2_vitl14/dinov2_vitl14_reg4_"
+            "nowhere does not exist; fetch https://.*/dinov2_vitl14/dinov2_vitl14_reg4_"
             "pretrain.pth, run `python -m convert to-jax dinov2_vitl14_reg4_pretrain",
         ),
     ],
@@ -814,7 +814,7 @@ def test_the_program_ends_with_code_2_and_one_line(tmp_path):
     """A process of its own: nothing else writes to stderr."""
     done = program("--config", "giant.py", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: no weights of dinov2_vitg14. Fetch https")
+    assert done.stderr.startswith("error: no weights of dinov2_vitg14; fetch https")
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
 

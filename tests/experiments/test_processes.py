@@ -125,7 +125,7 @@ def test_two_processes_give_the_bytes_of_one_from_data_to_export(alone, tmp_path
     assert errors_of(told[0]) == errors_of(told[1]) == []
     told = Processes(2, workdir, *SHORT).ended(0, 0)
     assert f"going on after {stopped['images']} images" in told[0][0]
-    assert "4 images a step on 4 x cpu" in told[0][0]
+    assert "4 images per step on 4 x cpu" in told[0][0]
     assert "photographs" not in told[1][0]  # only the first one tells
     assert_same(workdir, alone)
 

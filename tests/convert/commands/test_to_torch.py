@@ -103,7 +103,7 @@ def test_what_a_layout_cannot_say_is_said(tmp_path, capsys):
     run("to-torch", tmp_path / "plain", tmp_path / "hf", "--layout=hf")
     assert "hf resamples the position embedding" in capsys.readouterr().out
     run("to-jax", tmp_path / "hf", tmp_path / "back")
-    assert "--interpolate-offset=0 is its way" in capsys.readouterr().out
+    assert "--interpolate-offset=0 does the same" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("layout", layouts.WRITTEN)

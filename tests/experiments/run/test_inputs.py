@@ -1,4 +1,4 @@
-"""experiments/inputs.py: photographs, weights, and how to get what is missing."""
+"""run/inputs.py: photographs, weights, and how to get what is missing."""
 
 import dataclasses
 import os
@@ -170,7 +170,7 @@ def test_the_way_to_the_weights_names_file_command_and_option(name):
     size, registers = name[len("dinov2_vit") :][0], name.endswith("_reg")
     file = f"dinov2_vit{size}14{'_reg4' if registers else ''}_pretrain.pth"
     assert inputs.how_to_get(name) == (
-        f"Fetch https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{size}14/{file}, run "
+        f"fetch https://dl.fbaipublicfiles.com/dinov2/dinov2_vit{size}14/{file}, run "
         f"`python -m convert to-jax {file} {name}` and add --config.checkpoint={name}"
     )
 
@@ -187,11 +187,11 @@ def test_a_missing_checkpoint_says_how_to_get_it(name, tmp_path):
     way = inputs.how_to_get(name)
     with pytest.raises(ValueError) as caught:
         inputs.check_weights_given(config(model=name))
-    assert str(caught.value) == f"no weights of {name}. {way}"
+    assert str(caught.value) == f"no weights of {name}; {way}"
     missing = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError) as caught:
         inputs.check_weights_given(config(model=name, checkpoint=missing))
-    assert str(caught.value) == f"{missing} does not exist. {way}"
+    assert str(caught.value) == f"{missing} does not exist; {way}"
 
 
 def test_an_unknown_model_lists_the_known_ones():

@@ -53,7 +53,7 @@ def run(tracer, positions, calls):
     ("positions", "asked"),
     [
         (range(10), [3, 6]),
-        (range(0, 20, 4), [4, 8]),  # four images a step
+        (range(0, 20, 4), [4, 8]),  # four images per step
         (range(5, 10), [5, 6]),  # resumed in the middle
         ([*range(5)], [3]),  # the loop ends in between
     ],

@@ -1,4 +1,4 @@
-"""experiments/workdir.py: what a run stores, and what a second start makes of it."""
+"""run/workdir.py: what a run stores, and what a second start makes of it."""
 
 import json
 import shutil
@@ -93,8 +93,8 @@ def test_a_changed_config_is_refused_with_all_differences(tmp_path):
         )
     assert str(caught.value) == (
         f"{tmp_path} holds a run with another config: data was 'sample' and is "
-        "'photos'; lr was 0.02 and is 0.5. Choose another --workdir, or go on with "
-        "what it was started with; --force goes on with the new one"
+        "'photos'; lr was 0.02 and is 0.5; choose another --workdir, or use the "
+        "config of the first start, or --force to go on with the new one"
     )
     with pytest.raises(ValueError, match="images_per_step was 3 and is 2"):
         workdir.settle_config(config(images_per_step=2), images_per_step=3)

@@ -249,8 +249,8 @@ def test_paragraph_says_where_and_how_strong():
     ("change", "want"),
     [
         ({"forecast": 4}, "The forecast named block 4"),
-        ({"forecast": -1}, "The forecast had not seen it"),
-        ({"seen": (0, 3), "ratio": 1.4}, "the direction is there, the trigger is not"),
+        ({"forecast": -1}, "The forecast did not see it"),
+        ({"seen": (0, 3), "ratio": 1.4}, "these photographs do not trigger it"),
         ({"seen": (0, 3)}, "17.0 times as long as the median, but too few of them lie"),
         ({"seen": (0, 1), "ratio": 1.4}, "None of 1 photograph shows one"),
     ],
@@ -264,7 +264,7 @@ def test_paragraph_says_where_forecast_and_photographs_differ(change, want):
     ("before", "after", "want"),
     [
         (DEFECT, SOUND, "The defect of the first model is gone in the second."),
-        (DEFECT, TRACES, "is gone in the second, but not all of it."),
+        (DEFECT, TRACES, "is weaker in the second, but not gone."),
         (DEFECT, DEFECT, "the verdict does not change"),
         (SOUND, DEFECT, "The second model is worse than the first."),
     ],
