@@ -79,7 +79,7 @@ def singular_defects(
       params: the params tree.
       method: "analytic" takes the exact linear fit of each FFN; "monte_carlo" fits
         it to random probes as the authors do (`anomaly_dir_mlp_ls` of their code) and
-        agrees as 1/√num_probes.
+        agrees to about 1/√num_probes.
       key: random key of the probes; None means `jax.random.key(0)`.
       num_probes: probes per block, at least D.
       progress: called after each block.

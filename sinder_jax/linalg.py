@@ -37,8 +37,8 @@ _Result = TypeVar("_Result")
 def one_thread() -> Any:
     """Context in which LAPACK uses one thread, so that results do not depend on cores.
 
-    Of several threads, the number changes the order of LAPACK's sums, and with it how
-    singular vectors of close singular values are turned.
+    The number of threads changes the order of LAPACK's sums, and so how the singular
+    vectors of close singular values are turned.
     """
     return threadpool_limits(1)
 

@@ -35,7 +35,8 @@ class Model:
       path: where the model is stored; None for a model in memory.
       provenance: {"source", "layout", "sha256", "tool", "steps"}: the file that first
         held the weights, and what was done to them since. Empty if unknown.
-      known_digest: the digest that the files state or all leaves gave; None until then.
+      known_digest: the digest that the files state or that all leaves gave; None while
+        it is unknown.
       sha256: SHA-256 of the leaves, by flat name, as far as the files state it.
       torch: the tensors of PyTorch files, a `convert.state_dict.TorchModel`; None for a
         checkpoint or a model in memory.
@@ -192,7 +193,7 @@ def save(path: StrPath, model: Model) -> str:
 def description(
     config: ViTConfig, provenance: Mapping[str, Any], digest: str = ""
 ) -> dict[str, Any]:
-    """What a file of ours says of the model it holds, as JSON values."""
+    """What a file of this program says about its model, as JSON values."""
     return {
         "config": config.as_dict(),
         "provenance": dict(provenance),
@@ -201,7 +202,7 @@ def description(
 
 
 class Description(NamedTuple):
-    """What a file of ours says of the model it holds."""
+    """What a file of this program says about its model."""
 
     config: ViTConfig
     provenance: dict[str, Any]

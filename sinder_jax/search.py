@@ -4,7 +4,7 @@
     defect --neighbor loss--> d_tokens --back through the active blocks--> ∂loss/∂ε
 
 No block after the defect is computed, and no gradient before the window. The search
-keeps what the last blocks computed, so that the way back runs no block a second time.
+keeps what the last blocks computed, so that the backward pass runs no block twice.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ class Search(NamedTuple):
     Attributes:
       block: blocks run so far.
       tokens: output of the last of them [1, T, D].
-      traces: ring buffer: what block i computed on the way, at i modulo its length A;
+      traces: ring buffer: intermediate results of block i, at i modulo its length A;
         a `vit.BlockTrace` of [A, 1, T, ...].
       mask: outliers of the last block [H, W].
       found: True if they are enough to make a defect.
@@ -88,10 +88,10 @@ def image_results(
 
 @dataclasses.dataclass(frozen=True)
 class _Walk:
-    """The way of one image through the blocks, there and back.
+    """One image's search through the blocks, and the backward pass.
 
     If arrays are split over devices, all devices walk in step, each with an image of
-    its own, and a device that has arrived waits for the others.
+    its own, and a device that has finished waits for the others.
     """
 
     config: ViTConfig
@@ -240,8 +240,8 @@ class _Walk:
     ) -> tuple[Weights, Tokens]:
         """∂loss/∂ε and ∂loss/∂input of a block, stage by stage from its trace.
 
-        The values of the stages are known, so that only the way back through each of
-        them is left: XLA drops the products that would compute the values again.
+        The values of the stages are known, so that only the backward pass of each is
+        left: XLA drops the products that would compute the values again.
         """
         d_eps = []
 

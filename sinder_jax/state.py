@@ -45,7 +45,7 @@ class RepairOptions:
         authors' setting) or "default".
       max_iter: stop after this many images.
       history: number of last images the stopping rule looks at.
-      stop_share: stop when this share of them had no defect, above 0 to 1.
+      stop_share: stop when this share of them had no defect, above 0 and at most 1.
 
     Raises:
       ValueError: an option out of range.
@@ -111,8 +111,8 @@ class RepairState:
         not saved.
       num_images: images passed so far, which is also the position in the training list;
         int32, as the other counts.
-      had_defect: ring buffer over the last images that counted, bool [history]; starts
-        as "had one".
+      had_defect: ring buffer over the last images that counted, bool [history]; all
+        True at the start.
       num_counted: how many images entered `had_defect`.
       num_bad: images whose loss or gradient was not finite.
       bad_in_row: how many of them came last, in a row.

@@ -29,7 +29,7 @@ def apply(
       base: the model that the delta was made for, in any layout.
       delta_path: a file written by `diff`.
       destination: a file, or a directory if `base` is one, that does not exist.
-      scale: the share of the change to apply, above 0 to 1.
+      scale: the share of the change to apply, above 0 and at most 1.
       num_heads: None: what the files say, or embed_dim // 64.
     """
     delta.check_scale(scale)

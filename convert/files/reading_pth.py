@@ -1,6 +1,6 @@
 """Reads PyTorch's own files, .pth, .pt and .bin, without running code from them.
 
-    file --checked unopened--> torch.load(weights_only, mapped) --> StateDict
+    file --checked first--> torch.load(weights_only, mapped) --> StateDict
 
 A pickle is taken apart before torch sees it: it may name tensors and nothing else, and
 neither it nor the archive around it may ask for memory that the file has no bytes for.

@@ -1,1 +1,1 @@
-"""What tokens and weights say of singular defects: numbers, no drawing."""
+"""Singular defects as seen in tokens and weights: numbers, no drawing."""

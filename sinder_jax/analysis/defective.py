@@ -108,9 +108,10 @@ def is_defective(
 ) -> Bool[Array, "*images H W"]:
     """Marks the tokens that lie along the singular defect direction and are large.
 
-    Along it: detected by equation 5, or closer than ALONG, for where every fourth token
-    is defective none is an outlier. Direction alone would not do: at 4 standard
-    deviations, about two of 1,369 normally distributed cosines are outliers.
+    A token lies along the direction if equation 5 detects it or its angle is below
+    ALONG: where a quarter of the tokens are defective, none is an outlier. Direction
+    alone is not enough: at 4 standard deviations, about two of 1,369 normally
+    distributed cosines are outliers.
 
     Args:
       norms: of the tokens.
@@ -125,7 +126,7 @@ def is_defective(
 
 
 class TokenMaps(NamedTuple):
-    """What there is to see of one image's patch tokens.
+    """Maps of one image's patch tokens, ready to draw.
 
     Attributes:
       pca: principal components as colors, from `pca.pca_rgb`.
@@ -183,7 +184,7 @@ def measure(
     Returns:
       For "before" and "after": the number of outliers along the direction, the number
       of large norms, and the norm ratio. And the mean cosine, before to after, of the
-      tokens that neither sign called defective before.
+      tokens that were defective before by neither criterion.
     """
     numbers: dict[str, int | float] = {}
     flawed = []

@@ -69,8 +69,8 @@ class Forecast(NamedTuple):
     """What the weights say about singular defects.
 
     Attributes:
-      block: in which the defect appears, from 0: the first one of the longest stretch,
-        of equally long ones the earliest; -1 without defect.
+      block: in which the defect appears, from 0: the first of the longest stretch, or
+        of the earliest one if several are as long; -1 without defect.
       stretches: all of them, see `stretches`; empty without defect.
       directions: ν_i, leading left singular vector of each running product G_i = E_i·…
         ·E_0; unit rows, any sign.
@@ -98,7 +98,7 @@ class Forecast(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """All this in plain words."""
+        """The forecast in plain words."""
         gaps, turns, last_block = self.gaps, self.turns, len(self.gaps) - 1
         if not self.has_defect:
             widest = int(np.argmax(gaps))
@@ -143,7 +143,7 @@ def forecast(
     count: int = 10,
     progress: Progress | None = None,
 ) -> Forecast:
-    """Tells from the weights whether there is a defect, where, and what carries it.
+    """Forecasts from the weights whether and where there is a defect, and its causes.
 
     Args:
       config: the architecture.
@@ -176,7 +176,7 @@ def forecast(
 def stretches(
     gaps: Float[np.ndarray, " L"], turns: Float[np.ndarray, " L"]
 ) -> tuple[Stretch, ...]:
-    """Runs of blocks in which one direction stands out and stays what it is.
+    """Finds runs of blocks in which one direction stands out and hardly turns.
 
     Within a run every gap is at least `MIN_GAP`, and no direction turns by more than
     `MAX_TURN` to the next one.

@@ -213,7 +213,7 @@ def separation(
 
     Args:
       values: any score, for instance minus the angles to ν_i.
-      positives: the defective tokens, told by another sign, for instance their norms.
+      positives: the defective tokens by another criterion, such as their norms.
 
     Returns:
       NaN if all or none of the tokens are positive.

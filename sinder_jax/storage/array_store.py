@@ -187,7 +187,7 @@ class Reader:
             )
 
     def _restore(self, name: str, part: int) -> np.ndarray:
-        """One array: asked for many, Orbax prints a traceback per broken array."""
+        """Reads one array; of several, Orbax prints a traceback per broken one."""
         to_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
         args = ocp.args.PyTreeRestore(
             param_tree.unflatten({name: np.empty(0)}),

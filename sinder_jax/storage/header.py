@@ -78,7 +78,7 @@ def _sha256_of(found: Mapping[str, Any]) -> str:
 
 
 def check_header(path: AnyPath, found: Any) -> None:
-    """Refuses a header that this program did not write as it is.
+    """Refuses a header that is not exactly as this program wrote it.
 
     Raises:
       DamagedError: it was changed, or describes something other than arrays.

@@ -76,7 +76,7 @@ class Snapshots:
         """Starts to save a state; does nothing if it is stored already.
 
         Copies the arrays before it returns, so that they may be changed or donated.
-        Waits for the save before, if that is not finished.
+        Waits for the previous save to finish.
 
         Args:
           num_images: images passed so far, which names the snapshot.
@@ -84,7 +84,7 @@ class Snapshots:
           metadata: JSON values to store with it, besides `num_images` and `versions`.
 
         Raises:
-          OSError: this snapshot or the one before cannot be written.
+          OSError: this snapshot or the previous one cannot be written.
           ValueError: an array or the metadata cannot be stored.
         """
         self.wait()

@@ -1,6 +1,6 @@
 """The number of devices does not change a bit: in a process with eight simulated ones.
 
-1, 2, 4 and 8 of them share the same eight images a step, each with the whole model or
+1, 2, 4 and 8 of them share the same eight images per step, each with the whole model or
 with the model split over them.
 """
 

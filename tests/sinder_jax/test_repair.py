@@ -36,7 +36,7 @@ Tree = dict[str, Any]
 
 
 class Run(NamedTuple):
-    """A recorded run made again, one image a step."""
+    """A recorded run made again, one image per step."""
 
     name: str
     analytic: bool  # directions computed by us
@@ -285,7 +285,7 @@ def test_zero_gradients_instead_would_move_that_block():
             assert relative(step, 0.9 * left["eps"][kernel][block]) < 1e-3
 
 
-# --- Several images a step ------------------------------------------------------------
+# --- Several images per step ----------------------------------------------------------
 
 
 @functools.cache

@@ -181,7 +181,7 @@ def test_closing_the_stream_ends_its_threads(photos):
         ({"part": (-1, 2)}, r"got part=\(-1, 2\)"),
         ({"part": (0, 2), "batch_size": 3}, "got batch_size=3, .* the 2 parts"),
         ({"resize": "squeeze"}, "got resize=.squeeze., expected crop or keep"),
-        ({"resize": "keep", "batch_size": 2}, "got 2 images a step, expected 1"),
+        ({"resize": "keep", "batch_size": 2}, "got 2 images per step, expected 1"),
     ],
 )
 def test_wrong_arguments_raise_at_the_call(photos, options, message):
