@@ -58,11 +58,11 @@ def open_model(
         if not path.exists():
             raise ValueError(
                 f"{path.parent}: this repair has not finished, there is no repaired "
-                "model yet: go on with it, or give the model it started from"
+                "model yet: resume it, or give the model it started from"
             )
     if not (path / "metadata").exists():
         raise ValueError(
-            f"{path}: not a checkpoint, but a directory without metadata of ours and "
+            f"{path}: not a checkpoint, but a directory without our metadata and "
             f"without {' or '.join(reading.WEIGHTS)}"
         )
     model = models.open_checkpoint(path)
@@ -110,7 +110,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _description(path: Path, metadata: Mapping[str, str]) -> models.Description | None:
-    """What a file of ours says of its model; None for other files."""
+    """What a file of this program says about its model; None for other files."""
     if ENTRY not in metadata:
         return None
     try:

@@ -72,7 +72,7 @@ def save(
 
 
 def description(model: Model, digest: str) -> dict[str, str]:
-    """Metadata of a file of ours, which `opening.open_model` reads.
+    """Metadata of an exported file, which `opening.open_model` reads.
 
     Args:
       model: the model in the file.

@@ -224,7 +224,7 @@ def open_models(
 
 
 def claim(out: Path, digest: str, *, overwrite: bool) -> None:
-    """Makes the folder, or goes on in a folder that holds this model's analysis.
+    """Makes the folder, or reuses a folder that holds this model's analysis.
 
     Args:
       out: the folder.

@@ -4,7 +4,7 @@
 
 Everything goes into the workdir (`run.workdir` lists the files). Started again with the
 same workdir, the run continues where it was: after a kill, on other devices, in another
-number of processes. A run that is told to stop saves its state and ends with exit code
+number of processes. A run that is asked to stop saves its state and ends with exit code
 75.
 """
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the command line without the program's name; None means the process's own.
 
     Returns:
-      The exit code: 0, or 75 for a run that was told to stop.
+      The exit code: 0, or 75 for a run that was asked to stop.
 
     Raises:
       ValueError, OSError, FloatingPointError: what `cli.exit_on_error` shows the user.
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if processes.from_first(np.array(saved is not None)):
             saved = processes.from_first(saved or repair.to_saved(state))
             state = repair.from_saved(model, params, frozen, saved)
-            say(f"going on after {int(state.num_images)} images")
+            say(f"resuming after {int(state.num_images)} images")
         start = position = int(state.num_images)
         if first:
             workdir.rewind_metrics(position)
@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 workdir.write_summary(summary)
                 print(
                     f"stopped after {summary['images']} images, all saved in "
-                    f"{workdir.path}: the same command goes on"
+                    f"{workdir.path}: run the same command to resume"
                 )
             heartbeat.phase(f"stopped: {stopped_by}")
             return cli.TRY_AGAIN

@@ -202,7 +202,7 @@ def lines(status: Mapping[str, Any]) -> list[str]:
     command = f": the first command again, --workdir={now.workdir}"
     if now.command:
         command = f"{' on every host' if many else ''}: {now.command}"
-    next_ = "" if now.alive else f"to go on{command}"
+    next_ = "" if now.alive else f"to resume{command}"
     if now.finished:
         files = ", ".join([*map(str, now.files), run_files.SUMMARY])
         next_ = f"results in {now.workdir}: {files}"

@@ -10,7 +10,7 @@
 #   scripts/tpu_pod.sh stop                   # finish the step, save, end
 #   scripts/tpu_pod.sh delete
 #
-# After a preemption: delete, create, setup and the same run again; it goes on.
+# After a preemption: delete, create, setup and the same run again: it resumes.
 set -eu
 
 : "${TPU:?the name of the TPU}" "${ZONE:?the zone of the TPU}"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Starts a command again when its exit code says that it can go on:
+# Starts a command again when its exit code says that it can be resumed:
 #
 #   scripts/until_done.sh python -m experiments.repair --config=giant.py --workdir=...
 #
-#   75        it was told to stop and has saved: always
+#   75        it was asked to stop and has saved: always
 #   134, 137  JAX ended it because another process of the run died, or it was killed
 #             itself: unless it ends so TRIES=5 times in a row, each time within ten
 #             minutes of its start
@@ -45,7 +45,7 @@ while true; do
   done
   wait "$child" 2>/dev/null
   ended=$?
-  ((ended == 127)) || code=$ended # 127: `wait` has told it before
+  ((ended == 127)) || code=$ended # 127: an earlier `wait` has returned it
   child=
   case $code in
     75) crashes=0 ;;

@@ -4,7 +4,7 @@
     leaf of the params <--from_tensors / to_tensors--> the tensors it is made of
 
 A row says which PyTorch tensor is which part of which leaf and how its axes move; the
-way back swaps the two sides of the same pattern. Axes move and numbers stay, so that
+inverse swaps the two sides of the same pattern. Axes move and numbers stay, so that
 converting there and back returns the same bytes. The one exception is timm's class
 token in models with registers: its position embedding is added to it for good.
 """
@@ -142,7 +142,7 @@ def _slot(row: Row, block: Index, shapes: Mapping[str, tuple[int, ...]]) -> Slot
 
 
 def inverse(pattern: str) -> str:
-    """The einops pattern of the way back."""
+    """The einops pattern of the inverse."""
     torch_axes, jax_axes = pattern.split(" -> ")
     return f"{jax_axes} -> {torch_axes}"
 

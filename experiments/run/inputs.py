@@ -172,7 +172,7 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
     """Opens the model to repair; its config resamples as the run's config says.
 
     Args:
-      config: names model and checkpoint: a directory of ours, on a disk or in a bucket,
+      config: names the model and its weights: a checkpoint directory, also in a bucket,
         or PyTorch files.
       planted_file: where a planted model is written, and read like any other.
 

@@ -90,7 +90,7 @@ class Runner:
         return metrics
 
     def saved(self) -> dict[str, Any]:
-        """What must be stored to go on, as host arrays (`repair.to_saved`)."""
+        """What must be stored to resume, as host arrays (`repair.to_saved`)."""
         return jax.tree.map(np.array, placement.gather(repair.to_saved(self._state)))
 
     def params(self) -> dict[str, Any]:

@@ -43,7 +43,9 @@ class Stopping:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if isinstance(error, Stopped):
-            print(f"stopped by {error}: the same command goes on", file=sys.stderr)
+            print(
+                f"stopped by {error}: run the same command to resume", file=sys.stderr
+            )
         return isinstance(error, Stopped)
 
     def finish_steps(self, yes: bool = True) -> None:

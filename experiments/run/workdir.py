@@ -21,7 +21,7 @@ from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.snapshots import Snapshots
 
-# Keys that may change when a run goes on: they do not change the result.
+# Keys that may change when a run is resumed: they do not affect the result.
 FREE_KEYS = (
     "checkpoint",
     "checkpoint_every",
@@ -109,7 +109,7 @@ class Workdir:
           config: an `images_per_step` of 0 is replaced by the stored number or, at the
             first start, by the argument.
           images_per_step: for the first start.
-          force: go on with a config that changes the result. Keeps the previous config
+          force: resume with a config that changes the result. Keeps the previous config
             as config.json.before_1 and so on.
 
         Raises:
@@ -129,7 +129,7 @@ class Workdir:
             raise ValueError(
                 f"{self.path} holds a run with another config: {changed}; choose "
                 "another --workdir, or use the config of the first start, or --force "
-                "to go on with the new one"
+                "to resume with the new one"
             )
         self._config = config.to_dict()
         if not self.writes or not (first or changed):
@@ -158,7 +158,7 @@ class Workdir:
         settled = not self._config or (self.path / run_files.CONFIG).exists()
         if not (self.path.is_dir() and settled):
             raise FileNotFoundError(
-                f"--workdir={self.path} was removed while the run was going on: "
+                f"--workdir={self.path} was removed during the run: "
                 "nothing more is written"
             )
 

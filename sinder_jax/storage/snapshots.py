@@ -1,4 +1,4 @@
-"""Snapshots of a run's state, saved while it goes on and found again after a kill.
+"""Snapshots of a run's state, saved in the background and loaded after a kill.
 
     state --save--> copy on the host --in the background--> FOLDER/00000120
     FOLDER --load_newest--> the newest snapshot that is not damaged

@@ -346,13 +346,13 @@ def test_a_run_interrupted_everywhere_is_the_uninterrupted_one(
             # Keys that do not change the result may be changed at a restart.
             free = ["--config.log_every=5", "--config.checkpoint_every=7"]
             repair.main([*TINY, NO_PICTURES, *free, f"--workdir={workdir}"])
-    assert "going on after 20 images\n" in output.getvalue()
+    assert "resuming after 20 images\n" in output.getvalue()
     assert "directions of" not in output.getvalue()  # computed once
     assert (workdir / "repaired").exists() and not (workdir / "summary.json").exists()
 
     last = run(workdir, *TINY, NO_PICTURES)
     images = summary(finished)["images"]
-    assert f"going on after {images} images\n" in last.output
+    assert f"resuming after {images} images\n" in last.output
     assert_same_run(workdir, finished.path)
     told, expected = summary(last), summary(finished)
     del told["seconds"], expected["seconds"]
@@ -374,7 +374,7 @@ def test_a_damaged_state_is_set_aside_and_the_one_before_taken(
     last = run(workdir, *TINY, NO_PICTURES)
     warning = capsys.readouterr().err
     assert "eps/mlp/w3" in warning and "going on from the one before" in warning
-    assert "going on after 20 images\n" in last.output
+    assert "resuming after 20 images\n" in last.output
     assert (workdir / "states/00000040.damaged").is_dir()
     assert_same_run(workdir, finished.path)
 
@@ -397,7 +397,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(finished, tmp_path):
     assert process.returncode == -signal.SIGKILL, errors
     assert 25 <= len(metrics.read_text().splitlines()) < summary(finished)["images"]
     again = run(workdir, *TINY, NO_PICTURES)
-    assert re.search(r"going on after (2|4|6)0 images\n", again.output)
+    assert re.search(r"resuming after (2|4|6)0 images\n", again.output)
     assert_same_run(workdir, finished.path)
 
 
@@ -428,7 +428,7 @@ def test_two_devices_share_the_images_of_a_step(tmp_path, monkeypatch):
         run(again, *arguments)
     shutil.copytree(again, alone)
     resumed = run(again, *arguments)
-    assert "going on after 20 images" in resumed.output
+    assert "resuming after 20 images" in resumed.output
     assert_same_run(again, both.path)
 
     devices = jax.local_devices()[:1]

@@ -124,7 +124,7 @@ def test_two_processes_give_the_bytes_of_one_from_data_to_export(alone, tmp_path
     assert [name for name in contents(workdir) if "repaired" in name] == []
     assert errors_of(told[0]) == errors_of(told[1]) == []
     told = Processes(2, workdir, *SHORT).ended(0, 0)
-    assert f"going on after {stopped['images']} images" in told[0][0]
+    assert f"resuming after {stopped['images']} images" in told[0][0]
     assert "4 images per step on 4 x cpu" in told[0][0]
     assert "photographs" not in told[1][0]  # only the first one tells
     assert_same(workdir, alone)
@@ -164,7 +164,7 @@ def test_after_a_kill_both_go_on_under_until_done_to_the_same_bytes(victim, tmp_
     codes = {victim: 137, 1 - victim: 134}
     for process, (_, errors) in enumerate(told):
         assert f"exit code {codes[process]}: starting again in 2 s" in errors
-    assert "going on after" in told[0][0]
+    assert "resuming after" in told[0][0]
     assert_same(workdir, tmp_path / "alone")
 
 

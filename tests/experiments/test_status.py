@@ -149,7 +149,7 @@ def test_a_dead_run_says_how_to_go_on(tmp_path):
         "DEAD while repairing: process 17 on another is silent, last sign of life "
         "16 min 50 s ago"
     )
-    assert shown["next"] == f"to go on on every host: {sign()['command']}"
+    assert shown["next"] == f"to resume on every host: {sign()['command']}"
     assert "img/s" not in shown["images"]
 
 
@@ -166,7 +166,7 @@ def test_a_dead_process_of_this_host_is_seen_at_once(tmp_path):
 def test_a_run_that_ended_says_why_and_how_to_go_on(phase, tmp_path):
     shown = screen(make(tmp_path, alive=sign(phase=phase, processes=1, command="")))
     assert shown["state"].startswith(f"not running: {phase}")
-    assert shown["next"].startswith("to go on: the first command again")
+    assert shown["next"].startswith("to resume: the first command again")
 
 
 def test_a_finished_run_says_where_its_results_are(tmp_path):
@@ -183,7 +183,7 @@ def test_a_summary_of_a_run_that_was_stopped_is_not_the_end(tmp_path):
     alive = sign(phase="stopped: preempted")
     workdir = make(tmp_path, alive=alive, summary={"finished": False, "images": 8})
     assert not read(workdir)["finished"]
-    assert screen(workdir)["next"].startswith("to go on")
+    assert screen(workdir)["next"].startswith("to resume")
 
 
 def test_where_metrics_come_late_the_sign_of_life_counts_the_images(tmp_path):

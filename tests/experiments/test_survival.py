@@ -114,7 +114,7 @@ def test_stopped_after_any_step_it_goes_on_to_the_same_bits(
     assert told["stopped_by"] in ("SIGTERM", "SIGINT")
     assert not (workdir / "repaired").exists()
     assert int(state_of(workdir)["num_images"]) == k
-    assert f"going on after {k} images" in run(workdir, *SHORT)
+    assert f"resuming after {k} images" in run(workdir, *SHORT)
     assert_same(workdir, whole)
     assert json.loads((workdir / "summary.json").read_text())["finished"] is True
 
@@ -128,7 +128,9 @@ def test_stopped_before_its_first_step_it_has_nothing_to_save(
             repair.stored, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM)
         )
         run(workdir, *SHORT, code=cli.TRY_AGAIN)
-    assert "stopped by SIGTERM: the same command goes on" in capsys.readouterr().err
+    assert (
+        "stopped by SIGTERM: run the same command to resume" in capsys.readouterr().err
+    )
     assert not (workdir / "metrics.jsonl").exists()
     run(workdir, *SHORT)
     assert_same(workdir, whole)
@@ -145,7 +147,7 @@ def test_stopped_while_it_exports_it_exports_the_next_time(
             lambda *_: os.kill(os.getpid(), signal.SIGTERM),
         )
         run(workdir, *SHORT, code=cli.TRY_AGAIN)
-    assert f"going on after {STEPS} images" in run(workdir, *SHORT)
+    assert f"resuming after {STEPS} images" in run(workdir, *SHORT)
     assert_same(workdir, whole)
 
 
@@ -233,7 +235,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_last_state(
     assert str(workdir) in line and "File too large" in line
     saved = int(state_of(workdir)["num_images"])
     assert saved in (3, 6)  # the last one was perhaps being written
-    assert f"going on after {saved} images" in run(workdir, *SHORT)
+    assert f"resuming after {saved} images" in run(workdir, *SHORT)
     assert_same(workdir, whole)
 
 
@@ -244,7 +246,7 @@ def test_a_workdir_that_vanishes_ends_the_run_and_is_not_made_anew(
     with monkeypatch.context() as patched:
         at_image(patched, 5, lambda: workdir.rename(tmp_path / "elsewhere"))
         line = failure(workdir, capsys)
-    assert f"{workdir} was removed while the run was going on" in line
+    assert f"{workdir} was removed during the run" in line
     assert not workdir.exists()
     assert int(state_of(tmp_path / "elsewhere")["num_images"]) == 3
 
@@ -388,7 +390,7 @@ def test_a_run_in_a_bucket_is_stopped_and_goes_on_to_the_same_bits(
     with monkeypatch.context() as patched:
         signal_at(patched, 6, signal.SIGTERM)
         run(place, *SHORT, code=cli.TRY_AGAIN)
-    assert "going on after 7 images" in run(place, *SHORT)
+    assert "resuming after 7 images" in run(place, *SHORT)
     stored = cloud / "bucket" / "run"
     for name in ("metrics.jsonl", "repaired.safetensors", "before_after.png"):
         assert (stored / name).read_bytes() == (whole / name).read_bytes(), name

@@ -94,7 +94,7 @@ def test_a_changed_config_is_refused_with_all_differences(tmp_path):
     assert str(caught.value) == (
         f"{tmp_path} holds a run with another config: data was 'sample' and is "
         "'photos'; lr was 0.02 and is 0.5; choose another --workdir, or use the "
-        "config of the first start, or --force to go on with the new one"
+        "config of the first start, or --force to resume with the new one"
     )
     with pytest.raises(ValueError, match="images_per_step was 3 and is 2"):
         workdir.settle_config(config(images_per_step=2), images_per_step=3)
@@ -267,7 +267,7 @@ def test_a_workdir_that_was_removed_is_not_made_anew(tmp_path):
             lambda: workdir.rewind_metrics(0),
             lambda: workdir.write_summary({"finished": True}),
         ):
-            with pytest.raises(OSError, match="was removed while the run") as caught:
+            with pytest.raises(OSError, match="was removed during the run") as caught:
                 write()
             assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     workdir.close()
