@@ -5,7 +5,6 @@ import os
 import resource
 import subprocess
 import sys
-import textwrap
 import time
 import types
 from pathlib import Path
@@ -344,22 +343,6 @@ def hub_files(*names):
     return answers
 
 
-FETCH_AND_PRINT = textwrap.dedent(
-    """
-    import sys
-    from convert import fetch
-    fetch.TIMEOUT = float(sys.argv[2])
-    try:
-        path = fetch.fetch(sys.argv[1])
-        print(path)
-        for file in sorted(path.iterdir()):
-            print(file.name, file.read_text())
-    except Exception as error:
-        print(type(error).__name__, error)
-    """
-)
-
-
 @pytest.fixture
 def hugging_face(server, tmp_path):
     """Fetches in a process of its own: HF_ENDPOINT is read at import."""
@@ -373,7 +356,7 @@ def hugging_face(server, tmp_path):
             "HF_HUB_DISABLE_TELEMETRY": "1",
         } | environment
         done = subprocess.run(
-            [sys.executable, "-c", FETCH_AND_PRINT, source, str(timeout)],
+            [sys.executable, "-m", "fetch_and_print", source, str(timeout)],
             env={k: v for k, v in os.environ.items() if k != "HF_TOKEN"} | environment,
             capture_output=True,
             text=True,

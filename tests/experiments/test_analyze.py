@@ -6,8 +6,6 @@ where only the machinery matters.
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -27,6 +25,7 @@ from experiments.study.cache import Cache, Step
 from experiments.study.numbers import Study, Subject
 from experiments.study.options import Options
 from experiments.study.photos import Photo, read_photos
+from loading import loaded
 from photos import crop, normalize
 from sinder_jax import checkpoint, cli, param_tree, planted, vit
 from sinder_jax.analysis import spectra
@@ -532,17 +531,9 @@ def test_table_of_figures_says_of_each_what_it_needs():
 
 
 def test_help_is_shown_without_loading_jax():
-    script = (
-        "import sys; from experiments import analyze\n"
-        "try: analyze.main(['--help'])\n"
-        "except SystemExit as end: assert end.code == 0\n"
-        "assert 'jax' not in sys.modules and 'matplotlib' not in sys.modules"
-    )
-    ended = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert "--checkpoint=vitg14 --compare=run/repaired" in ended.stdout
+    shown, modules = loaded("experiments.analyze", main=["--help"])
+    assert not {"jax", "matplotlib"} & modules
+    assert "--checkpoint=vitg14 --compare=run/repaired" in shown
 
 
 # --- Mistakes -------------------------------------------------------------------------
