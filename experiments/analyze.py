@@ -95,9 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             files.write(out / REPORT, page.render(summary, drawn))
 
     print(verdict.headline(summary))
+    for name, paragraph in verdict.paragraphs(summary).items():
+        print(f"{name}: {paragraph}")
     report = f", {out / REPORT}" if args.report else ""
+    noun = "figure" if len(drawn) == 1 else "figures"
     print(
-        f"{len(drawn)} figures as PNG, PDF and NPZ, {SUMMARY}{report} written to {out} "
+        f"{len(drawn)} {noun} as PNG, PDF and NPZ, {SUMMARY}{report} written to {out} "
         f"in {duration(time.monotonic() - began)}: {steps.computed} computed, "
         f"{steps.reused} found in {CACHE}/"
     )

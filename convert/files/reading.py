@@ -47,12 +47,12 @@ def open_state_dict(path: StrPath) -> StateDict:
     path = Path(path)
     if path.is_dir():
         return _open_directory(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
     if not path.name.endswith((*FORMATS, INDEX)):
         raise ValueError(
             f"{path}: unknown suffix {path.suffix!r}; use {', '.join(FORMATS)}"
         )
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
     if path.name.endswith(INDEX):
         return _open_shards(path)
     if path.suffix == ".safetensors":

@@ -235,4 +235,4 @@ def test_program_ends_with_code_2_and_no_traceback(tmp_path):
     command = [sys.executable, "-m", "convert", "to-jax", "none.pt", tmp_path / "dst"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
-    assert ended.stderr == "error: none.pt: no such file\n"
+    assert ended.stderr == "error: none.pt: no such file or directory\n"
