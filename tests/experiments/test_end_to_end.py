@@ -432,7 +432,7 @@ def test_two_devices_share_the_images_of_a_step(tmp_path, monkeypatch):
     assert_same_run(again, both.path)
 
     devices = jax.local_devices()[:1]
-    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(jax, "local_devices", lambda *_, **__: devices)
     monkeypatch.setattr(jax, "local_device_count", lambda: 1)
     resumed = run(alone, *arguments)
     assert "2 images per step on 1 x " in resumed.output
