@@ -53,6 +53,7 @@ def run(name, folder):
     return printed, sum("image/png" in x.get("data", {}) for x in outputs)
 
 
+@pytest.mark.slow
 def test_spectral_tour_finds_the_planted_defect(tmp_path):
     printed, pictures = run("spectral_tour.ipynb", tmp_path)
     assert "planted in block 5" in printed

@@ -38,7 +38,13 @@ def started():
     return start, images[np.arange(2) % len(images)]
 
 
-@pytest.mark.parametrize("split", [False, True], ids=["copied", "split"])
+@pytest.mark.parametrize(
+    "split",
+    [
+        pytest.param(False, id="copied"),
+        pytest.param(True, id="split", marks=pytest.mark.slow),
+    ],
+)
 def test_two_devices_end_where_one_does_bit_for_bit(started, split):
     start, images = started
     batch = batches.Batch(np.arange(2), images, np.array([True, True]), [])

@@ -155,6 +155,7 @@ def test_nothing_is_forecast_for_random_models(name, gain):
         assert found.gaps.max() < 2.5
 
 
+@pytest.mark.slow
 def test_after_the_repair_the_verdict_changes_and_the_blamed_values_are_smaller():
     made, params = repaired(seed=1)
     before, after = planted_forecast(1), forecast.forecast(made.config, params)
