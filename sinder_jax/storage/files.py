@@ -1,9 +1,14 @@
 """Files and folders that appear whole or not at all, on a disk and in a bucket.
 
-path --replacing--> a local path to write to --renamed, or uploaded--> path
-path, content --write--> the file
+    path --replacing--> a local path to write to --flushed, renamed--> path
+                                                 --uploaded--> path in a bucket
+    path, content --write--> the file
+
+A rename may reach the disk before the bytes that it publishes: after a power loss the
+new name would then hold nothing. So the bytes are flushed first.
 """
 
+import errno
 import os
 import shutil
 import tempfile
@@ -20,9 +25,9 @@ from sinder_jax.storage.paths import StrPath
 def replacing(path: StrPath) -> Iterator[Path]:
     """Yields a local path to write to; what is there at the end moves to `path`.
 
-    On a disk the local path is beside `path`, where a rename is atomic. For a bucket it
-    is in a temporary folder, and every file beside it is uploaded too. After an
-    exception nothing is left.
+    On a disk the local path is beside `path`, where a rename is atomic; what appears
+    survives a power loss. For a bucket it is in a temporary folder, and every file
+    beside it is uploaded too. After an exception nothing is left.
 
     Args:
       path: a file, replaced if it exists, or a folder that does not exist; on a disk
@@ -41,7 +46,9 @@ def replacing(path: StrPath) -> Iterator[Path]:
     remove(partial)  # left by a killed process that had the same number
     try:
         yield partial
+        flush(partial)
         os.replace(partial, path)
+        flush_entry(Path(path).parent)
     except OSError as error:
         ours = error.filename is None or str(error.filename).startswith(str(partial))
         if error.errno is None or not ours:  # names what is wrong already
@@ -49,6 +56,25 @@ def replacing(path: StrPath) -> Iterator[Path]:
         raise type(error)(f"{path} cannot be written: {reason_of(error)}") from None
     finally:
         remove(partial)
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or a folder with all it holds, is on the disk."""
+    for below in path.rglob("*"):
+        flush_entry(below)
+    flush_entry(path)
+
+
+def flush_entry(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's list of names, are on the disk."""
+    entry = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(entry)
+    except OSError as error:  # not every file system can flush a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(entry)
 
 
 def remove(path: Path) -> None:

@@ -3,15 +3,17 @@
     state --save--> copy on the host --in the background--> FOLDER/00000120
     FOLDER --load_newest--> the newest snapshot that is not damaged
 
-Orbax's CheckpointManager writes one snapshot after the other and removes old ones. Each
-is a directory as `array_store` describes it, so every array is verified when it is
-read. An incomplete snapshot has another name on a disk, and lacks Orbax's last object
-in a bucket. It is never loaded, and the next start removes it.
+Orbax's CheckpointManager writes one snapshot after the other and removes old ones, the
+new one being on the disk. Each is a directory as `array_store` describes it, so every
+array is verified when it is read. An incomplete snapshot has another name on a disk,
+and lacks Orbax's last object in a bucket. It is never loaded, and the next start
+removes it.
 """
 
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from sinder_jax import checkpoint, param_tree
-from sinder_jax.storage import array_store, header, orbax_io, paths
+from sinder_jax.storage import array_store, files, header, orbax_io, paths
 from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import AnyPath, StrPath
 
@@ -57,7 +59,7 @@ class Snapshots:
         self._saving = 0  # the state under way
         self._exit = ExitStack()
         self._exit.enter_context(orbax_io.quiet())
-        self._options = _options(keep_last, keep_every)
+        self._options = _options(self.folder, keep_last, keep_every)
         with paths.answering(self.folder):
             self._manager = self._open()
 
@@ -172,6 +174,16 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+class _Flushed(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A directory whose bytes are on the disk before it gets its final name."""
+
+    async def finalize(self) -> None:
+        """Flushes, renames, and flushes the rename."""
+        files.flush(Path(self.get()))
+        await super().finalize()
+        files.flush_entry(Path(self.get_final().parent))
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that writes a snapshot."""
     return {
@@ -183,7 +195,9 @@ def versions() -> dict[str, str]:
     }
 
 
-def _options(keep_last: int, keep_every: int) -> ocp.CheckpointManagerOptions:
+def _options(
+    folder: AnyPath, keep_last: int, keep_every: int
+) -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(
         create=False,  # with `active_processes` Orbax cannot
         save_root_metadata=False,
@@ -192,6 +206,8 @@ def _options(keep_last: int, keep_every: int) -> ocp.CheckpointManagerOptions:
         step_format_fixed_length=DIGITS,
         max_to_keep=keep_last,
         keep_period=keep_every or None,
+        # In a bucket every object is whole: Orbax's own class.
+        temporary_path_class=None if paths.is_remote(folder) else _Flushed,
         multiprocessing_options=orbax_io.alone(),
         async_options=ocp.AsyncOptions(
             timeout_secs=TIMEOUT,

@@ -1,10 +1,12 @@
 """storage/files.py: files that are replaced whole or not at all."""
 
+import errno
 import os
 
 import pytest
 
 import bucket
+import flushing
 from sinder_jax.storage import files
 
 
@@ -62,3 +64,36 @@ def test_an_error_that_names_its_file_is_raised_as_it_is(tmp_path):
         with files.replacing(tmp_path / "made"):
             raise OSError("other: cannot be written (full)")
     assert not list(tmp_path.iterdir())
+
+
+def test_all_bytes_are_on_the_disk_before_the_rename(tmp_path, monkeypatch):
+    log = flushing.watch(monkeypatch)
+    files.write(tmp_path / "a.json", "{}")
+    with files.replacing(tmp_path / "made") as partial:
+        (partial / "deep" / "er").mkdir(parents=True)
+        (partial / "deep" / "er" / "x").write_text("x")
+    for name in ("a.json", "made"):
+        log.assert_flushed_before(tmp_path / name)
+
+
+def test_a_file_system_that_flushes_no_folder_will_do(tmp_path, monkeypatch):
+    """SMB and some FUSE file systems answer EINVAL."""
+
+    def refuse(entry, fsync=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{entry}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(entry)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.write(tmp_path / "a.json", "{}")
+    assert listing(tmp_path) == ["a.json"]
+
+
+def test_bytes_that_cannot_be_flushed_are_not_published(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="a.json cannot be written: Input/output error"):
+        files.write(tmp_path / "a.json", "{}")
+    assert listing(tmp_path) == []

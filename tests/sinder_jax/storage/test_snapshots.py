@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import bucket as buckets
+import flushing
 import places
 from numbered import tree
 from sinder_jax import checkpoint, param_tree
@@ -65,6 +66,15 @@ def test_jax_arrays_may_be_donated_as_soon_as_save_returns(tmp_path):
         kept.save(7, saved)
         jax.block_until_ready(jax.tree.map(overwrite, saved))
         assert_is(kept.load_newest(), 7)
+
+
+def test_a_state_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    log = flushing.watch(monkeypatch)
+    with Snapshots(tmp_path, keep_last=1) as kept:
+        for number in (7, 8):
+            kept.save(number, tree(number))
+            kept.wait()
+            log.assert_flushed_before(tmp_path / f"{number:08d}")
 
 
 def test_metadata_comes_back_with_versions_and_number(tmp_path):
