@@ -7,13 +7,15 @@ neither it nor the archive around it may ask for memory that the file has no byt
 torch is imported only inside the functions that need it.
 """
 
+import io
 import pickle
 import pickletools
 import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from sinder_jax.storage.errors import reason_of
 
 MOST_PICKLE = 2**20  # bytes; the giant's has 0.1 MB
 MOST_ENTRIES = 20_000
+CHUNK = 2**20  # bytes
 
 # All that a pickle of tensors names; torch's own list of harmless names is longer.
 HARMLESS = re.compile(
@@ -73,6 +76,8 @@ def open_pth(path: Path) -> StateDict:
     stored, left_out = _weights(stored)
     _check_is_state_dict(path, stored, torch.Tensor)
     specs = {key: _spec(path, tensor, size) for key, tensor in stored.items()}
+    if mapped:
+        _check_lengths(path, stored.values())
     metadata = _extra(path) if mapped else {}
 
     def read(key: str) -> np.ndarray:
@@ -108,7 +113,14 @@ def _check_archive(path: Path) -> None:
             if wrong := [what for what, is_there in found.items() if is_there]:
                 raise damaged(path, "PyTorch", f"an archive with {wrong[0]}")
             with archive.open(pickles[0]) as file:
-                _check_pickle(path, file)
+                # All but the last byte, which ends it: with it zipfile would compare
+                # a checksum that need not be there.
+                _check_pickle(path, io.BytesIO(file.read(pickles[0].file_size - 1)))
+            # Torch ignores checksums; they are 0 where torch.save was to omit them.
+            for entry in (entry for entry in entries if entry.CRC):
+                with archive.open(entry) as file:
+                    while file.read(CHUNK):
+                        pass
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
         raise damaged(path, "PyTorch", reason_of(error)) from None
 
@@ -223,11 +235,24 @@ def _to_numpy(tensor: Any, torch: Any) -> np.ndarray:
     return tensor.numpy()
 
 
+def _check_lengths(path: Path, tensors: Iterable[Any]) -> None:
+    """Refuses a tensor whose record has another length: mapped, it would read on."""
+    storages = {
+        x.data_ptr(): x.nbytes() for x in (t.untyped_storage() for t in tensors)
+    }
+    claimed = Counter(size for size in storages.values() if size)
+    with zipfile.ZipFile(path) as archive:
+        if claimed - Counter(entry.file_size for entry in archive.infolist()):
+            raise damaged(path, "PyTorch", "a tensor and its record differ in length")
+
+
 def _extra(path: Path) -> dict[str, str]:
     """The text that `convert.files.writing` put beside the tensors."""
     with zipfile.ZipFile(path) as archive:
         return {
-            Path(name).name: archive.read(name).decode(errors="replace")
-            for name in archive.namelist()
-            if "/extra/" in name and archive.getinfo(name).file_size <= MOST_TEXT
+            Path(entry.filename).name: archive.read(entry).decode(errors="replace")
+            for entry in archive.infolist()
+            if "/extra/" in entry.filename
+            and entry.CRC  # ours have a checksum
+            and entry.file_size <= MOST_TEXT
         }

@@ -361,6 +361,37 @@ def bare_pickle(path):
     path.write_bytes(pickle.dumps({"x": Evil(path.parent / "executed")}, protocol=2))
 
 
+def test_a_record_shorter_than_its_tensor_is_refused(tmp_path):
+    """torch would read on into the next record."""
+
+    def change(archive, entries):
+        for name, data in entries.items():
+            archive.writestr(name, data[:128] if name.endswith("/data/0") else data)
+
+    rewritten(tmp_path / "model.pth", change)
+    message = error_of(read_state_dict, tmp_path / "model.pth")
+    assert "differ in length" in message
+
+
+@pytest.mark.parametrize("checked", [True, False], ids=["checksum", "no-checksum"])
+def test_a_flipped_bit_of_a_record_is_refused_where_a_checksum_tells(checked, tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "model.pth"
+    torch.serialization.set_crc32_options(checked)
+    try:
+        torch.save({"x": torch.full((1000,), 3.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_state_dict(path)["x"][500] == 3
+    data = bytearray(path.read_bytes())
+    data[data.index(np.full(1000, 3, np.float32).tobytes()) + 2003] ^= 1
+    path.write_bytes(data)
+    if checked:
+        assert "Bad CRC-32" in error_of(read_state_dict, path)
+    else:
+        assert read_state_dict(path)["x"][500] != 3
+
+
 EVIL = [
     (".safetensors", claims_2_60_bytes),
     (".safetensors", tensor_of_2_60_bytes),
