@@ -8,6 +8,7 @@ number of processes. A run that is asked to stop saves its state and ends with e
 75.
 """
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -19,7 +20,7 @@ from experiments import config as config_files
 from experiments.run import cluster, compiled, inputs, results, sinks, tracing
 from experiments.run.cluster import Vote
 from experiments.run.heartbeat import Heartbeat, own_command, refuse_if_alive
-from experiments.run.journal import Dispatched, Journal
+from experiments.run.journal import Counts, Dispatched, Journal
 from experiments.run.progress import LiveLine, duration
 from experiments.run.runner import Runner, choose_devices, on_host
 from experiments.run.stopping import Stopping
@@ -27,6 +28,7 @@ from experiments.run.workdir import Workdir
 from sinder_jax import cli, families, repair
 from sinder_jax.data import batches
 from sinder_jax.storage import original as stored
+from sinder_jax.storage.run_files import read_metrics
 
 EXAMPLE = """\
 examples:
@@ -120,14 +122,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
 
         # Resume: process 0 reads the newest good state and sends it to the others.
-        saved = workdir.load_state() if first else None
-        if processes.from_first(np.array(saved is not None)):
-            saved = processes.from_first(saved or repair.to_saved(state))
+        newest = workdir.load_state() if first else None
+        if processes.from_first(np.array(newest is not None)):
+            saved = newest.tree if newest else repair.to_saved(state)
+            saved = processes.from_first(saved)
             state = repair.from_saved(model, params, frozen, saved)
             say(f"resuming after {int(state.num_images)} images")
         start = position = int(state.num_images)
+        counts = Counts()
         if first:
             workdir.rewind_metrics(position)
+        if newest:
+            counts = Counts.stored(newest.metadata, read_metrics(workdir.path))
 
         # Step: the frozen arrays and the state on the devices.
         done = bool(repair.is_done(options, state))
@@ -162,7 +168,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             LiveLine(config, start=start, shown=first) as live,
             tracing.Tracer(span if first else None, workdir.path) as tracer,
         ):
-            journal = Journal(config, train, workdir, live, boards, heartbeat, done)
+            journal = Journal(
+                config, train, workdir, live, boards, heartbeat, counts, done
+            )
             pending: Dispatched | None = None
             while not (journal.done or journal.stop):
                 images = next(stream)
@@ -180,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if due or newer.vote is True:
                     journal.read(pending)
                     pending = None
-                    save(workdir, runner)
+                    save(workdir, runner, counts)
                 if passes(config.picture_every, position, batch) and not journal.done:
                     now = runner.params()
                     if first:
@@ -191,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             results.save_png(path, picture)
             if pending is not None:
                 journal.read(pending)
-        save(workdir, runner)
+        save(workdir, runner, counts)
         if journal.stop:
             stopped_by = stopping.asked or "a signal to another process"
             if first:
@@ -200,11 +208,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "model": config.model,
                     "stopped_by": stopped_by,
                     "go_on": own_command(),
-                    **results.run_summary(workdir),
+                    **dataclasses.asdict(counts),
                 }
                 workdir.write_summary(summary)
                 print(
-                    f"stopped after {summary['images']} images, all saved in "
+                    f"stopped after {counts.images} images, all saved in "
                     f"{workdir.path}: run the same command to resume"
                 )
             heartbeat.phase(f"stopped: {stopped_by}")
@@ -224,26 +232,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = {
             "finished": True,
             "model": config.model,
-            **results.run_summary(workdir),
+            **dataclasses.asdict(counts),
             **written,
             "seconds": round(seconds, 1),
         }
         workdir.write_summary(summary)
-        unreadable = len(summary["unreadable_files"])
+        unreadable = len(counts.unreadable_files)
         skipped = f", {unreadable} unreadable files skipped" if unreadable else ""
         print(
-            f"finished after {summary['images']} images{skipped} in "
+            f"finished after {counts.images} images{skipped} in "
             f"{duration(seconds)}: {workdir.summary}"
         )
         return 0
     return cli.TRY_AGAIN  # told to stop where nothing had to be saved
 
 
-def save(workdir: Workdir, runner: Runner) -> None:
-    """Starts to save the state, if this process writes."""
+def save(workdir: Workdir, runner: Runner, counts: Counts) -> None:
+    """Starts to save the state and the counts up to it, if this process writes."""
     if workdir.writes:
         saved = runner.saved()
-        workdir.save_state(int(saved["num_images"]), saved)
+        metadata = {"counts": dataclasses.asdict(counts)}
+        workdir.save_state(int(saved["num_images"]), saved, metadata)
 
 
 def passes(every: int, position: int, batch: int) -> bool:

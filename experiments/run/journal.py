@@ -6,8 +6,10 @@
 All processes read the same numbers and decide alike; only the first one writes.
 """
 
+import bisect
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,10 +19,63 @@ from experiments.run.heartbeat import Heartbeat
 from experiments.run.progress import LiveLine
 from experiments.run.sinks import Sinks
 from experiments.run.workdir import Workdir
-from sinder_jax import repair
+from sinder_jax import cli, repair
 from sinder_jax.data.listing import Photograph
 
 PER_IMAGE = ("layer", "loss", "alpha", "num_outliers", "finite")
+NAMED = 1000  # at most this many files of a kind are named
+
+
+@dataclasses.dataclass
+class Counts:
+    """What a run has seen so far, for its summary; stored with each state."""
+
+    images: int = 0
+    images_with_defect: int = 0
+    images_not_finite: int = 0
+    images_unreadable: int = 0
+    files_not_finite: list[str] = dataclasses.field(default_factory=list)
+    unreadable_files: list[str] = dataclasses.field(default_factory=list)
+    share_of_last_images_without_defect: float = 0.0
+
+    @classmethod
+    def stored(
+        cls, metadata: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
+    ) -> "Counts":
+        """The counts up to a state.
+
+        Args:
+          metadata: of the state.
+          rows: of the metrics up to it, for states of versions that stored no counts.
+        """
+        if "counts" in metadata:
+            return cls(**metadata["counts"])
+        counts = cls()
+        for row in rows:
+            counts.add(row)
+        if counts.images != metadata["num_images"]:
+            cli.warn(
+                f"the state after {metadata['num_images']} images is of a version that "
+                f"stored no counts: those of the summary are of {counts.images} images"
+            )
+        return dataclasses.replace(counts, images=metadata["num_images"])
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Counts one more image by its row of the metrics."""
+        self.images += 1
+        self.images_with_defect += row["layer"] not in (None, -1)
+        self.share_of_last_images_without_defect = row["skipped"]
+        if not row["readable"]:
+            self.images_unreadable += 1
+            _name(row["file"], self.unreadable_files)
+        elif not row["finite"]:
+            self.images_not_finite += 1
+            _name(row["file"], self.files_not_finite)
+
+
+def _name(file: str, files: list[str]) -> None:
+    if file not in files and len(files) < NAMED:
+        bisect.insort(files, file)
 
 
 class Dispatched(NamedTuple):
@@ -45,9 +100,11 @@ class Journal:
       train: the training list.
       workdir: where process 0 writes the metrics.
       live, sinks, heartbeat: where process 0 shows each image, too.
+      counts: of the images before; goes on counting.
       done: True for a run that was done before its first step.
 
     Attributes:
+      counts: of all images that were read.
       done: True once the stopping rule held.
       stop: True once a process was told to stop.
     """
@@ -60,12 +117,13 @@ class Journal:
         live: LiveLine,
         sinks: Sinks,
         heartbeat: Heartbeat,
+        counts: Counts,
         done: bool,
     ):
         self._config, self._train, self._workdir = config, train, workdir
         self._live, self._sinks, self._heartbeat = live, sinks, heartbeat
         self._unreadable_in_row = 0
-        self.done, self.stop = done, False
+        self.counts, self.done, self.stop = counts, done, False
 
     def read(self, step: Dispatched) -> None:
         """Waits for a step and logs its images; sets `done` and `stop`.
@@ -79,6 +137,8 @@ class Journal:
         # Leaves out images past the end of the run.
         end = min(step.start + len(values["layer"]), int(values["num_images"][0]))
         rows = [self._row(i, step.start + i, values) for i in range(end - step.start)]
+        for row in rows:
+            self.counts.add(row)
         if self._workdir.writes:
             self._workdir.append_metrics(rows)
             for row in rows:

@@ -237,20 +237,6 @@ def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
     return [one for found in readable for one in itertools.islice(found, 1)]
 
 
-def run_summary(workdir: Workdir) -> dict[str, Any]:
-    """Counts the images so far, from the run's metrics."""
-    rows = workdir.read_metrics()
-    bad = [row["file"] for row in rows if row["readable"] and not row["finite"]]
-    return {
-        "images": len(rows),
-        "images_with_defect": sum(row["layer"] not in (None, -1) for row in rows),
-        "images_not_finite": len(bad),
-        "files_not_finite": sorted(set(bad)),
-        "unreadable_files": sorted({r["file"] for r in rows if not r["readable"]}),
-        "share_of_last_images_without_defect": rows[-1]["skipped"] if rows else 0.0,
-    }
-
-
 def describe(name: str, measures: dict[str, Any] | None) -> str:
     """One line about the measures of a set of photographs."""
     if measures is None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from sinder_jax import cli
+from sinder_jax import checkpoint, cli
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.snapshots import Snapshots
@@ -70,7 +70,8 @@ class Workdir:
         self.summary = self.path / run_files.SUMMARY
         self._kept = {"keep_last": keep_last, "keep_every": keep_every}
         self._config: dict[str, Any] = {}
-        self._lines: list[str] | None = None  # of metrics.jsonl, only for a bucket
+        self._lines: dict[int, str] | None = None  # of metrics.jsonl, only for a bucket
+        self._told = ""  # the images without a line that were told
         self._states: Snapshots | None = None
         if writes:
             self._make()
@@ -78,8 +79,12 @@ class Workdir:
     def __enter__(self) -> "Workdir":
         return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self.close()
+        except OSError:
+            if error is None:  # else the first error counts
+                raise
 
     def _make(self) -> None:
         probe = self.path / f".writable.{os.getpid()}"
@@ -164,7 +169,12 @@ class Workdir:
 
     # --- States ---------------------------------------------------------------------
 
-    def save_state(self, num_images: int, saved: Mapping[str, Any]) -> None:
+    def save_state(
+        self,
+        num_images: int,
+        saved: Mapping[str, Any],
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
         """Starts to save a state (`repair.to_saved`), after the metrics up to it.
 
         The arrays may be changed at once. Removes old states once this one is saved.
@@ -172,6 +182,7 @@ class Workdir:
         Args:
           num_images: images passed so far, also the position in the training list.
           saved: nested dicts of arrays.
+          metadata: JSON values to store with it, besides the config.
 
         Raises:
           OSError: this state, or the previous one, cannot be written.
@@ -179,9 +190,9 @@ class Workdir:
         self._check_exists()
         self._sync_metrics()
         values = {"config": self._config, "position": num_images}
-        self._open_states().save(num_images, saved, values)
+        self._open_states().save(num_images, saved, {**(metadata or {}), **values})
 
-    def load_state(self) -> dict[str, Any] | None:
+    def load_state(self) -> checkpoint.Newest | None:
         """Returns the newest undamaged state, or None on a first start.
 
         Reports newer, damaged ones and renames them.
@@ -200,7 +211,7 @@ class Workdir:
                 f"{error}; it is set aside as {aside.name}, going on from the "
                 f"one before, {newest.path.name}"
             )
-        return newest.tree
+        return newest
 
     def wait(self) -> None:
         """Waits until the last state is saved, or raises OSError."""
@@ -230,32 +241,37 @@ class Workdir:
         Raises:
           OSError: the lines, or a state before them, cannot be written.
         """
-        lines = [json.dumps(row) + "\n" for row in rows]
+        lines = {row["image"]: json.dumps(row) + "\n" for row in rows}
         self._check_exists()
         if self._states is not None:
             self._states.check()
         if paths.is_remote(self.path):
-            self._lines = self._read_lines() + lines
+            self._lines = self._read_lines() | lines
             return
         with _naming(self.metrics), self.metrics.open("a") as file:
-            file.writelines(lines)
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """One dict per image; see `run_files.read_metrics_lines`."""
-        return [json.loads(line) for line in self._read_lines()]
+            file.writelines(lines.values())
 
     def rewind_metrics(self, num_images: int) -> None:
-        """Drops the lines of images that the run will see again.
+        """Keeps one line for each image that the run has passed, in their order.
 
-        Also drops everything after a line that a kill cut short.
+        Drops the lines of images that the run will see again, and what is no line of an
+        image. Warns, once, if lines of images before are lacking.
+
+        Args:
+          num_images: images passed, as the state says.
         """
         lines = self._read_lines()
-        kept = [line for line in lines if json.loads(line)["image"] < num_images]
+        kept = {image: line for image, line in lines.items() if image < num_images}
+        lacking = run_files.lacking(kept, num_images)
+        images = lacking.rpartition(":")[2]
+        if images not in ("", self._told):
+            cli.warn(f"{self.path}: {lacking}")
+            self._told = images
         self._check_exists()
         self._lines = kept if paths.is_remote(self.path) else None
-        files.write(self.metrics, "".join(kept))
+        files.write(self.metrics, "".join(kept.values()))
 
-    def _read_lines(self) -> list[str]:
+    def _read_lines(self) -> dict[int, str]:
         if self._lines is not None:
             return self._lines
         return run_files.read_metrics_lines(self.path)
@@ -263,10 +279,10 @@ class Workdir:
     def _sync_metrics(self) -> None:
         """Makes the lines durable: no state may exist without the lines up to it."""
         if self._lines is not None:
-            files.write(self.metrics, "".join(self._lines))
+            files.write(self.metrics, "".join(self._lines.values()))
         elif self.writes and not paths.is_remote(self.path) and self.metrics.exists():
-            with _naming(self.metrics), self.metrics.open("a") as file:
-                os.fsync(file.fileno())
+            with _naming(self.metrics):
+                files.flush(Path(self.metrics))
 
     # --- Results --------------------------------------------------------------------
 
@@ -292,8 +308,14 @@ class Workdir:
             yield Path(target)
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
-        """Writes summary.json, after the states and metrics that it summarizes."""
+        """Writes summary.json, after the states and metrics that it summarizes.
+
+        Args:
+          values: JSON values; "images", if there, is held against metrics.jsonl.
+        """
         self._check_exists()
+        if "images" in values:
+            self.rewind_metrics(values["images"])
         self._sync_metrics()
         self.wait()
         files.write(self.summary, json.dumps(values, indent=2) + "\n")

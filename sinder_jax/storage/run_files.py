@@ -13,8 +13,11 @@ Functions that read take the workdir or one of its files as a `storage.paths` pa
 disk or of a bucket. Nothing here imports JAX: a status must be cheap at any time.
 """
 
+import itertools
 import json
+import math
 import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from sinder_jax.storage import paths
@@ -25,6 +28,37 @@ CONFIG, ALIVE, SUMMARY = "config.json", "alive.json", "summary.json"
 METRICS = "metrics.jsonl"
 FROZEN, STATES, REPAIRED = "frozen", "states", "repaired"
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a directory of a bucket
+NAMED = 10  # at most this many ranges of images are named
+
+
+def _integer(least: int, most: int = 2**31 - 1) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and least <= value <= most
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+def _or_null(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fits(value)
+
+
+def _is_a(kind: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kind)
+
+
+# A line of metrics.jsonl; null for what an image does not have, or is not finite.
+ROW: Mapping[str, Callable[[Any], bool]] = {
+    "image": _integer(0),
+    "file": _is_a(str),
+    "readable": _is_a(bool),
+    "layer": _or_null(_integer(-1, 1000)),  # a block; -1 without a defect
+    "loss": _or_null(_number),
+    "alpha": _or_null(_number),
+    "num_outliers": _or_null(_integer(0)),
+    "finite": _or_null(_is_a(bool)),
+    "skipped": _number,
+}
 
 
 def is_workdir(path: AnyPath) -> bool:
@@ -49,35 +83,60 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     return value
 
 
-def read_metrics_lines(workdir: AnyPath) -> list[str]:
-    """Complete lines of metrics.jsonl, each with its line end.
+def read_metrics_lines(workdir: AnyPath) -> dict[int, str]:
+    """Lines of metrics.jsonl by image, each with its line end, in order of the images.
 
-    Stops at the first line that is cut short or damaged: no line after it is trusted.
-    Empty if there is no such file.
+    Leaves out what is no row of an image, such as a line that was cut short, and all
+    but the first row of an image. Empty if there is no such file.
     """
     try:
         content = (workdir / METRICS).read_bytes()
     except FileNotFoundError:
-        return []
-    lines = []
+        return {}
+    lines: dict[int, str] = {}
     for line in content.split(b"\n")[:-1]:
-        if not _is_row(line):
-            break
-        lines.append(line.decode() + "\n")
-    return lines
+        if row := _row(line):
+            lines.setdefault(row["image"], line.decode() + "\n")
+    return dict(sorted(lines.items()))
 
 
 def read_metrics(workdir: AnyPath) -> list[dict[str, Any]]:
     """One dict per image, in order, from `read_metrics_lines`."""
-    return [json.loads(line) for line in read_metrics_lines(workdir)]
+    return [json.loads(line) for line in read_metrics_lines(workdir).values()]
 
 
-def _is_row(line: bytes) -> bool:
+def lacking(found: Iterable[int], images: int) -> str:
+    """Which of the first `images` images have no line in metrics.jsonl.
+
+    Args:
+      found: the images that have one.
+      images: images passed.
+
+    Returns:
+      Such as "metrics.jsonl lacks 3 of 12 images: 4, 7-8"; empty if none is lacking.
+    """
+    absent = sorted(set(range(images)).difference(found))
+    if not absent:
+        return ""
+    # Numbers of one range keep the same distance to their places in the list.
+    by_distance = itertools.groupby(enumerate(absent), lambda pair: pair[1] - pair[0])
+    ranges = [[image for _, image in group] for _, group in by_distance]
+    named = ", ".join(
+        f"{each[0]}-{each[-1]}" if each[1:] else f"{each[0]}" for each in ranges[:NAMED]
+    )
+    more = ", ..." if ranges[NAMED:] else ""
+    return f"{METRICS} lacks {len(absent)} of {images} images: {named}{more}"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as the row of an image; None if it is not exactly that."""
     try:
         row = json.loads(line)
-    except ValueError:
-        return False
-    return isinstance(row, dict) and isinstance(row.get("image"), int)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not ROW.keys() <= row.keys():
+        return None
+    return row if all(fits(row[key]) for key, fits in ROW.items()) else None
 
 
 def numbered(folder: StrPath) -> list[AnyPath]:

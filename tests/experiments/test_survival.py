@@ -243,8 +243,14 @@ def test_a_workdir_that_vanishes_ends_the_run_and_is_not_made_anew(
     whole, tmp_path, monkeypatch, capsys
 ):
     workdir = begun(tmp_path / "run", whole)
+
+    def vanish():
+        while not (workdir / "states" / "00000003").exists():  # saved behind the steps
+            time.sleep(0.01)
+        workdir.rename(tmp_path / "elsewhere")
+
     with monkeypatch.context() as patched:
-        at_image(patched, 5, lambda: workdir.rename(tmp_path / "elsewhere"))
+        at_image(patched, 5, vanish)
         line = failure(workdir, capsys)
     assert f"{workdir} was removed during the run" in line
     assert not workdir.exists()

@@ -11,7 +11,9 @@ import pytest
 import bucket as buckets
 from experiments import config as config_files
 from experiments.run.workdir import FREE_KEYS, Workdir
+from rows import STRANGE, line, row
 from sinder_jax import checkpoint
+from sinder_jax.storage import run_files
 
 
 def config(**changes):
@@ -175,7 +177,7 @@ def test_states_come_back_and_only_the_last_two_are_kept(tmp_path):
     for position in (9, 20, 100):
         saved = {"eps": {"attn": {"v": np.full((2, 3), position, np.float32)}}}
         workdir.save_state(position, saved)
-    loaded = workdir.load_state()
+    loaded = workdir.load_state().tree
     assert listing(tmp_path / "states") == ["00000020", "00000100"]
     np.testing.assert_array_equal(loaded["eps"]["attn"]["v"], np.full((2, 3), 100.0))
     assert loaded["eps"]["attn"]["v"].dtype == np.float32
@@ -185,14 +187,14 @@ def test_a_state_that_is_there_is_kept(tmp_path):
     workdir = Workdir(str(tmp_path))
     workdir.save_state(5, {"x": np.zeros(1)})
     workdir.save_state(5, {"x": np.ones(1)})
-    np.testing.assert_array_equal(workdir.load_state()["x"], [0.0])
+    np.testing.assert_array_equal(workdir.load_state().tree["x"], [0.0])
 
 
 def test_what_a_killed_write_left_behind_is_no_state(tmp_path):
     workdir = Workdir(str(tmp_path))
     workdir.save_state(5, {"x": np.zeros(1)})
     (tmp_path / "states" / ".00000009.abc" / "00000009").mkdir(parents=True)
-    np.testing.assert_array_equal(workdir.load_state()["x"], [0.0])
+    np.testing.assert_array_equal(workdir.load_state().tree["x"], [0.0])
 
 
 def test_a_state_keeps_the_config_and_the_position(tmp_path):
@@ -212,7 +214,7 @@ def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path, capsys):
     (chunk,) = (tmp_path / "states/00000006/arrays_0/x").glob("[0-9]*")
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"!")
     with Workdir(tmp_path) as workdir:
-        assert workdir.load_state()["x"][0] == 5
+        assert workdir.load_state().tree["x"][0] == 5
     (warning,) = capsys.readouterr().err.splitlines()
     assert "00000006.damaged, going on from the one before, 00000005" in warning
     assert listing(tmp_path / "states") == ["00000005", "00000006.damaged"]
@@ -236,12 +238,12 @@ def test_what_a_kill_left_of_the_frozen_model_is_removed(tmp_path):
 
 def test_a_process_that_does_not_write_makes_nothing(tmp_path):
     reader = Workdir(tmp_path / "run", writes=False)
-    assert reader.read_metrics() == []
+    assert run_files.read_metrics(reader.path) == []
     assert not reader.finished()
     for write in (
         lambda: reader.load_state(),
         lambda: reader.save_state(1, {"x": np.zeros(1)}),
-        lambda: reader.append_metrics([{"image": 1}]),
+        lambda: reader.append_metrics([row(1)]),
         lambda: reader.rewind_metrics(0),
         lambda: reader.write_summary({}),
     ):
@@ -263,7 +265,7 @@ def test_a_workdir_that_was_removed_is_not_made_anew(tmp_path):
             leftover.mkdir(parents=True)
         for write in (
             lambda: workdir.save_state(6, {"x": np.zeros(1)}),
-            lambda: workdir.append_metrics([{"image": 5}]),
+            lambda: workdir.append_metrics([row(5)]),
             lambda: workdir.rewind_metrics(0),
             lambda: workdir.write_summary({"finished": True}),
         ):
@@ -289,9 +291,9 @@ def test_a_state_that_could_not_be_written_is_told_with_the_next_lines(
         with pytest.raises(OSError, match="No space left on device"):
             for image in range(1000):
                 time.sleep(0.01)
-                workdir.append_metrics([{"image": image}])
+                workdir.append_metrics([row(image)])
     assert image < 500
-    workdir.append_metrics([{"image": image}])
+    workdir.append_metrics([row(image)])
     workdir.close()
 
 
@@ -300,54 +302,61 @@ def test_a_state_that_could_not_be_written_is_told_with_the_next_lines(
 
 def test_lines_are_read_back_in_order(tmp_path):
     workdir = Workdir(str(tmp_path))
-    assert workdir.read_metrics() == []
-    rows = [{"image": i, "loss": None if i else 0.1} for i in range(5)]
+    assert run_files.read_metrics(workdir.path) == []
+    rows = [row(i, loss=None if i else 0.1) for i in range(5)]
     workdir.append_metrics(rows[:2])
     workdir.append_metrics([])
     workdir.append_metrics(rows[2:])
-    assert workdir.read_metrics() == rows
+    assert run_files.read_metrics(workdir.path) == rows
     assert len(workdir.metrics.read_text().splitlines()) == 5
 
 
 @pytest.mark.parametrize("position, left", [(0, 0), (3, 3), (5, 5), (9, 5)])
 def test_rewinding_drops_the_lines_that_come_again(position, left, tmp_path):
     workdir = Workdir(str(tmp_path))
-    workdir.append_metrics({"image": i} for i in range(5))
+    workdir.append_metrics(row(i) for i in range(5))
     whole = workdir.metrics.read_bytes()
     workdir.rewind_metrics(position)
-    assert workdir.read_metrics() == [{"image": i} for i in range(left)]
+    assert run_files.read_metrics(workdir.path) == [row(i) for i in range(left)]
     assert whole.startswith(workdir.metrics.read_bytes())  # the very bytes
 
 
 def test_a_line_that_a_kill_cut_is_dropped_before_others_follow(tmp_path):
     workdir = Workdir(str(tmp_path))
-    workdir.append_metrics({"image": i} for i in range(3))
+    workdir.append_metrics(row(i) for i in range(3))
     with workdir.metrics.open("a") as file:
         file.write('{"image": 3, "lo')
-    assert [row["image"] for row in workdir.read_metrics()] == [0, 1, 2]
+    assert [row["image"] for row in run_files.read_metrics(workdir.path)] == [0, 1, 2]
     workdir.rewind_metrics(3)
-    workdir.append_metrics([{"image": 3}])
-    assert [row["image"] for row in workdir.read_metrics()] == [0, 1, 2, 3]
+    workdir.append_metrics([row(3)])
+    assert [row["image"] for row in run_files.read_metrics(workdir.path)] == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
-def test_nothing_after_a_broken_line_is_believed(tmp_path):
+def test_a_strange_line_is_dropped_and_told_once(tmp_path, capsys):
     workdir = Workdir(str(tmp_path))
-    good = b'{"image": 0}\n{"image": 1}\n'
-    for broken in (b'{"image": 2, "lo\n', b"\0\0\0\n", b"\xff\n", b"[]\n", b"3\n"):
-        workdir.metrics.write_bytes(good + broken + b'{"image": 3}\n')
-        assert [row["image"] for row in workdir.read_metrics()] == [0, 1]
-        workdir.rewind_metrics(9)
-        assert workdir.metrics.read_bytes() == good
+    good = [line(i) for i in range(12) if i not in (4, 7, 8)]
+    strange = [STRANGE["zeros"], *good[:6], STRANGE["cut"], *reversed(good[3:])]
+    workdir.metrics.write_bytes(b"".join(strange) + line(12) + line(300))
+    workdir.rewind_metrics(12)
+    assert workdir.metrics.read_bytes() == b"".join(good)
+    workdir.write_summary({"finished": True, "images": 12})
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told == (f"warning: {tmp_path}: metrics.jsonl lacks 3 of 12 images: 4, 7-8")
 
 
 def test_a_full_disk_names_the_metrics(tmp_path, monkeypatch):
     workdir = Workdir(tmp_path)
-    workdir.append_metrics([{"image": 0}])
+    workdir.append_metrics([row(0)])
     if not Path("/dev/full").exists():
         pytest.skip("needs Linux")
     monkeypatch.setattr(workdir, "metrics", Path("/dev/full"))
     with pytest.raises(OSError, match="/dev/full cannot be written: No space left"):
-        workdir.append_metrics([{"image": 1}])
+        workdir.append_metrics([row(1)])
 
 
 # --- The end --------------------------------------------------------------------------
@@ -388,7 +397,7 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
         assert not workdir.frozen.exists()
         checkpoint.save_tree(workdir.frozen, {"x": np.ones(3)}, {})
         for image in range(8):
-            workdir.append_metrics([{"image": image}])
+            workdir.append_metrics([row(image)])
             if image in (2, 5):
                 workdir.save_state(image + 1, {"x": np.full(4, image + 1)})
         workdir.wait()
@@ -403,10 +412,10 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     again.settle_config(config(lr=0.5), images_per_step=1)
     with pytest.raises(ValueError, match="lr was 0.5 and is 0.25"):
         again.settle_config(config(lr=0.25), images_per_step=1)
-    assert again.load_state()["x"][0] == 6
-    again.append_metrics([{"image": 6}, {"image": 7}])
+    assert again.load_state().tree["x"][0] == 6
+    again.append_metrics([row(6), row(7)])
     again.rewind_metrics(6)
-    again.append_metrics([{"image": 6}])
+    again.append_metrics([row(6)])
     reader = Workdir(place, writes=False)
     assert checkpoint.load_newest(reader.states).tree["x"][0] == 6
     with again.output("pictures/a.png") as path:
@@ -416,7 +425,9 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
         (path / "weights").write_bytes(b"1")
     again.write_summary({"finished": True})
     again.close()
-    assert [row["image"] for row in reader.read_metrics()] == list(range(7))
+    assert [row["image"] for row in run_files.read_metrics(reader.path)] == list(
+        range(7)
+    )
     assert reader.finished()
     tops = {name.split("/")[3] for name in bucket.objects("b/runs/one")}
     assert tops == {

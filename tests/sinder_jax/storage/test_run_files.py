@@ -1,8 +1,7 @@
-import json
-
 import pytest
 
 from loading import loaded
+from rows import STRANGE, line
 from samples import error_of
 from sinder_jax.storage import run_files
 
@@ -11,19 +10,38 @@ def write_lines(workdir, *lines):
     (workdir / run_files.METRICS).write_bytes(b"".join(lines))
 
 
-def line(image):
-    return (json.dumps({"image": image, "loss": 0.5}) + "\n").encode()
+@pytest.mark.parametrize("strange", STRANGE.values(), ids=STRANGE)
+def test_a_strange_line_is_left_out_and_the_good_ones_after_it_are_not(
+    strange, tmp_path
+):
+    write_lines(tmp_path, line(0), line(1), strange, line(3))
+    assert [row["image"] for row in run_files.read_metrics(tmp_path)] == [0, 1, 3]
+    found = run_files.read_metrics_lines(tmp_path)
+    assert found[3] == line(3).decode()
+    told = "metrics.jsonl lacks 1 of 4 images: 2"
+    assert run_files.lacking(found, 4) == told
 
 
-@pytest.mark.parametrize(
-    "end",
-    [b'{"image": 2, "lo', b"\x00\x00\n", b'"text"\n', b"[1]\n", b"\xc3", b"{}\n"],
-    ids=["cut", "zeros", "text", "list", "half a character", "no image"],
-)
-def test_metrics_end_at_the_first_line_that_is_not_complete(end, tmp_path):
-    write_lines(tmp_path, line(0), line(1), end, line(2))
-    assert [row["image"] for row in run_files.read_metrics(tmp_path)] == [0, 1]
-    assert run_files.read_metrics_lines(tmp_path)[1] == line(1).decode()
+def test_lines_that_are_doubled_or_out_of_order_come_once_and_in_order(tmp_path):
+    write_lines(tmp_path, line(1), line(0), line(1), line(2), line(0, loss=9.0))
+    found = run_files.read_metrics_lines(tmp_path)
+    assert "".join(found.values()).encode() == line(0) + line(1) + line(2)
+
+
+def test_an_image_may_have_no_defect_or_be_unreadable(tmp_path):
+    bad = dict.fromkeys(("layer", "loss", "alpha", "num_outliers", "finite"))
+    write_lines(tmp_path, line(0, layer=-1, loss=None), line(1, readable=False, **bad))
+    assert len(run_files.read_metrics(tmp_path)) == 2
+
+
+def test_ranges_of_lacking_images_are_named_and_only_some_of_them():
+    assert run_files.lacking([0, 1, 2], 3) == run_files.lacking([], 0) == ""
+    told = run_files.lacking([0, 1, 2, 3, 5, 6, 9, 10, 11], 12)
+    assert told == "metrics.jsonl lacks 3 of 12 images: 4, 7-8"
+    told = run_files.lacking(range(0, 100, 2), 100)
+    assert told.endswith(
+        "lacks 50 of 100 images: 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, ..."
+    )
 
 
 def test_a_complete_row_without_its_line_end_is_not_a_line_yet(tmp_path):
