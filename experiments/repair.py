@@ -19,13 +19,13 @@ import numpy as np
 from experiments import config as config_files
 from experiments.run import cluster, compiled, inputs, results, sinks, tracing
 from experiments.run.cluster import Vote
-from experiments.run.heartbeat import Heartbeat, own_command, refuse_if_alive
+from experiments.run.heartbeat import Heartbeat, own_command
 from experiments.run.journal import Counts, Dispatched, Journal
 from experiments.run.progress import LiveLine, duration
 from experiments.run.runner import Runner, choose_devices, on_host
 from experiments.run.stopping import Stopping
 from experiments.run.workdir import Workdir
-from sinder_jax import cli, families, launch, repair
+from sinder_jax import cli, families, repair
 from sinder_jax.data import batches
 from sinder_jax.storage import original as stored
 from sinder_jax.storage.run_files import read_metrics
@@ -71,7 +71,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # Data, then the workdir: one list, one config, one folder for all processes.
         processes = stack.enter_context(cluster.start(args))
-        launch.start_jax()
         first, say = processes.is_first, processes.say
         train, held_out = inputs.photographs(config, say=say)
         workdir = stack.enter_context(
@@ -87,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.check_shared(workdir.path)
         # images_per_step is part of the result; devices only divide its images.
         if first:
-            refuse_if_alive(workdir.path)
             workdir.settle_config(config, jax.device_count(), force=args.force)
         batch = int(processes.from_first(np.array(config.images_per_step)))
         if not first:
@@ -101,7 +99,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Devices: those of all processes that share the images of a step.
         used = f"{len(devices)} x {devices[0].device_kind}"
         heartbeat = stack.enter_context(
-            Heartbeat(workdir.path, used, processes.processes, writes=first)
+            Heartbeat(
+                workdir.path,
+                used,
+                processes.processes,
+                writes=first,
+                claim=workdir.claim,
+            )
         )
         say(
             f"{len(train)} photographs to repair on, {len(held_out)} others held out\n"
@@ -162,12 +166,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         boards = sinks.Sinks()
         if first:
-            boards = sinks.open_sinks(config, workdir.path, start=start)
+            boards = sinks.open_sinks(
+                config, workdir.path, start=start, check=workdir.check
+            )
         with (
             closing(stream),
             boards,
             LiveLine(config, start=start, shown=first) as live,
-            tracing.Tracer(span if first else None, workdir.path) as tracer,
+            tracing.Tracer(
+                span if first else None, workdir.path, workdir.check
+            ) as tracer,
         ):
             journal = Journal(
                 config, train, workdir, live, boards, heartbeat, counts, done

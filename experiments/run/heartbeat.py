@@ -16,12 +16,15 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.run import stopping
 from sinder_jax import cli
 from sinder_jax.storage import files, run_files
 from sinder_jax.storage.paths import AnyPath
+
+if TYPE_CHECKING:
+    from experiments.run.claim import Claim
 
 EVERY = 5.0  # seconds between two signs of life
 SILENT = 30.0  # seconds of silence that mean dead, if the process cannot be looked up
@@ -43,6 +46,7 @@ class Heartbeat:
       devices: as text, such as "8 x TPU v4".
       processes: how many there are.
       writes: False for processes that leave writing to process 0.
+      claim: the run's claim to the workdir, by which it writes; None without claims.
     """
 
     def __init__(
@@ -52,16 +56,13 @@ class Heartbeat:
         processes: int = 1,
         *,
         writes: bool = True,
+        claim: "Claim | None" = None,
     ):
-        now = time.time()
-        self._writes = writes
+        self._writes, self._claim = writes, claim
         self._path = workdir / run_files.ALIVE
         self._facts: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process": _process(os.getpid()),
-            "started": now,
-            "time": now,
+            **this_process(),
+            "claim": 0 if claim is None else claim.number,
             "phase": "loading",
             "images": 0,
             "history": [],
@@ -112,19 +113,35 @@ class Heartbeat:
             self._facts["history"] = [*history[1 - HISTORY :], (now, passed)]
         # A bucket's client may raise anything; the next beat tries again.
         with suppress(Exception):
-            files.write(self._path, json.dumps(self._facts | {"time": now}) + "\n")
+            content = json.dumps(self._facts | {"time": now}) + "\n"
+            if self._claim is None:
+                files.write(self._path, content)
+            else:
+                self._claim.write(run_files.ALIVE, content)
 
 
 def _ending(error: BaseException | None) -> str:
     if error is None:
         return "finished"
-    if isinstance(error, stopping.Stopped):
-        return f"stopped: {error}"
     if isinstance(error, KeyboardInterrupt):
         return "stopped: Ctrl-C"
+    if isinstance(error, stopping.Stopped):
+        return f"stopped: {error}"
     if isinstance(error, SystemExit):
         return f"stopped: exit code {error.code}"
     return f"failed: {cli.one_line(error)}"
+
+
+def this_process() -> dict[str, Any]:
+    """What identifies this process to others, and the time."""
+    now = time.time()
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process": _process(os.getpid()),
+        "started": now,
+        "time": now,
+    }
 
 
 def own_command() -> str:
@@ -174,40 +191,56 @@ def judge(facts: Mapping[str, Any], *, now: float) -> Life:
     return Life(age < SILENT, age, False)
 
 
-def refuse_if_alive(workdir: AnyPath) -> None:
+def refuse_if_alive(workdir: AnyPath, claim: Mapping[str, Any] | None = None) -> bool:
     """Refuses a workdir in which another run is writing.
 
     Waits for a sign of life of a run on another machine that was alive a moment ago.
 
     Args:
       workdir: as for `Heartbeat`.
+      claim: what the newest claim to the workdir says, None if there is none.
+
+    Returns:
+      True if the run before has certainly ended, False if it may only be silent.
 
     Raises:
       ValueError: another process writes there; says which.
     """
-    first = _read(workdir)
-    if first is None or not judge(first, now=time.time()).alive:
-        return
+    first = _newest_sign(workdir, claim)
+    if first is None:
+        return False
+    life = judge(first, now=time.time())
+    if not life.alive:
+        return life.seen or first["phase"].startswith(ENDS)
     if first["process"] and first["process"] == _process(os.getpid()):
-        return  # ourselves, a while ago
+        return False  # ourselves, a while ago
     now, facts = time.monotonic(), first
     while not judge(facts, now=time.time()).seen and facts["time"] == first["time"]:
         if time.monotonic() - now > SILENT:
-            return
+            return False
         time.sleep(1.0)
-        facts = _read(workdir) or first
-    if judge(facts, now=time.time()).alive:
-        raise ValueError(
-            f"another run writes to {workdir}: process {facts['pid']} on "
-            f"{facts['host']}, {facts['phase']}; stop it, or choose another --workdir"
-        )
+        facts = _newest_sign(workdir, claim) or first
+    if not judge(facts, now=time.time()).alive:
+        return True
+    raise ValueError(
+        f"another run writes to {workdir}: process {facts['pid']} on "
+        f"{facts['host']}, {facts['phase']}; stop it, or choose another --workdir"
+    )
 
 
-def _read(workdir: AnyPath) -> dict[str, Any] | None:
+def _newest_sign(
+    workdir: AnyPath, claim: Mapping[str, Any] | None
+) -> Mapping[str, Any] | None:
+    """alive.json; or the claim, if it has ended or its run has written none yet."""
     try:
-        return run_files.read_json(workdir / run_files.ALIVE)
+        alive = run_files.read_json(workdir / run_files.ALIVE)
     except Exception:  # not written yet, or a bucket's client fails
-        return None
+        alive = None
+    if claim is None:
+        return alive
+    ended = claim["phase"].startswith(ENDS)
+    same = alive is not None and alive.get("claim") == claim["claim"]
+    return alive if same and not ended else claim
 
 
 def _process(pid: int) -> dict[str, str] | None:

@@ -229,6 +229,5 @@ def prepare(
     print(f"both took {duration(time.monotonic() - began)}", flush=True)
     show_phase("storing the original model")
     directions = found.directions.astype(np.float32)
-    original.save(
-        workdir.frozen, Original(model, factors, directions), found.gaps.tolist()
-    )
+    with workdir.checkpoint(workdir.frozen.name) as place:
+        original.save(place, Original(model, factors, directions), found.gaps.tolist())

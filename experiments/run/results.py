@@ -91,7 +91,8 @@ def export(workdir: Workdir, original: Model, params: Any) -> list[str]:
     repaired = repaired.with_step(f"repaired by {array_store.tool()}")
     target = workdir.path / "repaired"
     if not target.exists():  # else a finish was cut short: the same model
-        checkpoint.save(target, repaired.config, params, repaired.provenance)
+        with workdir.checkpoint(target.name) as place:
+            checkpoint.save(place, repaired.config, params, repaired.provenance)
     names = ["repaired.safetensors"]
     if importlib.util.find_spec("torch"):
         names.append("repaired.pth")
@@ -119,7 +120,6 @@ def export_delta(
     model = original.model
     made = delta.from_eps(model.config, model.params, original.factors, eps)
     with workdir.output("repaired.patch.safetensors") as path:
-        path.unlink(missing_ok=True)  # left by a finish that was cut short
         delta_file.save(path, made, model.provenance)
     return [path.name]
 

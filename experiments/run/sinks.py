@@ -29,11 +29,15 @@ RGB = UInt8[np.ndarray, "height width 3"]
 class Sinks:
     """All sinks of a run; use as a context manager.
 
+    Args:
+      check: called before anything is written; what it raises ends the run.
+
     A sink has the methods `write(image, numbers)`, `picture(name, rgb, image)` and
     `close()`, each of which may raise anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self._sinks: dict[str, Any] = {}
 
     def __enter__(self) -> "Sinks":
@@ -44,6 +48,7 @@ class Sinks:
 
     def add(self, name: str, make: Callable[[], Any]) -> None:
         """Opens a sink; warns and leaves it out if that fails."""
+        self._check()
         try:
             self._sinks[name] = make()
         except Exception as error:
@@ -67,6 +72,7 @@ class Sinks:
 
     def _each(self, method: str, *arguments: Any) -> None:
         for name, sink in list(self._sinks.items()):
+            self._check()
             try:
                 getattr(sink, method)(*arguments)
             except Exception as error:  # network, disk: many kinds
@@ -94,7 +100,13 @@ def check_packages(config: ConfigDict) -> None:
             ) from None
 
 
-def open_sinks(config: ConfigDict, workdir: Any, *, start: int) -> Sinks:
+def open_sinks(
+    config: ConfigDict,
+    workdir: Any,
+    *,
+    start: int,
+    check: Callable[[], None] = lambda: None,
+) -> Sinks:
     """Opens the sinks that a config names.
 
     Args:
@@ -102,12 +114,13 @@ def open_sinks(config: ConfigDict, workdir: Any, *, start: int) -> Sinks:
       workdir: a path, which may be remote.
       start: images passed before. Replaces later rows, which a killed run may have
         left.
+      check: called before anything is written, see `Workdir.check`.
 
     Raises:
       ValueError: as `check_packages`.
     """
     check_packages(config)
-    workdir, sinks = epath.Path(workdir), Sinks()
+    workdir, sinks = epath.Path(workdir), Sinks(check)
     if config.tensorboard:
         sinks.add("TensorBoard", lambda: TensorBoard(workdir / "tensorboard", start))
     if config.wandb_project:
@@ -119,7 +132,9 @@ class TensorBoard:
     """Event files, written by tensorboardX without TensorFlow.
 
     Not by tensorboardX's SummaryWriter: it passes events to a thread through a queue of
-    ten, and waits forever once a full disk has killed that thread.
+    ten, and waits forever once a full disk has killed that thread. Events are kept here
+    until a flush: what the file's own buffer holds is written at exit, even by a run
+    that has lost its workdir.
 
     Args:
       folder: of the event files.
@@ -135,6 +150,7 @@ class TensorBoard:
         # the start. This suffix keeps two starts within a second apart, in order.
         suffix = f".{time.time_ns()}"
         self._events = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+        self._pending: list[Any] = []
         log = proto.event_pb2.SessionLog(status=proto.event_pb2.SessionLog.START)
         self._add(start, session_log=log)
         self._flush()
@@ -150,13 +166,17 @@ class TensorBoard:
         self._flush()
 
     def close(self) -> None:
+        self._flush()
         self._events.close()
 
     def _add(self, step: int, **content: Any) -> None:
         event = self._event(step=step, wall_time=time.time(), **content)
-        self._events.write_event(event)
+        self._pending.append(event)
 
     def _flush(self) -> None:
+        pending, self._pending = self._pending, []
+        for event in pending:
+            self._events.write_event(event)
         self._events.flush()
         self._flushed = time.monotonic()
 

@@ -8,6 +8,7 @@ Python has a module of that name.
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,9 +52,16 @@ class Tracer:
     Args:
       span: from `parse`; None for no trace.
       workdir: gets the trace in its folder `profile`; may be in a bucket.
+      check: called before anything is written, see `Workdir.check`.
     """
 
-    def __init__(self, span: Span | None, workdir: StrPath):
+    def __init__(
+        self,
+        span: Span | None,
+        workdir: StrPath,
+        check: Callable[[], None] = lambda: None,
+    ):
+        self._check = check
         self._span, self._target = span, paths.as_path(workdir) / "profile"
         self._folder: Path | None = None  # of the trace being written
 
@@ -84,6 +92,7 @@ class Tracer:
             self._stop()
         elif self._folder is None and start <= position < stop:
             jax.block_until_ready(pending)
+            self._check()
             remote = paths.is_remote(self._target)
             folder = Path(tempfile.mkdtemp() if remote else self._target)
             try:
@@ -94,6 +103,7 @@ class Tracer:
                 cli.warn(f"--profile: no trace: {error}")
 
     def _stop(self) -> None:
+        self._check()
         folder, self._folder, self._span = self._folder, None, None
         assert folder is not None, "a trace that was not started cannot stop"
         try:

@@ -2,20 +2,21 @@
 
     config, states, metrics, pictures, summary --Workdir--> DIR or gs://bucket/name
 
-`storage.run_files` lists the files. Each appears whole or not at all. summary.json is
-last: it says that the run is finished, or how far it came. An object in a bucket cannot
-grow, so there metrics.jsonl is written again before each state.
+`storage.run_files` lists the files. Each appears whole or not at all, and only while
+the run owns the folder (`claim`). summary.json is last: it says that the run is
+finished, or how far it came. An object in a bucket cannot grow, so there metrics.jsonl
+is written again before each state.
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from experiments.run.claim import Claim
 from sinder_jax import checkpoint, cli
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath, StrPath
@@ -42,16 +43,21 @@ class Workdir:
     """Reads and writes the files of one run.
 
     Only process 0 of a run writes. Close a workdir that writes, or its last state may
-    be lost.
+    be lost. Every method that writes raises `claim.LostError` once another run has
+    taken the folder over.
 
     Args:
       path: a folder, made if it does not exist; or gs://bucket/name.
       writes: False for the other processes, which must not make or change anything.
       keep_last, keep_every: which states are kept, see `snapshots.Snapshots`.
 
+    Attributes:
+      claim: of this process to the folder; None for a process that does not write.
+
     Raises:
       OSError: the folder cannot be made or written to.
-      ValueError: a bucket, and the package that reads buckets is not installed.
+      ValueError: another run writes there; or a bucket, and the package that reads
+        buckets is not installed.
     """
 
     def __init__(
@@ -68,40 +74,43 @@ class Workdir:
         self.states = self.path / run_files.STATES
         self.metrics = self.path / run_files.METRICS
         self.summary = self.path / run_files.SUMMARY
-        self._kept = {"keep_last": keep_last, "keep_every": keep_every}
+        self._kept: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every}
         self._config: dict[str, Any] = {}
         self._lines: dict[int, str] | None = None  # of metrics.jsonl, only for a bucket
         self._told = ""  # the images without a line that were told
         self._states: Snapshots | None = None
-        if writes:
-            self._make()
+        self.claim = self._make() if writes else None
 
     def __enter__(self) -> "Workdir":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Closes. If the folder was lost, that is the error, whatever came of it."""
         try:
             self.close()
         except OSError:
             if error is None:  # else the first error counts
+                self._check_claim()
                 raise
+        if isinstance(error, OSError):
+            self._check_claim()
 
-    def _make(self) -> None:
-        probe = self.path / f".writable.{os.getpid()}"
+    def _make(self) -> Claim:
         try:
             with paths.answering(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-                probe.write_text("")
-                probe.unlink()
+            claim = Claim(self.path)
         except OSError as error:
             raise OSError(
                 f"--workdir={self.path} cannot be written to: {error.strerror or error}"
             ) from None
         if not paths.is_remote(self.path):
-            # Leftovers of a write that a kill cut short.
+            # Left by a kill of an earlier version, which wrote beside the final place.
             for name in (run_files.FROZEN, run_files.REPAIRED):
                 for partial in Path(self.path).glob(f".{name}.*/"):
+                    claim.check()
                     paths.remove(partial)
+        return claim
 
     # --- Config ---------------------------------------------------------------------
 
@@ -136,28 +145,31 @@ class Workdir:
                 "another --workdir, or use the config of the first start, or --force "
                 "to resume with the new one"
             )
-        self._config = config.to_dict()
-        if not self.writes or not (first or changed):
-            return
-        if changed:
+        if self.writes and changed:
             number = 1
             while (before := path.with_name(f"{path.name}.before_{number}")).exists():
                 number += 1
-            files.write(before, path.read_text())
+            self._write(before.name, path.read_text())
             cli.warn(
                 f"{self.path} goes on with another config: {changed}; the "
                 f"previous one is {before.name}"
             )
-        files.write(path, json.dumps(self._config, indent=2) + "\n")
+        if self.writes and (first or changed):
+            self._write(path.name, json.dumps(config.to_dict(), indent=2) + "\n")
+        self._config = config.to_dict()  # from now on, config.json must exist
 
-    def _check_exists(self) -> None:
-        """Refuses to write into a workdir that was removed since the run started.
+    def check(self) -> None:
+        """Refuses to write into a workdir that was lost or removed since the start.
+
+        Call it before anything is written that no method of this class writes.
 
         Raises:
+          LostError: another run has taken the folder over.
           OSError: the folder is gone.
         """
-        if not self.writes:
+        if self.claim is None:
             raise RuntimeError("this process must leave writing to process 0")
+        self._check_claim()
         if paths.is_remote(self.path):
             return
         settled = not self._config or (self.path / run_files.CONFIG).exists()
@@ -166,6 +178,15 @@ class Workdir:
                 f"--workdir={self.path} was removed during the run: "
                 "nothing more is written"
             )
+
+    def _check_claim(self) -> None:
+        if self.claim is not None:
+            self.claim.check()
+
+    def _write(self, name: str, content: str) -> None:
+        self.check()
+        assert self.claim is not None, "check lets only process 0 pass"
+        self.claim.write(name, content)
 
     # --- States ---------------------------------------------------------------------
 
@@ -187,7 +208,7 @@ class Workdir:
         Raises:
           OSError: this state, or the previous one, cannot be written.
         """
-        self._check_exists()
+        self.check()
         self._sync_metrics()
         values = {"config": self._config, "position": num_images}
         self._open_states().save(num_images, saved, {**(metadata or {}), **values})
@@ -200,7 +221,7 @@ class Workdir:
         Raises:
           DamagedError: there are states, and all are damaged.
         """
-        self._check_exists()
+        self.check()
         states = self._open_states()
         newest = states.load_newest()
         if newest is None:
@@ -219,18 +240,25 @@ class Workdir:
             self._states.wait()
 
     def close(self) -> None:
-        """Writes the metrics, waits for pending saves, stops the background threads."""
+        """Writes the metrics, waits for pending saves, gives the folder up."""
         states, self._states = self._states, None
-        try:
-            self._sync_metrics()
-        finally:
+        with ExitStack() as stack:
+            if self.claim is not None:
+                stack.callback(self.claim.release)
             if states is not None:
-                states.close()
+                stack.callback(states.close)
+            self._sync_metrics()
 
     def _open_states(self) -> Snapshots:
         if self._states is None:
             self.states.mkdir(exist_ok=True)
-            self._states = Snapshots(self.states, **self._kept)
+            assert self.claim is not None, "only process 0 opens the states"
+            self._states = Snapshots(
+                self.states,
+                **self._kept,
+                check=self.claim.check,
+                staging=self.claim.staging,
+            )
         return self._states
 
     # --- Metrics --------------------------------------------------------------------
@@ -242,7 +270,7 @@ class Workdir:
           OSError: the lines, or a state before them, cannot be written.
         """
         lines = {row["image"]: json.dumps(row) + "\n" for row in rows}
-        self._check_exists()
+        self.check()
         if self._states is not None:
             self._states.check()
         if paths.is_remote(self.path):
@@ -267,9 +295,8 @@ class Workdir:
         if images not in ("", self._told):
             cli.warn(f"{self.path}: {lacking}")
             self._told = images
-        self._check_exists()
         self._lines = kept if paths.is_remote(self.path) else None
-        files.write(self.metrics, "".join(kept.values()))
+        self._write(self.metrics.name, "".join(kept.values()))
 
     def _read_lines(self) -> dict[int, str]:
         if self._lines is not None:
@@ -279,7 +306,7 @@ class Workdir:
     def _sync_metrics(self) -> None:
         """Makes the lines durable: no state may exist without the lines up to it."""
         if self._lines is not None:
-            files.write(self.metrics, "".join(self._lines.values()))
+            self._write(self.metrics.name, "".join(self._lines.values()))
         elif self.writes and not paths.is_remote(self.path) and self.metrics.exists():
             with _naming(self.metrics):
                 files.flush(Path(self.metrics))
@@ -290,7 +317,7 @@ class Workdir:
     def output(self, name: str) -> Iterator[Path]:
         """Yields a local path to write to; afterwards the file is in the workdir.
 
-        For a bucket, also uploads all files written beside it.
+        Files written beside it are in the workdir, too.
 
         Args:
           name: below the workdir, such as "pictures/image_00000020.png".
@@ -298,14 +325,23 @@ class Workdir:
         Raises:
           OSError: the file cannot be written.
         """
-        self._check_exists()
-        target = self.path / name
-        if paths.is_remote(target):
-            with files.replacing(target) as local:
-                yield local
+        self.check()
+        assert self.claim is not None, "check lets only process 0 pass"
+        with self.claim.output(name) as path:
+            yield path
+
+    @contextmanager
+    def checkpoint(self, name: str) -> Iterator[AnyPath]:
+        """Like `output`, for a directory that `array_store` writes.
+
+        In a bucket it is written in its place: it may be larger than the local disk.
+        """
+        if paths.is_remote(self.path):
+            self.check()
+            yield self.path / name
         else:
-            target.parent.mkdir(exist_ok=True)
-            yield Path(target)
+            with self.output(name) as path:
+                yield path
 
     def write_summary(self, values: Mapping[str, Any]) -> None:
         """Writes summary.json, after the states and metrics that it summarizes.
@@ -313,12 +349,12 @@ class Workdir:
         Args:
           values: JSON values; "images", if there, is held against metrics.jsonl.
         """
-        self._check_exists()
+        self.check()
         if "images" in values:
             self.rewind_metrics(values["images"])
         self._sync_metrics()
         self.wait()
-        files.write(self.summary, json.dumps(values, indent=2) + "\n")
+        self._write(self.summary.name, json.dumps(values, indent=2) + "\n")
 
     def finished(self) -> bool:
         """True if summary.json says that the run is finished."""

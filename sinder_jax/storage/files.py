@@ -3,6 +3,7 @@
     path --replacing--> a local path to write to --flushed, renamed--> path
                                                  --uploaded--> path in a bucket
     path, content --write--> the file
+    path, content --create--> the file, unless there is one
 
 A rename may reach the disk before the bytes that it publishes: after a power loss the
 new name would then hold nothing. So the bytes are flushed first.
@@ -92,6 +93,23 @@ def write(path: StrPath, content: str | bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def create(path: StrPath, content: str) -> None:
+    """Writes a small new file; of several processes that try, one succeeds.
+
+    Raises:
+      FileExistsError: there is a file already, perhaps not all of it yet.
+      OSError: the file cannot be written.
+    """
+    path = paths.as_path(path)
+    if paths.is_remote(path):
+        with paths.answering(path):
+            # "create": if no generation of the object exists, as the bucket decides.
+            paths.bucket_client().pipe_file(str(path), content.encode(), mode="create")
+        return
+    with Path(path).open("x") as file:
+        file.write(content)
 
 
 def upload(folder: Path, target: paths.AnyPath) -> None:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
@@ -59,6 +59,26 @@ def remove(path: AnyPath) -> None:
         epath.Path(path).rmtree(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def bucket_client() -> Any:
+    """The client of gs:// that epath uses, for what epath cannot do."""
+    return importlib.import_module("fsspec").filesystem("gs")
+
+
+def names(folder: AnyPath) -> list[str]:
+    """Names in a folder as it is now; a bucket's client remembers an earlier listing.
+
+    Empty if there is no such folder.
+    """
+    try:
+        if not is_remote(folder):
+            return os.listdir(folder)
+        with answering(folder):
+            found = bucket_client().ls(str(folder), detail=False, refresh=True)
+        return [name.rpartition("/")[2] for name in found]
+    except FileNotFoundError:
+        return []
 
 
 @contextmanager

@@ -4,6 +4,7 @@
     WORKDIR/frozen/                original model, factors, directions (`original`)
     WORKDIR/states/00000120/       ε, momentum, history after 120 images (`snapshots`)
     WORKDIR/metrics.jsonl          one JSON object per line and image, in order
+    WORKDIR/claims/00000007        the run that owns the workdir, see `run.claim`
     WORKDIR/alive.json             process, phase and time of the last sign of life
     WORKDIR/pictures/, before_after.png
     WORKDIR/repaired/, repaired.*  the repaired model, as a checkpoint and for PyTorch
@@ -27,6 +28,7 @@ from sinder_jax.storage.paths import AnyPath, StrPath
 CONFIG, ALIVE, SUMMARY = "config.json", "alive.json", "summary.json"
 METRICS = "metrics.jsonl"
 FROZEN, STATES, REPAIRED = "frozen", "states", "repaired"
+CLAIMS = "claims"
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a directory of a bucket
 NAMED = 10  # at most this many ranges of images are named
 
@@ -63,7 +65,7 @@ ROW: Mapping[str, Callable[[Any], bool]] = {
 
 def is_workdir(path: AnyPath) -> bool:
     """True if the directory holds any file of a run, however early it stopped."""
-    names = (ALIVE, METRICS, FROZEN, STATES, CONFIG)
+    names = (ALIVE, METRICS, FROZEN, STATES, CONFIG, CLAIMS)
     return any((path / name).exists() for name in names)
 
 

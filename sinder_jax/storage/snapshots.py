@@ -11,7 +11,7 @@ removes it.
 """
 
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from sinder_jax import checkpoint, param_tree
 from sinder_jax.storage import array_store, files, header, orbax_io, paths
@@ -40,6 +41,9 @@ class Snapshots:
       folder: a directory that exists, or gs://bucket/name.
       keep_last: how many of the newest snapshots to keep.
       keep_every: also keep those whose number of images is a multiple of this; 0: none.
+      check: called before a snapshot appears or anything is removed; raises to forbid.
+      staging: where a snapshot is written first, on the same disk; None: beside its
+        place.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -47,7 +51,15 @@ class Snapshots:
       RuntimeError: on another process than 0, whose arrays Orbax would leave out.
     """
 
-    def __init__(self, folder: StrPath, *, keep_last: int = 2, keep_every: int = 0):
+    def __init__(
+        self,
+        folder: StrPath,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        check: Callable[[], None] = lambda: None,
+        staging: Path | None = None,
+    ):
         if keep_last < 1 or keep_every < 0:
             raise ValueError(
                 "keep_last must be at least 1 and keep_every at least 0, got "
@@ -59,7 +71,9 @@ class Snapshots:
         self._saving = 0  # the state under way
         self._exit = ExitStack()
         self._exit.enter_context(orbax_io.quiet())
-        self._options = _options(self.folder, keep_last, keep_every)
+        self._check = check
+        commit = _committing(self.folder, check, staging)
+        self._options = _options(keep_last, keep_every, commit)
         with paths.answering(self.folder):
             self._manager = self._open()
 
@@ -140,6 +154,7 @@ class Snapshots:
                 self._manager.close()
 
     def _open(self) -> "_Manager":
+        self._check()
         handlers = _handlers()
         manager = _Manager(
             self.folder, options=self._options, handler_registry=handlers
@@ -184,6 +199,29 @@ class _Flushed(ocp.path.atomicity.AtomicRenameTemporaryPath):
         files.flush_entry(Path(self.get_final().parent))
 
 
+def _committing(
+    folder: AnyPath, check: Callable[[], None], staging: Path | None
+) -> type:
+    """How a snapshot appears in the folder, once `check` allows it."""
+    # In a bucket every object is whole, and the last one completes the snapshot.
+    remote, atomicity = paths.is_remote(folder), ocp.path.atomicity
+    base: Any = atomicity.CommitFileTemporaryPath if remote else _Flushed
+
+    class Checked(base):
+        @classmethod
+        def from_final(cls, final_path, **options):
+            if remote or staging is None:
+                return super().from_final(final_path, **options)
+            name = f"{final_path.name}{atomicity.TMP_DIR_SUFFIX}"
+            return cls(epath.Path(staging) / name, final_path, **options)
+
+        async def finalize(self):
+            check()
+            await super().finalize()
+
+    return Checked
+
+
 def versions() -> dict[str, str]:
     """Versions of everything that writes a snapshot."""
     return {
@@ -196,7 +234,7 @@ def versions() -> dict[str, str]:
 
 
 def _options(
-    folder: AnyPath, keep_last: int, keep_every: int
+    keep_last: int, keep_every: int, commit: type
 ) -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(
         create=False,  # with `active_processes` Orbax cannot
@@ -206,8 +244,7 @@ def _options(
         step_format_fixed_length=DIGITS,
         max_to_keep=keep_last,
         keep_period=keep_every or None,
-        # In a bucket every object is whole: Orbax's own class.
-        temporary_path_class=None if paths.is_remote(folder) else _Flushed,
+        temporary_path_class=commit,
         multiprocessing_options=orbax_io.alone(),
         async_options=ocp.AsyncOptions(
             timeout_secs=TIMEOUT,

@@ -36,6 +36,7 @@ NO_PICTURES = "--config.picture_every=100000"
 FILES = {
     "alive.json",
     "before_after.png",
+    "claims",
     "config.json",
     "frozen",
     "metrics.jsonl",
@@ -723,7 +724,8 @@ def test_a_bad_checkpoint_gives_one_line_and_runs_nothing(
     )
     assert re.search(message, line)
     assert not (tmp_path / "executed").exists()
-    assert sorted(os.listdir(tmp_path / "run")) == ["alive.json", "config.json"]
+    made = sorted(os.listdir(tmp_path / "run"))
+    assert made == ["alive.json", "claims", "config.json"]
 
 
 def test_the_checkpoint_of_another_model_is_named_with_the_differences(

@@ -257,6 +257,34 @@ def test_a_workdir_that_vanishes_ends_the_run_and_is_not_made_anew(
     assert int(state_of(tmp_path / "elsewhere")["num_images"]) == 3
 
 
+def test_a_run_that_was_taken_over_ends_in_one_line_and_writes_nothing_more(
+    whole, tmp_path, monkeypatch, capsys
+):
+    """As if it had been suspended between two steps, while another host went on."""
+    workdir, before = begun(tmp_path / "run", whole), {}
+
+    def take_over():
+        while not (workdir / "states" / "00000003").exists():  # saved behind the steps
+            time.sleep(0.01)
+        (workdir / "claims").mkdir(exist_ok=True)
+        facts = {"host": "another", "pid": 7, "process": None, "phase": "starting"}
+        facts |= {"claim": 2, "time": time.time(), "started": time.time()}
+        (workdir / "claims" / "00000002").write_text(json.dumps(facts))
+        before.update(contents(workdir))
+
+    with monkeypatch.context() as patched:
+        at_image(patched, 5, take_over)
+        line = failure(workdir, capsys)
+    assert line.startswith(f"error: this run lost {workdir} to another pid 7, started ")
+    assert line.endswith(": nothing more is written here")
+    assert contents(workdir) == before
+
+
+def contents(folder):
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
 # --- Options of a start ---------------------------------------------------------------
 
 

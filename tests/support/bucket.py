@@ -73,6 +73,13 @@ class Bucket(fsspec.AbstractFileSystem):
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(data)
 
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if mode == "create":  # the bucket decides at once, as a disk does
+            self._count(0)
+            self.place(path).parent.mkdir(parents=True, exist_ok=True)
+            self.place(path).open("xb").close()
+        self.put_object(path, value)
+
     def info(self, path, **kwargs):
         name, place = self._strip_protocol(str(path)), self.place(path)
         if place.is_file():

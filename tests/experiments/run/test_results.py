@@ -196,6 +196,11 @@ def test_a_picture_is_written_as_png_whole_or_not_at_all(tmp_path, monkeypatch):
 
 # --- results: the repaired model ------------------------------------------------------
 
+
+def exported(workdir: Path) -> list[Path]:
+    return sorted(path for path in workdir.iterdir() if path.name != "claims")
+
+
 PROVENANCE = {"source": "hub.pth", "steps": ["to-jax"]}
 ORIGINAL = Model.of(CONFIG, weights(CONFIG, 0), PROVENANCE)
 
@@ -207,7 +212,7 @@ def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
     files = ["repaired.safetensors", *(["repaired.pth"] if has_torch else [])]
     assert names == ["repaired", *files]
     sides = [f"{file}.sha256" for file in files]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names + sides)
+    assert [path.name for path in exported(tmp_path)] == sorted(names + sides)
     config, params = checkpoint.load(tmp_path / "repaired")
     assert config == CONFIG
     assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
@@ -219,7 +224,7 @@ def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
 def test_exports_say_where_the_weights_come_from(two_models, tmp_path):
     results.export(Workdir(str(tmp_path)), ORIGINAL, two_models[0])
     digests = set()
-    for path in tmp_path.iterdir():
+    for path in exported(tmp_path):
         if path.suffix == ".sha256":
             continue
         model = convert.open_model(path)
@@ -234,7 +239,7 @@ def test_without_torch_no_pth_is_written(two_models, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     names = results.export(Workdir(str(tmp_path)), ORIGINAL, two_models[0])
     assert names == ["repaired", "repaired.safetensors"]
-    files = sorted(path.name for path in tmp_path.iterdir())
+    files = [path.name for path in exported(tmp_path)]
     assert files == [*names, "repaired.safetensors.sha256"]
 
 

@@ -31,7 +31,8 @@ def started(path: Path, **changes) -> Workdir:
 
 
 def listing(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """Names in a folder but `claims`, which `test_claim.py` tests."""
+    return sorted(path.name for path in folder.iterdir() if path.name != "claims")
 
 
 # --- The folder -----------------------------------------------------------------------
@@ -40,7 +41,8 @@ def listing(folder: Path) -> list[str]:
 def test_the_folder_is_made_with_its_parents_and_left_empty(tmp_path):
     workdir = Workdir(str(tmp_path / "a" / "b"))
     assert workdir.path == tmp_path / "a" / "b"
-    assert listing(workdir.path) == []
+    workdir.close()
+    assert list(workdir.path.iterdir()) == []
     Workdir(str(tmp_path / "a" / "b"))  # a second start
 
 
@@ -376,8 +378,10 @@ def test_a_run_is_finished_when_its_summary_says_so(tmp_path):
 def test_an_output_is_a_file_of_the_workdir(tmp_path):
     workdir = Workdir(tmp_path)
     with workdir.output("pictures/a.png") as path:
-        assert path == tmp_path / "pictures" / "a.png"
+        assert path.name == "a.png"
         path.write_bytes(b"png")
+        assert listing(tmp_path) == []  # until it is whole
+    assert (tmp_path / "pictures" / "a.png").read_bytes() == b"png"
 
 
 # --- Buckets --------------------------------------------------------------------------
@@ -431,6 +435,7 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     assert reader.finished()
     tops = {name.split("/")[3] for name in bucket.objects("b/runs/one")}
     assert tops == {
+        "claims",
         "config.json",
         "frozen",
         "metrics.jsonl",
