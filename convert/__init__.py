@@ -9,6 +9,10 @@
 import importlib
 from typing import Any
 
+from sinder_jax import launch
+
+launch.guard(__name__)
+
 _HOMES = {
     "from_torch": "convert.state_dict",
     "to_torch": "convert.state_dict",

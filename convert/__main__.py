@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sinder_jax import cli
+from sinder_jax import cli, launch
 
 EXAMPLES = """\
 examples:
@@ -140,6 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def call() -> None:
         # Imported only now: `--help` need not wait for JAX.
         command = getattr(importlib.import_module(f"convert.commands.{name}"), name)
+        launch.start_jax()
         command(**{key: value for key, value in arguments.items() if value is not None})
 
     return cli.run(call)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from experiments.study import figures
-from sinder_jax import cli
+from sinder_jax import cli, launch
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from experiments.study.numbers import Subject
@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sinder_jax.data import decode
     from sinder_jax.storage import files
 
+    launch.start_jax()
     # First everything that can be checked before the long part begins.
     options, antialias, checkpoint = _settings(args, overrides)
     names = figures.check_names(

@@ -25,7 +25,7 @@ from experiments.run.progress import LiveLine, duration
 from experiments.run.runner import Runner, choose_devices, on_host
 from experiments.run.stopping import Stopping
 from experiments.run.workdir import Workdir
-from sinder_jax import cli, families, repair
+from sinder_jax import cli, families, launch, repair
 from sinder_jax.data import batches
 from sinder_jax.storage import original as stored
 from sinder_jax.storage.run_files import read_metrics
@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         # Data, then the workdir: one list, one config, one folder for all processes.
         processes = stack.enter_context(cluster.start(args))
+        launch.start_jax()
         first, say = processes.is_first, processes.say
         train, held_out = inputs.photographs(config, say=say)
         workdir = stack.enter_context(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments import config as config_files
-from sinder_jax import cli
+from sinder_jax import cli, launch
 
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from sinder_jax.analysis.defective import TokenMaps
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sinder_jax.plots import pictures, style
     from sinder_jax.storage import files
 
+    launch.start_jax()
     # First everything that can be checked before the long part begins.
     loss.check_loss_options(mask_thr=args.mask_thr)
     images, out = photos.collect(args.images), Path(args.out)

@@ -6,12 +6,15 @@ Nothing here imports JAX: `--help` answers at once.
 """
 
 import argparse
+import errno
 import io
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from sinder_jax import launch
 
 # What our code raises for users; anything else is a bug and shows its traceback.
 # ImportError: an optional package is missing, such as torch for a .pth file.
@@ -33,7 +36,7 @@ def run(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except (*USER_ERRORS, KeyboardInterrupt) as error:
-        if os.environ.get(TRACEBACK) == "1":
+        if not is_for_user(error):
             raise
         if isinstance(error, KeyboardInterrupt):
             print("interrupted", file=sys.stderr)
@@ -42,13 +45,22 @@ def run(main: Callable[[], int | None]) -> int:
         return USER_ERROR
 
 
+def is_for_user(error: BaseException) -> bool:
+    """True for an error that one line tells, False for one whose traceback is shown."""
+    wanted = os.environ.get(TRACEBACK) == "1"
+    return isinstance(error, (*USER_ERRORS, KeyboardInterrupt)) and not wanted
+
+
 def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` as `run` does and ends the process with its exit code."""
-    for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            # Escapes a file name that the terminal's encoding lacks. By lines: what a
-            # pipe or log shows keeps the order of stdout and stderr.
-            output.reconfigure(errors="backslashreplace", line_buffering=True)
+    """Runs `main` as `run` does and ends the process with its exit code.
+
+    What is printed to a pipe that nobody reads any more (`| head -1`, a `tee` that was
+    killed) is dropped: the results of a command are its files and its exit code.
+    """
+    for name in ("stdout", "stderr"):
+        output = getattr(sys, name)
+        if output is not None and output is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _outlasting_its_reader(output))
     try:
         code = run(main)
     except BaseException:
@@ -56,12 +68,43 @@ def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
             raise
         traceback.print_exc()
         code = 1
-    if code and _is_connected():
-        # At exit JAX would wait for the other processes, which wait for this one.
+    launch.end_on_interrupt()
+    if (code == INTERRUPTED and launch.is_ours()) or (code and _is_connected()):
+        # At exit JAX would wait for the other processes, which wait for this one; and
+        # what was interrupted may still be running in other threads.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+class _Output(io.FileIO):
+    """Standard output or error, which takes everything once its reader is gone."""
+
+    def __init__(self, number: int):
+        super().__init__(number, "w", closefd=False)
+        # A pipe breaks; a terminal that was closed answers with an input/output error.
+        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in self._gone:
+                raise
+            return len(data)
+
+
+def _outlasting_its_reader(output: Any) -> io.TextIOWrapper:
+    output.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(output.fileno())),
+        encoding=output.encoding,
+        # Escapes a file name that the terminal's encoding lacks. By lines: what a pipe
+        # or log shows keeps the order of stdout and stderr.
+        errors="backslashreplace",
+        line_buffering=True,
+    )
 
 
 def _is_connected() -> bool:

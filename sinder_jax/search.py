@@ -162,7 +162,7 @@ class _Walk:
         """Loss and gradients at the defect, or what an image without one reports."""
 
         def no_defect():
-            nan = jnp.full((), jnp.nan)
+            nan = jnp.full((), jnp.nan, search.tokens.dtype)
             return nan, nan, jnp.zeros_like(search.tokens)
 
         value, alpha, d_tokens = lax.cond(
@@ -176,7 +176,9 @@ class _Walk:
             layer=jnp.where(search.found, search.block - 1, -1),
             loss=value,
             alpha=alpha,
-            num_outliers=jnp.where(search.found, jnp.sum(search.mask), 0),
+            num_outliers=jnp.where(
+                search.found, jnp.sum(search.mask, dtype=jnp.int32), 0
+            ),
             finite=search.finite & (sound | ~search.found),
             gradients=gradients,
             window=window,

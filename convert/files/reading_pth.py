@@ -8,6 +8,7 @@ torch is imported only inside the functions that need it.
 """
 
 import io
+import os
 import pickle
 import pickletools
 import re
@@ -17,7 +18,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +29,14 @@ from sinder_jax.storage.errors import reason_of
 MOST_PICKLE = 2**20  # bytes; the giant's has 0.1 MB
 MOST_ENTRIES = 20_000
 CHUNK = 2**20  # bytes
+# What zipfile and struct raise about an archive's fields.
+BROKEN_ZIP = (
+    zipfile.BadZipFile,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+)
 
 # All that a pickle of tensors names; torch's own list of harmless names is longer.
 HARMLESS = re.compile(
@@ -112,17 +121,23 @@ def _check_archive(path: Path) -> None:
             }
             if wrong := [what for what, is_there in found.items() if is_there]:
                 raise damaged(path, "PyTorch", f"an archive with {wrong[0]}")
-            with archive.open(pickles[0]) as file:
-                # All but the last byte, which ends it: with it zipfile would compare
-                # a checksum that need not be there.
-                _check_pickle(path, io.BytesIO(file.read(pickles[0].file_size - 1)))
+            with path.open("rb") as file:
+                seek_record(file, pickles[0])
+                _check_pickle(path, io.BytesIO(file.read(pickles[0].file_size)))
             # Torch ignores checksums; they are 0 where torch.save was to omit them.
             for entry in (entry for entry in entries if entry.CRC):
                 with archive.open(entry) as file:
                     while file.read(CHUNK):
                         pass
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except BROKEN_ZIP as error:
         raise damaged(path, "PyTorch", reason_of(error)) from None
+
+
+def seek_record(file: BinaryIO, entry: zipfile.ZipInfo) -> None:
+    """Goes to the first byte of an entry that is stored as it is."""
+    # The lengths of name and padding end the record's own header.
+    file.seek(entry.header_offset + 26)
+    file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
 
 
 def _num_entries(path: Path) -> int:

@@ -5,13 +5,12 @@ specs --torch.save, without data--> an archive of the final size
 """
 
 import os
-import struct
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from convert.files.reading_pth import import_torch
+from convert.files.reading_pth import import_torch, seek_record
 from convert.files.tensors import Spec
 from convert.files.writing_safetensors import Metadata, Tensors, bytes_of, write_array
 
@@ -42,9 +41,7 @@ def write(
     with path.open("r+b") as file:
         for key, array in tensors:
             record = records[key]
-            # The lengths of name and padding end the record's own header.
-            file.seek(record.header_offset + 26)
-            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+            seek_record(file, record)
             write_array(file, array, specs[key])
             checksum = zlib.crc32(bytes_of(array)).to_bytes(4, "little")
             # It follows the data after a signature, and stands in the directory.

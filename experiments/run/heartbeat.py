@@ -123,10 +123,10 @@ class Heartbeat:
 def _ending(error: BaseException | None) -> str:
     if error is None:
         return "finished"
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped: Ctrl-C"
     if isinstance(error, stopping.Stopped):
         return f"stopped: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped: Ctrl-C"
     if isinstance(error, SystemExit):
         return f"stopped: exit code {error.code}"
     return f"failed: {cli.one_line(error)}"

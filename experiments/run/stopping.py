@@ -15,8 +15,11 @@ from typing import Any, Self
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class Stopped(Exception):
-    """The run was told to stop where nothing has to be saved."""
+class Stopped(KeyboardInterrupt):
+    """The run was told to stop where nothing has to be saved.
+
+    Like KeyboardInterrupt, no library takes it for an error of its own.
+    """
 
 
 class Stopping:

@@ -1,4 +1,12 @@
-"""sinder_jax/cli.py: its parser; test_visualize.py tests its errors and exit codes."""
+"""sinder_jax/cli.py: its parser, and what it prints to.
+
+test_visualize.py tests its errors and exit codes.
+"""
+
+import os
+import pty
+import subprocess
+import sys
 
 import pytest
 
@@ -46,3 +54,43 @@ def test_a_missing_optional_package_is_for_the_user(capsys):
     assert (
         capsys.readouterr().err == "error: model.pth: needs PyTorch, pip install it\n"
     )
+
+
+# --- A reader that is gone ------------------------------------------------------------
+
+
+def end_of_a_pipe_without_a_reader() -> int:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def test_a_pipe_that_nobody_reads_ends_a_command_quietly(tmp_path):
+    """As with `| head -1`, on stdout and on stderr."""
+    (tmp_path / "config.json").write_text("{}")
+    writer = end_of_a_pipe_without_a_reader()
+    for folder, code in [(tmp_path, 0), (tmp_path / "none", 2)]:
+        call = [sys.executable, "-m", "experiments.status", str(folder)]
+        done = subprocess.run(call, stdout=writer, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (code, code // 2)
+        assert subprocess.run(call, stdout=writer, stderr=writer).returncode == code
+    os.close(writer)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_what_is_printed_to_nobody_is_dropped(kind):
+    """A run goes on when the `tee` of its progress, or its terminal, is gone."""
+    if kind == "pipe":
+        writer = end_of_a_pipe_without_a_reader()
+        output = cli._Output(writer)
+    else:
+        reader, writer = pty.openpty()
+        output = cli._Output(writer)
+        os.close(reader)
+    assert output.write(b"step 1200") == 9
+    os.close(writer)
+
+
+def test_a_full_disk_is_not_taken_for_a_reader_that_is_gone():
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space"):
+        cli._Output(full.fileno()).write(b"step 1200")

@@ -179,6 +179,20 @@ def test_final_kernels_are_epsilon_folded_into_the_originals(run):
     assert_same_bits(run.merged, merged)
 
 
+def test_64_bit_mode_changes_no_bit_and_no_dtype():
+    """A researcher's program may have set it, or the environment."""
+    case, expected = setting("gelu"), make_run("gelu")
+    with jax.enable_x64(True):
+        frozen, state = start("gelu")
+        step = repair.make_step(case.config, case.options)
+        state, row = step(state, frozen, case.images[:1])
+        after = host(state)
+    assert_same_bits(after, expected.states[1])
+    row_before = expected.metrics[0]
+    for name, value in row._asdict().items():
+        assert value.dtype == getattr(row_before, name).dtype, name
+
+
 def test_run_compiles_one_program(run):
     assert run.compiled == run.compiled[:1] * len(run.compiled)
 
