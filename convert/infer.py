@@ -21,12 +21,19 @@ from sinder_jax.model import differences
 Shape = tuple[int, ...]
 LISTED = 20  # names of one kind in an error; a wrong file misses hundreds
 
-# What wraps a backbone's names: training (DINOv2, DDP, torch.compile) and the heads of
-# transformers. If any name has such a prefix, those names are the backbone.
-TRAINING = ("teacher", "model", "module", "_orig_mod", "backbone")
+# What wraps a backbone's names: training (DINOv2, DDP), the heads of transformers. If
+# any name has such a prefix, those names are the backbone.
+TRAINING = ("teacher", "model", "module", "backbone")
 PREFIXES = (*TRAINING, "dinov2", "dinov2_with_registers")
-# What may stand beside the backbone; left out by name.
-OTHERS = r"(student|dino_head|ibot_head|dino_loss|ibot_patch_loss|classifier|head)\."
+# First parts of the names of a bare backbone. Beside a prefix anything else is a head,
+# a decoder or a loss.
+BARE = {
+    row.key.partition(".")[0]
+    for layout in layouts.LAYOUTS.values()
+    for row in layout.rows
+}
+# What wraps single modules: activation checkpointing, FSDP, torch.compile.
+WRAPPER = re.compile(r"\b_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\.")
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")  # chunk, block: FSDP training
 # Leaves whose last axis is the model's width; several, since any may be misshapen.
 TOKENS = ("cls_token", "pos_embed", "mask_token")
@@ -43,25 +50,32 @@ def backbone_keys(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     Raises:
       ValueError: two names mean the same tensor.
     """
-    keys, left_out = {name: name for name in names}, []
+    keys, left_out = _renamed({name: name for name in names}, WRAPPER, ""), []
     while prefix := _prefix(keys):
-        # None of these names begins with a prefix.
-        beside = [bare for bare in keys if re.match(OTHERS, bare)]
+        # Names of the backbone without the prefix stay: they will be surplus.
+        beside = [
+            bare
+            for bare in keys
+            if not bare.startswith(prefix) and bare.partition(".")[0] not in BARE
+        ]
         left_out += [keys.pop(bare) for bare in beside]
-        # Names without the prefix stay: the comparison with the table names them.
         keys = {bare.removeprefix(prefix): name for bare, name in keys.items()}
-    return _without_chunks(keys), left_out
+    return _renamed(keys, CHUNKED, r"blocks.\1."), left_out
 
 
 def _prefix(keys: Mapping[str, str]) -> str | None:
-    first = {key.partition(".")[0] for key in keys if "." in key}
-    return next((f"{prefix}." for prefix in PREFIXES if prefix in first), None)
+    """The prefix of the most names."""
+    counts = Counter(key.partition(".")[0] for key in keys if "." in key)
+    found = [prefix for prefix in PREFIXES if prefix in counts]
+    return f"{max(found, key=counts.__getitem__)}." if found else None
 
 
-def _without_chunks(keys: Mapping[str, str]) -> dict[str, str]:
+def _renamed(
+    keys: Mapping[str, str], pattern: re.Pattern[str], by: str
+) -> dict[str, str]:
     bare: dict[str, str] = {}
     for key, name in keys.items():
-        key = CHUNKED.sub(r"blocks.\1.", key)
+        key = pattern.sub(by, key)
         if key in bare:
             raise ValueError(f"{bare[key]} and {name} are both {key}")
         bare[key] = name

@@ -6,9 +6,8 @@
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,6 @@ def save(
     table: tables.Table,
     *,
     directory: bool = False,
-    contents: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> str:
     """Writes a model with its description, see `model.description`.
@@ -39,7 +37,6 @@ def save(
       model: the model.
       table: the tensors to write, see `layouts.table_of`.
       directory: True makes a Hugging Face directory.
-      contents: the directory's JSON files by name; None or empty: made from the config.
       overwrite: True replaces an existing file.
 
     Returns:
@@ -64,7 +61,7 @@ def save(
 
     specs = {key: Spec(slot.shape, "float32") for key, slot in table.items()}
     if directory:
-        contents = contents or hugging_face.contents(model.config)
+        contents = hugging_face.contents(model.config)
         writing.write_directory(path, contents, specs, tensors(), metadata)
     else:
         writing.write_tensors(path, specs, tensors(), metadata, overwrite)

@@ -35,6 +35,8 @@ class TorchModel:
       specs: shape and number format of every tensor, by bare name.
       table: slots of the tensors that exist, by bare name.
       shapes: of the leaves, by flat name.
+      state: all tensors, by full name.
+      names: full name of every tensor of the backbone, by bare name.
       files, contents: those of a `StateDict`; empty for tensors in memory.
       left_out: names of entries that are not part of the backbone.
       formats: number formats of the tensors, by NumPy's names.
@@ -51,11 +53,11 @@ class TorchModel:
         num_heads: int | None = None,
         **overrides: Any,
     ):
-        self._tensors = StateDict.of(state_dict)
-        self.files, self.contents = self._tensors.files, self._tensors.contents
-        self._keys, left_out = infer.backbone_keys(list(self._tensors))
-        self.left_out = [*self._tensors.left_out, *left_out]
-        self.specs = {key: self._tensors.specs[x] for key, x in self._keys.items()}
+        self.state = StateDict.of(state_dict)
+        self.files, self.contents = self.state.files, self.state.contents
+        self.names, left_out = infer.backbone_keys(list(self.state))
+        self.left_out = [*self.state.left_out, *left_out]
+        self.specs = {key: self.state.specs[x] for key, x in self.names.items()}
         seen = {key: spec.shape for key, spec in self.specs.items()}
         self.layout = infer.layout_of(seen)
         self.config = infer.config_of(self.layout, seen, num_heads, overrides)
@@ -82,31 +84,32 @@ class TorchModel:
         Raises:
           ValueError: it holds NaN or infinity; names all tensors that do.
         """
-        leaf = tables.from_tensors(path, self.shapes[path], self.table, self._tensor)
+        leaf = tables.from_tensors(path, self.shapes[path], self.table, self.tensor)
         if not param_tree.is_finite(leaf):
             raise ValueError(infer.listing_by_kind(self._not_finite()))
         return leaf
 
     def tensors(self) -> dict[str, np.ndarray]:
         """All tensors of the backbone by bare name, in their stored number formats."""
-        return {key: self._tensor(key) for key in self.specs}
+        return {key: self.tensor(key) for key in self.specs}
 
-    def _tensor(self, key: str) -> np.ndarray:
-        return self._tensors[self._keys[key]]
+    def tensor(self, key: str) -> np.ndarray:
+        """One tensor of the backbone by bare name, in its stored number format."""
+        return self.state[self.names[key]]
 
     def _misfits(self) -> dict[str, list[str]]:
         """All that is wrong with names, shapes and formats, by kind."""
         specs, table = self.specs, self.table
         kinds = {
             "missing": [key for key in table if key not in specs],
-            "surplus": [self._keys[key] for key in specs if key not in table],
+            "surplus": [self.names[key] for key in specs if key not in table],
             "misshapen": [
-                f"{self._keys[key]} is {specs[key].shape}, not {slot.shape}"
+                f"{self.names[key]} is {specs[key].shape}, not {slot.shape}"
                 for key, slot in table.items()
                 if key in specs and specs[key].shape != slot.shape
             ],
             f"not a NumPy array of {', '.join(FLOATS)}": [
-                f"{self._keys[key]} ({spec.dtype})"
+                f"{self.names[key]} ({spec.dtype})"
                 for key, spec in specs.items()
                 if spec.dtype not in FLOATS
             ],
@@ -115,12 +118,12 @@ class TorchModel:
 
     def _not_finite(self) -> dict[str, list[str]]:
         names = [
-            self._keys[key]
+            self.names[key]
             for key, spec in self.specs.items()
             if key in self.table
             and spec.shape == self.table[key].shape
             and spec.dtype in FLOATS
-            and not _is_finite(self._tensor(key))
+            and not _is_finite(self.tensor(key))
         ]
         return {"with NaN or infinity (as float32)": names} if names else {}
 

@@ -1,6 +1,6 @@
 """`apply`: a model repaired by a delta, in the model's own layout.
 
-base, delta --leaf by leaf--> the repaired model
+base, delta --leaf by leaf--> the repaired model, all else as in the base
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import opening, saving
+from convert import opening, repaired_copy, saving
 from convert.commands import lines
 from convert.files import sha256
 from sinder_jax import delta
@@ -33,35 +33,37 @@ def apply(
       num_heads: None: what the files say, or embed_dim // 64.
     """
     delta.check_scale(scale)
-    directory = base.is_dir()
-    saving.check_destination(destination, directory=directory)
+    if not base.exists():  # before its kind decides what the destination must be
+        raise FileNotFoundError(f"{base}: no such file or directory")
+    saving.check_destination(destination, directory=base.is_dir())
     repair, _ = delta_file.load(delta_path)
     model = opening.open_model(base, num_heads)
-    lines.print_notes(lines.notes(model))
+    if model.torch:
+        lines.print_notes(lines.passed_through(model))
     if different := models.differences(repair.config, model.config):
         raise ValueError(f"the architectures differ in {different}")
     delta.check_base(repair, model.digest)
     before_svd = lines.RunningSVD()
 
-    def leaf(path: str) -> np.ndarray:
-        return delta.repaired_leaf(repair, path, model.leaf(path), scale, before_svd)
+    def repaired(path: str, leaf: np.ndarray) -> np.ndarray:
+        return delta.repaired_leaf(repair, path, leaf, scale, before_svd)
 
     step = (
         f"apply {delta_path.name}, SHA-256 {sha256.of_file(delta_path)}, scale "
         f"{scale:g}, {array_store.tool()}"
     )
-    repaired = dataclasses.replace(
-        model.with_step(step), leaf=leaf, known_digest=None, sha256={}
-    )
+    made = model.with_step(step)
     if model.torch is None:
-        digest = models.save(destination, repaired)
-    else:
-        digest = saving.save(
-            destination,
-            repaired,
-            model.torch.table,
-            directory=directory,
-            contents=model.torch.contents,
+        made = dataclasses.replace(
+            made,
+            leaf=lambda path: repaired(path, model.leaf(path)),
+            known_digest=None,
+            sha256={},
         )
+        digest = models.save(destination, made)
+    else:
+        changed = repaired_copy.of(made, repaired)
+        digest = changed.digest
+        lines.print_notes(repaired_copy.write(destination, made, changed))
     print(lines.about_delta(repair))
     lines.print_proof(destination, model, model.num_tensors, digest, model.layout)

@@ -59,6 +59,17 @@ def notes(model: Model) -> Iterator[str]:
         )
 
 
+def passed_through(model: Model) -> Iterator[str]:
+    """What `apply` copies from a PyTorch model, and how it rounds."""
+    if others := model.torch.left_out:
+        yield (
+            f"not part of the backbone, written as they are: {len(others)} entries, "
+            f"{infer.listing(others, limit=3)}."
+        )
+    if short := [x for x in model.torch.formats if x in ("float16", "bfloat16")]:
+        yield f"repaired kernels are rounded to {' and '.join(short)}, as in the base."
+
+
 def losses(model: Model, layout: str) -> Iterator[str]:
     """What a layout has no place for, or defines differently than this model."""
     config = model.config

@@ -76,13 +76,11 @@ def open_pth(path: Path) -> StateDict:
         with warnings.catch_warnings():
             # torch warns of pickles that are refused or read below in our own words.
             warnings.simplefilter("ignore")
-            stored = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=mapped
-            )
+            whole = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # Broken bytes make the unpickler raise anything: EOFError, KeyError, OSError ...
     except Exception as error:
         raise _unreadable(path, error) from None
-    stored, left_out = _weights(stored)
+    nest, stored, left_out = _weights(whole)
     _check_is_state_dict(path, stored, torch.Tensor)
     specs = {key: _spec(path, tensor, size) for key, tensor in stored.items()}
     if mapped:
@@ -95,7 +93,7 @@ def open_pth(path: Path) -> StateDict:
         except (TypeError, RuntimeError) as error:  # quantized
             raise ValueError(f"{path}: {key}: {reason_of(error)}") from None
 
-    return StateDict(specs, read, [path], metadata, left_out)
+    return StateDict(specs, read, [path], metadata, left_out, whole, nest)
 
 
 # --- Before torch sees the file -----------------------------------------------------
@@ -207,8 +205,9 @@ def _would_run_code(path: Path, code: str | None) -> ValueError:
 # --- What torch found ---------------------------------------------------------------
 
 
-def _weights(stored: Any) -> tuple[Any, list[str]]:
-    """The state dict inside a training checkpoint, and the names of the rest."""
+def _weights(stored: Any) -> tuple[tuple[str, ...], Any, list[str]]:
+    """Where in a training checkpoint the state dict is, the dict, names of the rest."""
+    nest: tuple[str, ...] = ()
     left_out: list[str] = []
     while isinstance(stored, Mapping):
         inside = [name for name in NESTED if isinstance(stored.get(name), Mapping)]
@@ -216,7 +215,8 @@ def _weights(stored: Any) -> tuple[Any, list[str]]:
             break
         left_out += [str(key) for key in stored if key != inside[0]]
         stored = stored[inside[0]]
-    return stored, left_out
+        nest += (inside[0],)
+    return nest, stored, left_out
 
 
 def _check_is_state_dict(path: Path, stored: Any, tensor_type: type) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MODEL = "model.safetensors"  # the weights of a Hugging Face directory
+SUFFIX = ".sha256"
 
 
 def of_file(path: Path) -> str:
@@ -39,7 +40,7 @@ def side_file(path: Path) -> Path:
     """The .sha256 beside a file, or beside the weights of a Hugging Face directory."""
     if path.is_dir():
         path = path / MODEL
-    return path.with_name(f"{path.name}.sha256")
+    return path.with_name(f"{path.name}{SUFFIX}")
 
 
 def check(path: Path) -> dict[Path, str]:

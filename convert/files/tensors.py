@@ -43,6 +43,8 @@ class StateDict(Mapping[str, np.ndarray]):
       metadata: text by name from the file itself.
       contents: JSON objects of the files beside the tensors, by file name.
       left_out: names of entries that hold no weights.
+      whole: what torch.load found in a .pth; None for other files.
+      nest: names of the entries of `whole` that lead to the tensors.
     """
 
     def __init__(
@@ -52,12 +54,15 @@ class StateDict(Mapping[str, np.ndarray]):
         files: Sequence[Path],
         metadata: Mapping[str, str] | None = None,
         left_out: Sequence[str] = (),
+        whole: Any = None,
+        nest: tuple[str, ...] = (),
     ):
         self.specs = dict(specs)
         self.files = list(files)
         self.metadata = dict(metadata or {})
         self.contents: dict[str, dict[str, Any]] = {}
         self.left_out = list(left_out)
+        self.whole, self.nest = whole, nest
         self._read = read
 
     @classmethod

@@ -7,7 +7,8 @@ any order. The same tensors and metadata give the same bytes.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from convert.files.reading_pth import import_torch
 from convert.files.tensors import Spec, StateDict
 from convert.files.writing_safetensors import Metadata, Tensors
 from sinder_jax.storage import array_store, files
+from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import StrPath
 
 WRITERS = {
     ".pth": writing_pth.write,
     ".pt": writing_pth.write,
+    ".bin": writing_pth.write,
     ".safetensors": writing_safetensors.write,
 }
 
@@ -76,16 +79,55 @@ def write_tensors(
       As `write_state_dict`.
     """
     path = Path(path)
+    with file(path, overwrite) as partial:
+        WRITERS[path.suffix](partial, specs, tensors, metadata)
+
+
+@contextmanager
+def file(path: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a path to write to; `path` and its `.sha256` appear at the end.
+
+    Arguments and errors are those of `write_state_dict`.
+    """
     check_destination(path, overwrite)
     side = sha256.side_file(path)
     with files.replacing(path) as partial:
-        try:
-            WRITERS[path.suffix](partial, specs, tensors, metadata)
-        except RuntimeError as error:  # how torch reports a full disk, among others
-            raise OSError(str(error)) from None
+        with _naming(path):
+            yield partial
         digest = sha256.of_file(partial)
         side.unlink(missing_ok=True)  # never beside a file that it does not describe
     files.write(side, sha256.line(path, digest))
+
+
+@contextmanager
+def directory(path: StrPath) -> Iterator[Path]:
+    """Yields a folder to fill, which appears with the SHA-256 of all files in it.
+
+    Args:
+      path: a directory that does not exist, in one that does.
+
+    Raises:
+      FileExistsError, FileNotFoundError, PermissionError: `path` cannot be made.
+      OSError: writing failed.
+    """
+    path = Path(path)
+    array_store.check_destination(path)
+    with files.replacing(path) as partial:
+        partial.mkdir()
+        with _naming(path):
+            yield partial
+        order = {sha256.MODEL: 0}
+        made = sorted(partial.iterdir(), key=lambda x: (order.get(x.name, 1), x.name))
+        sha256.side_file(partial).write_text("".join(map(sha256.line, made)))
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Names the destination in torch's errors, among them that of a full disk."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(f"{path} cannot be written: {reason_of(error)}") from None
 
 
 def write_directory(
@@ -107,21 +149,12 @@ def write_directory(
       metadata: as for `write_tensors`.
 
     Raises:
-      FileExistsError, FileNotFoundError, PermissionError: `path` cannot be made.
-      OSError: writing failed.
+      As `directory`.
     """
-    path = Path(path)
-    array_store.check_destination(path)
-    with files.replacing(path) as partial:
-        partial.mkdir()
-        weights = partial / sha256.MODEL
-        write_tensors(weights, specs, tensors, metadata)
-        side = sha256.side_file(weights)
-        lines = side.read_text()
+    with directory(path) as partial:
+        writing_safetensors.write(partial / sha256.MODEL, specs, tensors, metadata)
         for name, value in contents.items():
             (partial / name).write_text(json.dumps(value, indent=2) + "\n")
-            lines += sha256.line(partial / name)
-        side.write_text(lines)
 
 
 def check_destination(path: StrPath, overwrite: bool = False) -> None:

@@ -9,6 +9,10 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
 
 from convert.files.reading_pth import import_torch, seek_record
 from convert.files.tensors import Spec
@@ -49,9 +53,40 @@ def write(
             file.write(checksum)
             file.seek(entries[record.filename] + 16)
             file.write(checksum)
-    # The texts are further entries, which torch.load ignores. They have no time of
-    # writing: the same tensors give the same bytes.
+    _add_texts(path, top, metadata())
+
+
+def write_whole(path: Path, contents: Any, texts: Mapping[str, str]) -> None:
+    """Writes all that a training checkpoint holds, as torch.save does.
+
+    Args:
+      path: a new file.
+      contents: what torch.load returned, tensors in a file included.
+      texts: as `metadata` returns them in `write`.
+    """
+    torch = import_torch(path)
+    with path.open("xb") as file:  # given a path, it would write its name into the file
+        torch.save(contents, file)
+    with zipfile.ZipFile(path) as archive:
+        top = archive.namelist()[0].partition("/")[0]
+    _add_texts(path, top, texts)
+
+
+def like(tensor: Any, array: np.ndarray) -> Any:
+    """The array as a tensor of the same class: a Parameter stays one."""
+    torch = import_torch(Path())
+    if array.dtype == ml_dtypes.bfloat16:  # torch does not know it as NumPy's
+        made = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    else:
+        made = torch.from_numpy(array)
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made
+
+
+def _add_texts(path: Path, top: str, texts: Mapping[str, str]) -> None:
+    """Adds entries that torch.load ignores, without a time of writing."""
     with zipfile.ZipFile(path, "a") as archive:
-        for name, text in metadata().items():
+        for name, text in texts.items():
             extra = zipfile.ZipInfo(f"{top}/extra/{name}", (1980, 1, 1, 0, 0, 0))
             archive.writestr(extra, text)
