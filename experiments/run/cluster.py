@@ -16,11 +16,13 @@ import importlib.util
 import os
 import random
 import socket
+import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +30,20 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from sinder_jax import cli
 from sinder_jax.storage.paths import AnyPath
 
 CONNECT_SECONDS = 300  # how long a process waits for the others at the start
 HEARTBEAT_SECONDS = 30  # JAX counts a process silent for so long as dead
 GRACE_SECONDS = 5  # how long a failing process 0 lets the others report the same error
 SHARED_SECONDS = 20.0  # network disks may show a new file this late
+SILENT_SECONDS = 10  # of a process that waits for process 0, before it says so
 ARGUMENTS = ("coordinator", "num_processes", "process_id")
+# What JAX reads besides the numbers, by its name of the launcher.
+NEEDED = {
+    "slurm": ("SLURM_JOB_ID", "SLURM_LOCALID"),
+    "ompi": ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_LOCAL_RANK"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,17 +85,67 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
-def launcher(environ: Mapping[str, str]) -> str | None:
-    """Name of the launcher that started several processes, None if there is none."""
-    if "SLURM_STEP_NODELIST" in environ and int(environ.get("SLURM_NTASKS", 1)) > 1:
-        return "Slurm"
-    several = int(environ.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
-    if "OMPI_MCA_orte_hnp_uri" in environ and several:
-        return "Open MPI"
+class Launch(NamedTuple):
+    """How the processes of a run were started.
+
+    Attributes:
+      method: JAX's name of the launcher that it asks where process 0 is; None: it looks
+        for one; "deactivate": there is none.
+      processes: how many there are; None if only JAX can tell.
+      process: number of this one.
+      said: what says so, such as "SLURM_NTASKS=4".
+      alone: what to do to run only this process.
+    """
+
+    method: str | None
+    processes: int | None
+    process: int | None
+    said: str
+    alone: str
+
+
+def launched(environ: Mapping[str, str]) -> Launch | None:
+    """The launcher that started this and other processes, None if it runs alone.
+
+    The variables of a launcher are inherited by shells, IDEs and whatever they start:
+    only a process with a number is one of several.
+
+    Raises:
+      ValueError: this is one of several, but JAX cannot find the others.
+    """
+    # The job's number of tasks is not that of the step: `salloc` opens a shell in a
+    # step of one task.
+    step = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else ""
+    asked = (
+        ("slurm", step or "SLURM_NTASKS", "SLURM_PROCID", "SLURM_STEP_NODELIST"),
+        ("ompi", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", ""),
+        ("", "PMI_SIZE", "PMI_RANK", ""),  # MPICH and its kin, unknown to JAX
+    )
+    for method, size, rank, step in asked:
+        processes, process = (_number(environ.get(name)) for name in (size, rank))
+        if processes is None or processes < 2 or (step and step not in environ):
+            continue
+        said = f"{size}={processes}"
+        lacking = [name for name in NEEDED.get(method, ()) if name not in environ]
+        if process is None or (method == "slurm" and lacking):
+            missing = rank if process is None else lacking[0]
+            cli.warn(f"{said} but no {missing}: not one of several, runs alone")
+            continue
+        if lacking or not method:
+            raise ValueError(
+                f"{said}, but nothing tells JAX where process 0 is: add --coordinator="
+                f"HOST:PORT --num-processes={processes} --process-id={process}, or to "
+                f"run alone unset {rank}"
+            )
+        return Launch(method, processes, process, said, f"unset {rank}")
     on_tpu = any(Path(path).exists() for path in ("/dev/accel0", "/dev/vfio/0"))
     if on_tpu and importlib.util.find_spec("libtpu"):
-        return "TPU"
+        return Launch(None, None, None, "the TPU's metadata", "set JAX_PLATFORMS=cpu")
     return None
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isascii() and text.isdigit() else None
 
 
 @dataclasses.dataclass
@@ -219,23 +278,68 @@ def start(args: argparse.Namespace) -> Cluster:
       OSError: the other processes cannot be reached.
     """
     check_arguments(args)
-    if args.coordinator is None and launcher(os.environ) is None:
+    if args.coordinator:
+        numbers = args.num_processes, args.process_id
+        said = f"--num-processes={numbers[0]}"
+        launch = Launch("deactivate", *numbers, said, "leave out --coordinator")
+    elif (found := launched(os.environ)) is None:
         return Cluster()
+    else:
+        launch = found
     if args.coordinator and args.process_id:
         _wait_for_coordinator(args.coordinator)
     # SIGTERM is ours: all processes agree on a stop by `Vote`.
     jax.config.update("jax_enable_preemption_service", False)
+    _connect(launch, args.coordinator)
     try:
-        jax.distributed.initialize(
-            args.coordinator,
-            args.num_processes,
-            args.process_id,
-            cluster_detection_method="deactivate" if args.coordinator else None,
-            initialization_timeout=CONNECT_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
         return Cluster(jax.process_index(), jax.process_count())
     except RuntimeError as error:
+        raise OSError(f"the other processes cannot be reached: {error}") from None
+
+
+def _connect(launch: Launch, coordinator: str | None) -> None:
+    """Lets JAX find the other processes, in a thread of its own.
+
+    While JAX waits, a main thread would hear no signal, and at the end of its patience
+    JAX aborts the process instead of raising.
+    """
+    problems: list[Exception] = []
+
+    def initialize() -> None:
+        try:
+            jax.distributed.initialize(
+                coordinator,
+                launch.processes,
+                launch.process,
+                cluster_detection_method=launch.method,
+                initialization_timeout=2 * CONNECT_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except Exception as error:  # raised below
+            problems.append(error)
+
+    thread = threading.Thread(target=initialize, name="connect", daemon=True)
+    thread.start()
+    count = "all" if launch.processes is None else str(launch.processes - 1)
+    others = f"{count} other process{'es' * (count != '1')} ({launch.said})"
+    if launch.process or launch.processes is None:
+        thread.join(SILENT_SECONDS)
+    if thread.is_alive():
+        print(
+            f"waiting for {others}, up to {CONNECT_SECONDS} s; to run alone, "
+            f"{launch.alone}",
+            file=sys.stderr,
+            flush=True,
+        )
+        thread.join(CONNECT_SECONDS)
+    if thread.is_alive():
+        raise OSError(
+            f"{others} not found within {CONNECT_SECONDS} s: start all of them, or to "
+            f"run alone, {launch.alone}"
+        )
+    for error in problems:
+        if not isinstance(error, RuntimeError):
+            raise error
         raise OSError(f"the other processes cannot be reached: {error}") from None
 
 
