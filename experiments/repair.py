@@ -93,7 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             workdir.settle_config(config, batch, force=args.force)
         batches.check_resize(config.resize, batch)
         devices = choose_devices(batch, processes.processes)
-        if processes.from_first(np.array(workdir.finished())):
+        told = workdir.read_summary() if first else {}
+        finished = told.get("finished") is True
+        lost = results.damaged(workdir, told) if finished else []
+        if processes.from_first(np.array(finished and not lost)):
             say(f"{workdir.path} is finished: see {workdir.summary}")
             return 0
 
@@ -114,21 +117,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
 
         # Model, factors and directions: computed once, read by every start and process.
-        if first and not workdir.frozen.exists():
+        newest = workdir.load_state() if first else None
+        if lost:
+            results.check_can_be_made(workdir, lost, newest)
+        original = inputs.stored_original(workdir, newest) if first else None
+        processes.barrier()  # a damaged one is out of the way
+        if first and original is None:
             inputs.prepare(config, workdir, heartbeat.phase)
         while not workdir.frozen.exists():  # not in a collective, which may time out
             time.sleep(1.0)
         processes.barrier()
         heartbeat.phase("loading")
-        original = stored.load(workdir.frozen)
+        original = original or stored.load(workdir.frozen)
+        if newest is not None:
+            stored.check_basis(workdir.frozen, original, newest.metadata)
         model, params = original.model.config, original.model.params
         with on_host():  # the runner copies to each device, or splits over them
             frozen, state = repair.init(
                 model, params, options, original.directions, original.factors
             )
 
-        # Resume: process 0 reads the newest good state and sends it to the others.
-        newest = workdir.load_state() if first else None
+        # Resume: process 0 has read the newest good state and sends it to the others.
         if processes.from_first(np.array(newest is not None)):
             saved = newest.tree if newest else repair.to_saved(state)
             saved = processes.from_first(saved)
@@ -198,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if due or newer.vote is True:
                     journal.read(pending)
                     pending = None
-                    save(workdir, runner, counts)
+                    save(workdir, runner, counts, original.digest)
                 if passes(config.picture_every, position, batch) and not journal.done:
                     now = runner.params()
                     if first:
@@ -209,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                             results.save_png(path, picture)
             if pending is not None:
                 journal.read(pending)
-        save(workdir, runner, counts)
+        save(workdir, runner, counts, original.digest)
         if journal.stop:
             stopped_by = stopping.asked or "a signal to another process"
             if first:
@@ -257,11 +266,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.TRY_AGAIN  # told to stop where nothing had to be saved
 
 
-def save(workdir: Workdir, runner: Runner, counts: Counts) -> None:
-    """Starts to save the state and the counts up to it, if this process writes."""
+def save(workdir: Workdir, runner: Runner, counts: Counts, basis: str) -> None:
+    """Starts to save the state and the counts up to it, if this process writes.
+
+    `basis` is the digest of the factors that its ε belongs to.
+    """
     if workdir.writes:
         saved = runner.saved()
-        metadata = {"counts": dataclasses.asdict(counts)}
+        metadata = {"counts": dataclasses.asdict(counts), stored.BASIS: basis}
         workdir.save_state(int(saved["num_images"]), saved, metadata)
 
 

@@ -83,13 +83,14 @@ def _of_run(workdir: Path) -> tuple[delta.Delta, Mapping[str, Any]]:
             f"{workdir} is not a workdir of experiments.repair with a state in it; "
             "give such a workdir, or BASE and REPAIRED"
         )
-    model, factors, _ = original.load(frozen)
+    before = original.load(frozen)
     newest = checkpoint.load_newest(states)
     if newest is None:
         raise ValueError(f"{workdir}: the run has no state yet")
     for error in newest.damaged.values():
         print(f"note: {error}; taking the state before")
-    eps = param_tree.flatten(newest.tree["eps"])
-    made = delta.from_eps(model.config, model.params, factors, eps)
+    original.check_basis(frozen, before, newest.metadata)
+    model, eps = before.model, param_tree.flatten(newest.tree["eps"])
+    made = delta.from_eps(model.config, model.params, before.factors, eps)
     print(f"{workdir}: ε after {newest.metadata['num_images']} images")
     return made, model.provenance

@@ -19,12 +19,14 @@ from convert import fetch
 from convert.files import writing
 from experiments.run.progress import duration
 from experiments.run.workdir import Workdir
-from sinder_jax import defects, factor, planted, repair, vit
+from sinder_jax import cli, defects, factor, planted, repair, vit
 from sinder_jax import model as models
+from sinder_jax.checkpoint import Newest
 from sinder_jax.data import batches, decode, listing
 from sinder_jax.data.listing import Photograph
 from sinder_jax.model import Model
 from sinder_jax.storage import original, paths
+from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.original import Original
 
 PLANTED = "planted"
@@ -194,6 +196,40 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
         model.config, interpolate_antialias=config.interpolate_antialias
     )
     return dataclasses.replace(model, config=resampled)
+
+
+def stored_original(workdir: Workdir, newest: Newest | None) -> Original | None:
+    """Loads what `prepare` stored; None if it is to be made, anew or again.
+
+    A damaged one is set aside.
+
+    Args:
+      workdir: where it is stored.
+      newest: the state that the run goes on from, if any.
+
+    Raises:
+      ValueError: the state does not say which factors its ε belongs to, and factors
+        made again may be others.
+    """
+    path = workdir.frozen
+    try:
+        return original.load(path)
+    except (FileNotFoundError, ValueError) as error:
+        unfit = isinstance(error, ValueError) and not isinstance(error, DamagedError)
+        if unfit and (path / "metadata").exists():
+            raise  # whole, but another version's
+        reason = str(error)
+    if newest is not None and original.BASIS not in newest.metadata:
+        raise original.other_basis(path, reason)
+    if path.exists():
+        aside = path.with_name(f"{path.name}.damaged")
+        workdir.check()
+        paths.remove(aside)
+        path.rename(aside)
+        cli.warn(f"{reason}; it is set aside as {aside.name} and made again")
+    elif newest is not None:
+        cli.warn(f"{reason}; it is made again")
+    return None
 
 
 def prepare(

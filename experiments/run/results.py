@@ -7,7 +7,7 @@ params now --export--> repaired/, repaired.safetensors, repaired.pth
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,17 +17,22 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from convert import layouts, saving
+from convert.files import sha256
 from experiments.run import sinks
 from experiments.run.inputs import is_readable
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, delta, families, param_tree, vit
+from sinder_jax import checkpoint, cli, delta, families, param_tree, vit
 from sinder_jax.analysis import defective
 from sinder_jax.analysis.tokens import last_patches
+from sinder_jax.checkpoint import Newest
 from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store, delta_file, files
+from sinder_jax.storage import array_store, delta_file, files, paths, run_files
 from sinder_jax.storage.original import Original
+
+# Times and places that Orbax records and nobody reads: no two exports have the same.
+UNREAD = (run_files.COMMITTED, "_CHECKPOINT_METADATA")
 
 
 def write(
@@ -66,14 +71,62 @@ def write(
     for name, numbers in measures.items():
         print(describe(name.replace("_", " "), numbers))
     changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
+    files.append("before_after.png")
     return {
         "changed_blocks": np.flatnonzero(changed).tolist(),
         "largest_change_of_a_singular_value": {
             name: float(np.abs(e).max()) for name, e in eps.items()
         },
         **measures,
-        "files": [*files, "before_after.png"],
+        "files": files,
+        "sha256": digests(workdir, files),
     }
+
+
+def digests(workdir: Workdir, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files of a workdir and of their side files, by name.
+
+    A folder's is that of the list of its files. Empty for a bucket, which keeps the
+    digests of its objects itself.
+    """
+    if paths.is_remote(workdir.path):
+        return {}
+    found = {}
+    for path in (Path(workdir.path, name) for name in names):
+        for each in (path, sha256.side_file(path)):
+            within = sorted(each.rglob("*") if each.is_dir() else [each])
+            parts = [x for x in within if x.is_file() and x.name not in UNREAD]
+            if each.exists():
+                found[each.name] = sha256.of_files(parts)
+    return found
+
+
+def damaged(workdir: Workdir, summary: Mapping[str, Any]) -> list[str]:
+    """Names of a finished run's files that are missing or not as its summary says."""
+    stated = summary.get("sha256", {})  # a bucket's, and an earlier version's, has none
+    found = digests(workdir, summary["files"]) if stated else {}
+    return [
+        name
+        for name in dict.fromkeys([*summary["files"], *stated])
+        if not (workdir.path / name).exists() or found.get(name) != stated.get(name)
+    ]
+
+
+def check_can_be_made(
+    workdir: Workdir, lost: Sequence[str], newest: Newest | None
+) -> None:
+    """Says which files of a finished run are made again, and from which state.
+
+    Raises:
+      ValueError: no state is left.
+    """
+    reason = f"{workdir.path} is finished, but missing or damaged: {', '.join(lost)}"
+    if newest is None:
+        raise ValueError(
+            f"{reason}; no state is left to make them from: put them back from a copy, "
+            f"or move {workdir.summary.name} away to run it again"
+        )
+    cli.warn(f"{reason}; made again from state {newest.path.name}")
 
 
 def export(workdir: Workdir, original: Model, params: Any) -> list[str]:
@@ -89,10 +142,12 @@ def export(workdir: Workdir, original: Model, params: Any) -> list[str]:
     """
     repaired = Model.of(original.config, params, original.provenance)
     repaired = repaired.with_step(f"repaired by {array_store.tool()}")
-    target = workdir.path / "repaired"
-    if not target.exists():  # else a finish was cut short: the same model
-        with workdir.checkpoint(target.name) as place:
-            checkpoint.save(place, repaired.config, params, repaired.provenance)
+    target = workdir.path / run_files.REPAIRED
+    if target.exists():  # left by a finish that was cut short
+        workdir.check()
+        paths.remove(target)
+    with workdir.checkpoint(target.name) as place:
+        checkpoint.save(place, repaired.config, params, repaired.provenance)
     names = ["repaired.safetensors"]
     if importlib.util.find_spec("torch"):
         names.append("repaired.pth")

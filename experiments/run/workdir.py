@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from experiments.run.claim import Claim
 from sinder_jax import checkpoint, cli
 from sinder_jax.storage import files, paths, run_files
+from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.snapshots import Snapshots
 
@@ -130,8 +131,10 @@ class Workdir:
           ValueError: keys that change the result differ; names them.
         """
         path = self.path / run_files.CONFIG
-        first = not self.frozen.exists()  # nothing was computed with another config
-        stored = {} if first else run_files.read_json(path)
+        made = self.frozen.exists() or self.summary.exists()
+        # Else nothing was computed with another config.
+        first = not made and not run_files.numbered(self.states)
+        stored = {} if first else self._stored_config()
         per_step = images_per_step if first else stored["images_per_step"]
         config.images_per_step = config.images_per_step or per_step
         changed = "; ".join(
@@ -155,8 +158,31 @@ class Workdir:
                 f"previous one is {before.name}"
             )
         if self.writes and (first or changed):
-            self._write(path.name, json.dumps(config.to_dict(), indent=2) + "\n")
+            self._write(path.name, _as_text(config.to_dict()))
         self._config = config.to_dict()  # from now on, config.json must exist
+
+    def _stored_config(self) -> dict[str, Any]:
+        """The config of the first start; if its file is damaged, from a state.
+
+        Raises:
+          ValueError: there is no state either.
+        """
+        path = self.path / run_files.CONFIG
+        try:
+            return run_files.read_json(path)
+        except (FileNotFoundError, ValueError) as error:
+            lost = isinstance(error, FileNotFoundError)
+            reason = f"{path} is missing" if lost else str(error)
+            newest = checkpoint.load_newest(self.states)
+            if newest is None:
+                raise ValueError(
+                    f"{reason} and no state holds what it said: put it back from a "
+                    "copy, or choose another --workdir"
+                ) from None
+            cli.warn(f"{reason}; it is written again from state {newest.path.name}")
+            if self.writes:
+                self._write(path.name, _as_text(newest.metadata["config"]))
+            return newest.metadata["config"]
 
     def check(self) -> None:
         """Refuses to write into a workdir that was lost or removed since the start.
@@ -222,14 +248,20 @@ class Workdir:
           DamagedError: there are states, and all are damaged.
         """
         self.check()
+        if not self.states.exists():
+            return None
         states = self._open_states()
-        newest = states.load_newest()
+        try:
+            newest = states.load_newest()
+        except DamagedError as error:
+            told = f"{error}; move them away to start again from the first image"
+            raise DamagedError(told) from None
         if newest is None:
             return None
-        for path, error in newest.damaged.items():
+        for path, damage in newest.damaged.items():
             aside = states.set_aside(path)
             cli.warn(
-                f"{error}; it is set aside as {aside.name}, going on from the "
+                f"{damage}; it is set aside as {aside.name}, going on from the "
                 f"one before, {newest.path.name}"
             )
         return newest
@@ -252,6 +284,8 @@ class Workdir:
     def _open_states(self) -> Snapshots:
         if self._states is None:
             self.states.mkdir(exist_ok=True)
+            if not paths.is_remote(self.path):
+                files.flush_entry(Path(self.path))
             assert self.claim is not None, "only process 0 opens the states"
             self._states = Snapshots(
                 self.states,
@@ -354,13 +388,24 @@ class Workdir:
             self.rewind_metrics(values["images"])
         self._sync_metrics()
         self.wait()
-        self._write(self.summary.name, json.dumps(values, indent=2) + "\n")
+        self._write(self.summary.name, _as_text(values))
 
-    def finished(self) -> bool:
-        """True if summary.json says that the run is finished."""
-        if not self.summary.exists():
-            return False
-        return run_files.read_json(self.summary).get("finished", False)
+    def read_summary(self) -> dict[str, Any]:
+        """What summary.json says; empty if it is missing or, with a warning, damaged.
+
+        All that it says can be had again from the last state.
+        """
+        try:
+            return run_files.read_json(self.summary)
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            cli.warn(f"{error}; it is written again")
+            return {}
+
+
+def _as_text(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
 
 
 @contextmanager

@@ -6,7 +6,9 @@ Every start and every process of a run reads the stored factors, as does `conver
 ε belongs to that basis, and another machine's SVD may turn it.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,10 +16,12 @@ from jaxtyping import Float
 
 from sinder_jax import checkpoint, factor, param_tree
 from sinder_jax.model import Model
+from sinder_jax.storage import array_store
 from sinder_jax.storage.paths import StrPath
 from sinder_jax.vit import ViTConfig
 
 PARTS = ("u", "sigma", "v")
+BASIS = "frozen"  # under which a state's metadata holds `Original.digest`
 
 
 class Original(NamedTuple):
@@ -27,11 +31,13 @@ class Original(NamedTuple):
       model: the original model, in memory; its config resamples as the run does.
       factors: SVD of its trainable kernels.
       directions: singular defect directions, [L, D], unit rows.
+      digest: of all its arrays, the basis of ε among them; empty before it is stored.
     """
 
     model: Model
     factors: factor.Factors
     directions: Float[np.ndarray, "L D"]
+    digest: str = ""
 
 
 def save(path: StrPath, original: Original, gaps: Sequence[float] = ()) -> None:
@@ -45,7 +51,7 @@ def save(path: StrPath, original: Original, gaps: Sequence[float] = ()) -> None:
     Raises:
       As `checkpoint.save_tree`.
     """
-    model, factors, directions = original
+    model, factors, directions, _ = original
     tree = {
         "params": model.params,
         "factors": {
@@ -67,11 +73,37 @@ def load(path: StrPath) -> Original:
     Raises:
       As `checkpoint.load_tree`.
     """
-    tree, header = checkpoint.load_tree(path)
+    reader = array_store.Reader(path)
+    tree, header = reader.read_all(), reader.metadata
+    arrays = {name: entry["sha256"] for name, entry in reader.arrays.items()}
+    digest = hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
     model = Model.of(
         ViTConfig(**header["config"]), tree["params"], header.get("provenance")
     )
     parts: dict[str, Any] = {
         part: param_tree.flatten(tree["factors"][part]) for part in PARTS
     }
-    return Original(model, factor.Factors(**parts), tree["directions"])
+    return Original(model, factor.Factors(**parts), tree["directions"], digest)
+
+
+def check_basis(path: StrPath, original: Original, state: Mapping[str, Any]) -> None:
+    """Refuses a state whose ε belongs to other factors.
+
+    Args:
+      path: where `original` is stored.
+      original: model and factors.
+      state: metadata of the state; one of an earlier version does not tell.
+
+    Raises:
+      ValueError: says what to do.
+    """
+    if state.get(BASIS, original.digest) != original.digest:
+        raise other_basis(path, f"{path} was made again, with other bits")
+
+
+def other_basis(path: StrPath, reason: str) -> ValueError:
+    """The error for states whose factors are lost."""
+    return ValueError(
+        f"{reason}; the states belong to the singular vectors of before: put {path} "
+        "back from a copy, or choose another --workdir"
+    )

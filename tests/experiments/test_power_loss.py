@@ -6,6 +6,7 @@ its end. `benchmarks/power_loss.py` damages runs that were killed.
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -17,10 +18,12 @@ import jax
 import numpy as np
 import pytest
 
+import convert
+from convert.__main__ import main as convert_main
 from experiments import repair, status
 from experiments.run import results
 from rows import STRANGE, line
-from sinder_jax import checkpoint, cli
+from sinder_jax import checkpoint, cli, factor
 
 # Saved after every third image.
 SHORT = (
@@ -107,6 +110,178 @@ def assert_same(workdir: Path, whole: Path, names: Iterable[str]) -> None:
     got, want = summary(workdir), summary(whole)
     assert got["finished"] is True
     assert [got[name] for name in COUNTS] == [want[name] for name in COUNTS]
+
+
+# --- Files and folders ----------------------------------------------------------------
+
+
+def half(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def holes(path: Path) -> None:
+    """Some blocks never reached the disk; in a small file, all but the first bytes."""
+    content = bytearray(path.read_bytes())
+    block = min(4096, len(content) // 2 or 1)
+    for start in range(block, len(content), 2 * block):
+        content[start : start + block] = bytes(len(content[start : start + block]))
+    path.write_bytes(content)
+
+
+FAULTS = {
+    "empty": lambda path: os.truncate(path, 0),
+    "half": half,
+    "holes": holes,
+    "removed": Path.unlink,
+}
+
+
+def inflict(fault: str, path: Path) -> None:
+    """A fault of a file, or of every file of a folder; an empty folder is left."""
+    if fault == "removed" and path.is_dir():
+        shutil.rmtree(path)
+        return
+    found = [*path.rglob("*")] if path.is_dir() else [path]
+    for each in found:
+        if each.is_file():
+            FAULTS[fault](each)
+
+
+def parametrized(always: Iterable[tuple[str, str]], names: Iterable[str]):
+    """Every fault of every file; only some of them in the tests of every day."""
+    return pytest.mark.parametrize(
+        "name, fault",
+        [
+            pytest.param(*pair, marks=[] if pair in [*always] else pytest.mark.slow)
+            for pair in itertools.product(names, FAULTS)
+        ],
+    )
+
+
+WEIGHTS = ["repaired.safetensors", "repaired.patch.safetensors", "repaired.pth"]
+
+
+@parametrized(
+    [("repaired", "empty"), ("repaired.safetensors", "holes")],
+    ["repaired", *WEIGHTS, "repaired.safetensors.sha256", "before_after.png"],
+)
+def test_a_finished_run_makes_its_damaged_files_again(name, fault, whole, copy):
+    workdir = copy(whole)
+    if not (workdir / name).exists():
+        pytest.skip("needs torch")
+    inflict(fault, workdir / name)
+    code, told = start(workdir)
+    assert code == 0 and len(told) == 1
+    assert f"is finished, but missing or damaged: {name}; made again" in told[0]
+    assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
+    assert start(workdir) == (0, [])
+
+
+def test_without_a_state_it_says_what_it_lacks(whole, copy):
+    workdir = copy(whole)
+    shutil.rmtree(workdir / "states")
+    assert start(workdir) == (0, [])
+    (workdir / "repaired.safetensors").unlink()
+    code, (told,) = start(workdir)
+    assert code == 2 and told.startswith("error: ")
+    assert "missing or damaged: repaired.safetensors; no state is left" in told
+
+
+@parametrized([("repaired", "empty")], ["repaired", *WEIGHTS[:2]])
+def test_an_export_without_a_summary_is_not_trusted(name, fault, whole, copy):
+    workdir = copy(whole)
+    (workdir / "summary.json").unlink()
+    inflict(fault, workdir / name)
+    assert start(workdir) == (0, [])
+    assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
+
+
+@parametrized([("summary.json", "half")], ["summary.json", "alive.json"])
+def test_a_damaged_summary_is_written_again(name, fault, whole, copy):
+    workdir = copy(whole)
+    inflict(fault, workdir / name)
+    code, told = start(workdir)
+    assert code == 0 and all("summary.json is damaged" in each for each in told)
+    assert len(told) == (name == "summary.json" and fault != "removed")
+    assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
+
+
+@parametrized([("stopped", "holes")], ["stopped", "begun"])
+def test_damaged_factors_are_made_again(name, fault, stopped, whole, copy):
+    """With the bits of before, which the state checks."""
+    workdir = copy(stopped)
+    if name == "begun":
+        shutil.rmtree(workdir / "states")
+        (workdir / "metrics.jsonl").unlink()
+    inflict(fault, workdir / "frozen")
+    code, told = start(workdir)
+    assert code == 0 and len(told) == (name == "stopped" or fault != "removed")
+    assert all(each.endswith("made again") for each in told)
+    assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
+
+
+def test_factors_with_other_bits_are_refused_and_so_is_their_delta(
+    stopped, copy, monkeypatch, capsys
+):
+    workdir = copy(stopped)
+    inflict("removed", workdir / "frozen")
+    factorize = factor.factorize
+
+    def turned(config, params):
+        factors = factorize(config, params)
+        return factors.replace(u={name: -u for name, u in factors.u.items()})
+
+    monkeypatch.setattr(factor, "factorize", turned)
+    for _ in range(2):
+        code, told = start(workdir)
+        assert code == 2 and "was made again, with other bits" in told[-1]
+    assert convert_main(["diff", str(workdir), str(workdir / "delta.safetensors")]) == 2
+    assert "the singular vectors of before" in capsys.readouterr().err
+
+
+@parametrized([("one", "half")], ["one", "all"])
+def test_damaged_states(name, fault, stopped, whole, copy):
+    """One: the state before is taken. All: refused."""
+    workdir = copy(stopped)
+    newest = workdir / "states" / "00000007"
+    inflict(fault, newest if name == "one" else workdir / "states")
+    if (name, fault) == ("all", "removed"):  # from the first image on
+        assert start(workdir) == (0, [])
+        assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
+        return
+    code, told = start(workdir)
+    assert len(told) == ((name, fault) != ("one", "removed"))
+    if name == "all":
+        assert code == 2 and "move them away to start again" in told[0]
+        return
+    assert code == 0
+    assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
+
+
+@parametrized([("state", "empty")], ["state", "no state"])
+def test_a_damaged_config(name, fault, stopped, whole, copy):
+    workdir = copy(stopped)
+    if name == "no state":
+        shutil.rmtree(workdir / "states")
+        (workdir / "summary.json").unlink()
+    inflict(fault, workdir / "config.json")
+    code, told = start(workdir)
+    assert len(told) == 1 and "config.json is " in told[0]
+    if name == "no state":
+        assert code == 2 and "put it back from a copy" in told[0]
+        return
+    assert code == 0
+    names = ["metrics.jsonl", "config.json", *WEIGHTS[:2]]
+    assert_same(workdir, whole, names)
+
+
+@parametrized([("repaired", "holes")], ["repaired"])
+def test_a_damaged_model_of_a_run_is_not_opened(name, fault, whole, copy):
+    workdir = copy(whole)
+    inflict(fault, workdir / name)
+    with pytest.raises(ValueError) as caught:
+        convert.open_model(workdir).params  # noqa: B018  (reads the weights)
+    assert "\n" not in str(caught.value) and str(workdir) in str(caught.value)
 
 
 # --- metrics.jsonl --------------------------------------------------------------------

@@ -241,7 +241,7 @@ def test_what_a_kill_left_of_the_frozen_model_is_removed(tmp_path):
 def test_a_process_that_does_not_write_makes_nothing(tmp_path):
     reader = Workdir(tmp_path / "run", writes=False)
     assert run_files.read_metrics(reader.path) == []
-    assert not reader.finished()
+    assert reader.read_summary() == {}
     for write in (
         lambda: reader.load_state(),
         lambda: reader.save_state(1, {"x": np.zeros(1)}),
@@ -364,15 +364,19 @@ def test_a_full_disk_names_the_metrics(tmp_path, monkeypatch):
 # --- The end --------------------------------------------------------------------------
 
 
-def test_a_run_is_finished_when_its_summary_says_so(tmp_path):
+def test_a_run_is_finished_when_its_summary_says_so(tmp_path, capsys):
     workdir = Workdir(tmp_path)
-    assert not workdir.finished()
+    assert workdir.read_summary() == {}
     for finished in (False, True):
-        workdir.write_summary({"finished": finished, "images": 3})
-        assert Workdir(tmp_path, writes=False).finished() is finished
-    workdir.summary.write_text("{")
-    with pytest.raises(ValueError, match="summary.json is damaged"):
-        workdir.finished()
+        values = {"finished": finished, "images": 0}
+        workdir.write_summary(values)
+        assert Workdir(tmp_path, writes=False).read_summary() == values
+    assert capsys.readouterr().err == ""
+    for damage in (b"", b'{"finished": true', b"\0" * 30, b"\xff", b"[]"):
+        workdir.summary.write_bytes(damage)
+        assert workdir.read_summary() == {}
+        (told,) = capsys.readouterr().err.splitlines()
+        assert "summary.json is damaged" in told
 
 
 def test_an_output_is_a_file_of_the_workdir(tmp_path):
@@ -432,7 +436,7 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     assert [row["image"] for row in run_files.read_metrics(reader.path)] == list(
         range(7)
     )
-    assert reader.finished()
+    assert reader.read_summary() == {"finished": True}
     tops = {name.split("/")[3] for name in bucket.objects("b/runs/one")}
     assert tops == {
         "claims",
