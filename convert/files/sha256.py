@@ -9,6 +9,7 @@ from pathlib import Path
 
 MODEL = "model.safetensors"  # the weights of a Hugging Face directory
 SUFFIX = ".sha256"
+MOST_BYTES = 2**20  # of a side file
 
 
 def of_file(path: Path) -> str:
@@ -56,6 +57,8 @@ def check(path: Path) -> dict[Path, str]:
     side = side_file(path)
     if not side.is_file():
         return {}
+    if side.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{side}: damaged, not a list of SHA-256 digests")
     verified = {}
     for entry in side.read_text(errors="replace").splitlines():
         digest, _, name = entry.partition("  ")
