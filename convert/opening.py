@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.files import reading, sha256, strangers
+from convert.files import reading, sha256
 from convert.state_dict import TorchModel
+from sinder_jax import cli
 from sinder_jax import model as models
 from sinder_jax.model import Model
 from sinder_jax.storage import array_store, errors, paths, run_files
@@ -61,8 +62,10 @@ def open_model(
                 "model yet: resume it, or give the model it started from"
             )
     if not (path / "metadata").exists():
-        what = strangers.describe(path, reading.FORMATS)
-        raise ValueError(f"{path}: not a checkpoint, but {what}")
+        raise ValueError(
+            f"{path}: not a checkpoint, but a directory without our metadata and "
+            f"without {' or '.join(reading.WEIGHTS)}"
+        )
     model = models.open_checkpoint(path)
     config = dataclasses.replace(model.config, **overrides)
     if different := models.differences(model.config, config):
@@ -88,7 +91,7 @@ def _open_torch(path: Path, name: str, overrides: Mapping[str, Any]) -> Model:
             return torch.leaf(path_of_leaf)
 
     provenance = (stated and stated.provenance) or {
-        "source": name,
+        "source": cli.shown(name),  # readers of safetensors refuse what is no Unicode
         "layout": torch.layout,
         "sha256": sha256.of_files(state.files, verified),
         "tool": array_store.tool(),

@@ -37,6 +37,7 @@ examples:
       --config.checkpoint=dinov2_vitg14 --config.data=folder:/data/imagenet/train
 
 A bare config name means experiments/configs/; --config.KEY=VALUE changes a key of it.
+Like the authors, a repair does not turn photographs as their EXIF says.
 docs/pods.md has the lines for TPU pods and clusters. Exit codes: 0 finished, 2 an error
 reported in one line, 75 stopped and saved: start it again, 130 a second Ctrl-C.
 SINDER_TRACEBACK=1 in the environment shows where an error comes from.

@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
     status = read(as_path(args.workdir), now=time.time())
-    print(json.dumps(status, indent=2) if args.json else "\n".join(lines(status)))
+    shown = map(cli.shown, lines(status))
+    print(json.dumps(status, indent=2) if args.json else "\n".join(shown))
     return 0
 
 

@@ -79,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         figure = pictures.token_rows([(photo.pixels, rows)])
         files.write(target, style.encode(figure, "png"))
         summary = " -> ".join(defective.describe(maps) for maps in rows.values())
-        print(f"{photo.path}: {summary}: {target}", flush=True)
+        print(cli.shown(f"{photo.path}: {summary}: {target}"), flush=True)
         written += 1
 
     unreadable = len(images) - written
     skipped = f", {unreadable} unreadable and skipped" if unreadable else ""
-    print(f"{written} of {len(images)} pictures written to {args.out}{skipped}")
+    print(cli.shown(f"{written} of {len(images)} pictures written to {out}{skipped}"))
     return 0 if written else 2
 
 
@@ -95,7 +95,12 @@ def _parser() -> cli.Parser:
         epilog=EXAMPLE,
     )
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE", help="file, or folder to search")
+    add(
+        "images",
+        nargs="+",
+        metavar="IMAGE",
+        help="file, or folder to search; turned upright as its EXIF rotation says",
+    )
     add(
         "--checkpoint",
         required=True,

@@ -123,12 +123,22 @@ def one_line(error: BaseException) -> str:
         message = str(error.args[0])  # str(KeyError) is the repr of its message
     else:
         message = str(error)
-    return " ".join(message.split()) or type(error).__name__
+    return shown(" ".join(message.split())) or type(error).__name__
 
 
 def warn(text: str) -> None:
     """Prints a warning of one line on stderr."""
-    print(f"warning: {' '.join(text.split())}", file=sys.stderr)
+    print(f"warning: {shown(' '.join(text.split()))}", file=sys.stderr)
+
+
+def shown(text: object) -> str:
+    r"""Text, such as a file name, with all that cannot be printed escaped.
+
+    A line break becomes \n; a byte of a name that is not UTF-8, such as e9, \udce9.
+    """
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)
+    )
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,9 +11,9 @@ import numpy as np
 from convert import opening, repaired_copy, saving
 from convert.commands import lines
 from convert.files import sha256
-from sinder_jax import delta
+from sinder_jax import cli, delta
 from sinder_jax import model as models
-from sinder_jax.storage import array_store, delta_file, paths
+from sinder_jax.storage import array_store, delta_file
 
 
 def apply(
@@ -35,7 +35,6 @@ def apply(
     delta.check_scale(scale)
     if not base.exists():  # before its kind decides what the destination must be
         raise FileNotFoundError(f"{base}: no such file or directory")
-    paths.check_apart(destination, base, delta_path)
     saving.check_destination(destination, directory=base.is_dir())
     repair, _ = delta_file.load(delta_path)
     model = opening.open_model(base, num_heads)
@@ -50,8 +49,8 @@ def apply(
         return delta.repaired_leaf(repair, path, leaf, scale, before_svd)
 
     step = (
-        f"apply {delta_path.name}, SHA-256 {sha256.of_file(delta_path)}, scale "
-        f"{scale:g}, {array_store.tool()}"
+        f"apply {cli.shown(delta_path.name)}, SHA-256 {sha256.of_file(delta_path)}, "
+        f"scale {scale:g}, {array_store.tool()}"
     )
     made = model.with_step(step)
     if model.torch is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from convert import infer
-from sinder_jax import delta, families
+from sinder_jax import cli, delta, families
 from sinder_jax.model import Model
 
 
@@ -26,8 +26,9 @@ def print_proof(
     """
     title = infer.describe(model.config) + (f", {layout} layout" if layout else "")
     print(
-        f"{destination}: {title}, {num_tensors} tensors, {model.num_params:,} "
-        f"parameters, digest {digest}; names, shapes and finite values checked."
+        f"{cli.shown(destination)}: {title}, {num_tensors} tensors, "
+        f"{model.num_params:,} parameters, digest {digest}; "
+        "names, shapes and finite values checked."
     )
 
 

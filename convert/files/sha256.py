@@ -1,15 +1,25 @@
 """SHA-256 of files, and the side file that lists it as `sha256sum` does.
 
 FILE, FILE.sha256 --check--> the files that were verified, or an error by name
+
+A name is bytes. As in coreutils, a line begins with a backslash where a backslash or
+line break of the name is escaped.
 """
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 MODEL = "model.safetensors"  # the weights of a Hugging Face directory
 SUFFIX = ".sha256"
-MOST_BYTES = 2**20  # of a side file
+ESCAPED = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}  # the last since coreutils 9
+# What `sha256sum` prints: by default, in binary mode, with --tag.
+LINE = re.compile(
+    rb"(?P<escaped>\\?)(?:(?P<hex>[0-9a-fA-F]{64}) [ *](?P<name>[^\n]+)"
+    rb"|SHA256 \((?P<tagged>[^\n]+)\) = (?P<last>[0-9a-fA-F]{64}))"
+)
 
 
 def of_file(path: Path) -> str:
@@ -28,13 +38,15 @@ def of_files(files: Sequence[Path], known: Mapping[Path, str] | None = None) -> 
     digests = [(known or {}).get(file) or of_file(file) for file in files]
     if len(files) == 1:
         return digests[0]
-    lines = map(line, files, digests)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hashlib.sha256(b"".join(map(line, files, digests))).hexdigest()
 
 
-def line(path: Path, digest: str = "") -> str:
+def line(path: Path, digest: str = "") -> bytes:
     """The line that `sha256sum` prints for a file."""
-    return f"{digest or of_file(path)}  {path.name}\n"
+    name = os.fsencode(path.name)
+    escaped = name.replace(b"\\", b"\\\\").replace(b"\n", b"\\n")
+    mark = b"\\" if escaped != name else b""
+    return mark + (digest or of_file(path)).encode() + b"  " + escaped + b"\n"
 
 
 def side_file(path: Path) -> Path:
@@ -57,13 +69,11 @@ def check(path: Path) -> dict[Path, str]:
     side = side_file(path)
     if not side.is_file():
         return {}
-    if side.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{side}: damaged, not a list of SHA-256 digests")
     verified = {}
-    for entry in side.read_text(errors="replace").splitlines():
-        digest, _, name = entry.partition("  ")
+    for entry in side.read_bytes().rstrip(b"\r\n").split(b"\n"):
+        digest, name = _parsed(entry.removesuffix(b"\r"))
         file = side.parent / name
-        if len(digest) != 64 or not name or file.name != name:
+        if not digest or file.name != name:
             raise ValueError(f"{side}: damaged, not a list of SHA-256 digests")
         if not file.is_file():
             raise ValueError(f"{file}: missing, but {side} lists it")
@@ -74,3 +84,14 @@ def check(path: Path) -> dict[Path, str]:
             )
         verified[file] = digest
     return verified
+
+
+def _parsed(entry: bytes) -> tuple[str, str]:
+    """Digest and file name of a line; both empty for any other line."""
+    found = LINE.fullmatch(entry)
+    if found is None:
+        return "", ""
+    name = found["name"] or found["tagged"]
+    if found["escaped"]:
+        name = re.sub(rb"\\.", lambda pair: ESCAPED.get(pair[0], pair[0]), name)
+    return (found["hex"] or found["last"]).decode().lower(), os.fsdecode(name)

@@ -118,7 +118,7 @@ def directory(path: StrPath) -> Iterator[Path]:
             yield partial
         order = {sha256.MODEL: 0}
         made = sorted(partial.iterdir(), key=lambda x: (order.get(x.name, 1), x.name))
-        sha256.side_file(partial).write_text("".join(map(sha256.line, made)))
+        sha256.side_file(partial).write_bytes(b"".join(map(sha256.line, made)))
 
 
 @contextmanager

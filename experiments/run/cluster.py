@@ -208,7 +208,8 @@ class Cluster:
         Raises:
           ValueError: in all processes, if `text` differs between them.
         """
-        digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+        content = text.encode(errors="surrogatepass")  # names that are not UTF-8
+        digest = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
         if not all(self.gather(np.array_equal(self.from_first(digest), digest))):
             raise ValueError(
                 f"the {self.processes} processes were started with different {what}: "

@@ -66,7 +66,7 @@ def photographs(
 
     Args:
       config: says where they are and how many to use.
-      say: called with one line if there are fewer.
+      say: called with one line about what is left out, and if there are fewer.
 
     Raises:
       ValueError: no data given, no readable image, an image size that is not a multiple
@@ -81,7 +81,7 @@ def photographs(
             "no photographs: add --config.data=FOLDER, for example the training set of "
             "ImageNet, or --config.data=sample for those inside scikit-image"
         )
-    found = listing.open_photographs(config.data)
+    found = listing.open_photographs(config.data, say)
     train = batches.training_list(
         found, config.num_images, shuffle_seed=config.shuffle_seed
     )

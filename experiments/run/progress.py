@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from sinder_jax import cli
+
 WINDOW = 50  # the rate is measured over this many images
 
 
@@ -51,7 +53,7 @@ class LiveLine:
 
     def print(self, text: str) -> None:
         """Prints a line that stays, above the live one."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._console.print(cli.shown(text), markup=False, soft_wrap=True)
 
     def _line(self, num_images: int, row: dict[str, Any]) -> str:
         (first, begin), (last, end) = self._times[0], self._times[-1]

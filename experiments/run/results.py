@@ -213,7 +213,10 @@ class Observer:
         looks = []
         for photograph in photographs:
             models = {"before": self._original, "now": params}
-            seen = {name: self._look(photograph, each) for name, each in models.items()}
+            seen = {
+                name: self._look(photograph, each, upright=True)
+                for name, each in models.items()
+            }
             maps = {
                 name: defective.token_maps(
                     look.tokens, self._direction, mask_thr=self._mask_thr
@@ -267,9 +270,11 @@ class Observer:
             "each": each,
         }
 
-    def _look(self, photograph: Photograph, params: Any) -> Look:
+    def _look(
+        self, photograph: Photograph, params: Any, *, upright: bool = False
+    ) -> Look:
         model = self._model
-        photo = photograph.read()
+        photo = photograph.read(upright=upright)
         crop = decode.training_crop(photo, self._size, patch_size=model.patch_size)
         image = decode.normalize(crop, families.of(model).statistics)
         return Look(np.asarray(crop), last_patches(model, params, image))

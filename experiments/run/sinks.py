@@ -201,10 +201,13 @@ class Wandb:
         self._make_image, self._last = wandb.Image, start
         options: dict[str, Any] = {
             "project": config.wandb_project,
-            "name": workdir.name,
+            "name": cli.shown(workdir.name),
             "id": _run_id(workdir),
             "resume": "allow",
-            "config": config.to_dict(),
+            "config": {
+                key: cli.shown(value) if isinstance(value, str) else value
+                for key, value in config.items()
+            },
             "allow_val_change": True,  # of keys that a resume may change
             "dir": None if "://" in str(workdir) else str(workdir),
             # Capturing the terminal's output would redraw the live line as text.

@@ -97,6 +97,7 @@ class Workdir:
             self._check_claim()
 
     def _make(self) -> Claim:
+        paths.check_is_text(self.path)  # for Orbax, which writes the states
         try:
             with paths.answering(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)

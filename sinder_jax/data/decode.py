@@ -9,10 +9,12 @@ Sizes follow torchvision's arithmetic on PIL images, as in the authors' code.
 import io
 import math
 import os
+import stat
+import warnings
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from sinder_jax.families import Statistics
 
@@ -23,9 +25,29 @@ MAX_SIDE = 1792  # pixels of a picture to look at, as in the authors' visualizat
 # cameras, and so few that a step is compiled at most seven times.
 ASPECTS = ((1, 2), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (2, 1))
 
-# Formats that Pillow may try on any file: ImageNet has a PNG called .JPEG. Not those
-# that start another program (EPS runs Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+# What is found in a folder (in any case) and decoded. Pillow may try all formats on any
+# file, for ImageNet has a PNG called .JPEG; but none that starts another program (EPS
+# runs Ghostscript).
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TIFF": (".tif", ".tiff"),
+    **({"AVIF": (".avif",)} if features.check("avif") else {}),
+}
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+# An honest photograph has a byte for every few pixels. A file that promises far more is
+# damaged or a decompression bomb, and is refused before memory is taken for it.
+SMALL = 2**23  # pixels that any file may hold
+MOST_PIXELS_PER_BYTE = 128
+
+
+# Pillow warns of broken EXIF and of large pictures, which are decoded all the same.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class UnreadableImage(ValueError):
@@ -36,34 +58,40 @@ class UnreadableImage(ValueError):
 
 
 def read_rgb(
-    source: str | os.PathLike | bytes, *, name: str | None = None
+    source: str | os.PathLike | bytes, *, name: str | None = None, upright: bool = False
 ) -> Image.Image:
-    """Decodes a file to 8-bit RGB at full size.
+    """Decodes a file to 8-bit RGB at full size; of an animation, the first picture.
 
-    As in the authors' loader, EXIF rotation is ignored and JPEGs are decoded at full
-    size. Transparent images are put on white, 16-bit samples keep their high byte, and
-    Pillow converts grayscale, palette and CMYK images.
+    As in the authors' loader, JPEGs are decoded at full size and EXIF rotation is
+    ignored. Transparent images are put on white, 16-bit samples keep their high byte,
+    and Pillow converts grayscale, palette and CMYK images.
 
     Args:
       source: path of a local file, or the bytes of a file.
       name: of the image in messages; None means the path.
+      upright: True turns the picture as its EXIF rotation says, for people to look at.
 
     Raises:
       UnreadableImage: the file is missing, truncated, or not an image; exceeds Pillow's
-        limit against decompression bombs (about 179 million pixels); has one side more
-        than `MAX_ASPECT` times the other; or has 32-bit samples, whose range is
-        unknown.
+        limit against decompression bombs (about 179 million pixels), or has more than
+        `MOST_PIXELS_PER_BYTE`; has one side more than `MAX_ASPECT` times the other; or
+        has samples whose range is unknown.
     """
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    name = name or ("image" if isinstance(file, io.BytesIO) else os.fspath(file))
+    if name is None:
+        name = "image" if isinstance(source, bytes) else os.fspath(source)
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            _check_aspect(image)
+        num_bytes = len(source) if isinstance(source, bytes) else _num_bytes(source)
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=tuple(FORMATS)) as image:
+            _check_shape(image, num_bytes)
+            image.load()
+            if upright:
+                _turn(image)
             return _to_rgb(image)
     except MemoryError:
         raise  # not the fault of the file
     except UnidentifiedImageError as error:
-        reason = f"not an image in one of the formats {', '.join(_FORMATS)}"
+        reason = f"not an image in one of the formats {', '.join(FORMATS)}"
         raise UnreadableImage(f"{name}: {reason}") from error
     except Exception as error:
         # On broken files decoders raise OSError, SyntaxError, struct.error and others.
@@ -71,13 +99,34 @@ def read_rgb(
         raise UnreadableImage(f"{name}: {reason}") from error
 
 
-def _check_aspect(image: Image.Image) -> None:
+def _num_bytes(path: str | os.PathLike) -> int:
+    status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise UnreadableImage("a device or pipe, not a file")  # might never end
+    return status.st_size
+
+
+def _check_shape(image: Image.Image, num_bytes: int) -> None:
     short, long = sorted(image.size)
     if long > MAX_ASPECT * short:
         raise UnreadableImage(
             f"one side of {image.width} x {image.height} pixels is more than "
             f"{MAX_ASPECT} times the other"
         )
+    if short * long > max(SMALL, MOST_PIXELS_PER_BYTE * num_bytes):
+        raise UnreadableImage(
+            f"{image.width} x {image.height} pixels in {num_bytes:,} bytes, a damaged "
+            f"header or a decompression bomb: more than {MOST_PIXELS_PER_BYTE} a byte"
+        )
+
+
+def _turn(image: Image.Image) -> None:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    # Nothing says how a picture with broken EXIF is to be turned. Pillow raises
+    # struct.error, SyntaxError and others.
+    except Exception:
+        return
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -87,12 +136,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             "save it with 8 or 16 bits"
         )
     if image.mode.startswith("I;16"):
+        tags = getattr(image, "tag_v2", {})  # of a TIFF; Pillow reads these as 16 bits
+        bits, white = tags.get(258, (16,)), tags.get(262, 1) == 0
+        if bits != (16,) or white:
+            raise UnreadableImage(
+                f"gray of {bits[0]} bits{', 0 for white' if white else ''}; save it "
+                "with 8 or 16 bits, 0 for black"
+            )
         high_byte = (np.asarray(image) // 256).astype(np.uint8)
         return Image.fromarray(high_byte).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 # --- Resizing, cropping ---------------------------------------------------------------

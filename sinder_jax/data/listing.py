@@ -4,16 +4,19 @@
     Photograph --read--> RGB                                        or UnreadableImage
 
 The order does not depend on the file system. A `Photograph` is small and can be sent to
-another process, which opens the file or dataset itself.
+another process, which opens the file or dataset itself. File names are bytes: those
+that are not UTF-8 are text with surrogates (PEP 383), here and in all that is written.
 """
 
+import codecs
 import dataclasses
 import functools
 import importlib.util
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +24,11 @@ import fsspec
 from PIL import Image
 
 from sinder_jax.data import decode
+from sinder_jax.data.decode import SUFFIXES
 from sinder_jax.storage import paths
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")  # compared in lower case
 SAMPLE = "sample"
+Say = Callable[[str], object]  # is told one line
 KINDS = "a folder, folder:PATH, list:FILE, tfds:NAME[/SPLIT] or sample"
 
 # The color photographs inside scikit-image's wheel. Drawings are left out, and so is
@@ -40,6 +44,7 @@ _SAMPLES = (
     "retina.jpg",
     "rocket.jpg",
 )
+MOST_KINDS = 8  # of files left out are named
 # NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION
 _TFDS_NAME = re.compile(r"\w+(/[\w.-]+)?(:[\w.*]+)?")
 _USUAL_SPLITS = ("train", "test", "validation")
@@ -55,22 +60,25 @@ class File:
 
     name: str
 
-    def read(self) -> Image.Image:
+    def read(self, *, upright: bool = False) -> Image.Image:
         """Decodes the photograph to 8-bit RGB at full size, see `decode.read_rgb`.
+
+        Args:
+          upright: True turns it as its EXIF rotation says; the authors do not.
 
         Raises:
           UnreadableImage: the file cannot be read or decoded; the message begins with
             `name`.
         """
         if not paths.is_remote(self.name):
-            return decode.read_rgb(self.name)
+            return decode.read_rgb(self.name, upright=upright)
         try:
             path = paths.as_path(self.name)
             with paths.answering(path):
                 content = path.read_bytes()
         except (OSError, ValueError) as error:
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
-        return decode.read_rgb(content, name=self.name)
+        return decode.read_rgb(content, name=self.name, upright=upright)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,21 +98,21 @@ class Record:
         """Dataset, version, split and number, such as "tfds:coco:1.0.0/train#7"."""
         return f"{self.split.name}#{self.index}"
 
-    def read(self) -> Image.Image:
+    def read(self, *, upright: bool = False) -> Image.Image:
         """Decodes the photograph, as `File.read`."""
         try:
             content = self.split.images[self.index]["image"]
         except (OSError, RuntimeError, ValueError) as error:
             # array_record and pyarrow raise these on a missing or damaged file.
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
-        return decode.read_rgb(content, name=self.name)
+        return decode.read_rgb(content, name=self.name, upright=upright)
 
 
 Photograph = File | Record
 """One photograph, with a name that no other photograph has."""
 
 
-def open_photographs(spec: str) -> Sequence[Photograph]:
+def open_photographs(spec: str, say: Say | None = None) -> Sequence[Photograph]:
     """Lists the photographs that `spec` names, without decoding any.
 
     Args:
@@ -115,7 +123,8 @@ def open_photographs(spec: str) -> Sequence[Photograph]:
 
         `list:FILE`: the paths in a text file, one per line, in the order of the file,
         relative to the file's folder. Empty lines and lines that begin with # are
-        skipped. A missing image is noticed when it is read.
+        skipped, blanks around a path too. Windows' line ends and byte order marks are
+        no part of a path. A missing image is noticed when it is read.
 
         `tfds:NAME[/SPLIT]`: the feature `image` of a dataset that tensorflow_datasets
         has prepared as array_record or parquet (every process that reads a parquet
@@ -126,6 +135,8 @@ def open_photographs(spec: str) -> Sequence[Photograph]:
         `train`. The order is that of the records.
 
         `sample`: the photographs inside scikit-image, see `sample_images`.
+
+      say: told what is left out of a folder, by suffix.
 
     Raises:
       FileNotFoundError: there is no such folder, file, or prepared dataset.
@@ -147,13 +158,13 @@ def open_photographs(spec: str) -> Sequence[Photograph]:
         raise FileNotFoundError(
             f"no such image folder: {spec}; photographs are given as {KINDS}"
         )
-    return [File(path) for path in _images_below(folder)]
+    return [File(path) for path in _images_below(folder, say)]
 
 
 # --- Folders --------------------------------------------------------------------------
 
 
-def list_images(folder: str | os.PathLike) -> list[Path]:
+def list_images(folder: str | os.PathLike, say: Say | None = None) -> list[Path]:
     """Lists the photographs below a local folder, in the same order on any disk.
 
     The authors took the order of `glob`, which depends on the file system. Here paths
@@ -161,19 +172,21 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
     Args:
       folder: searched recursively, through links to folders but not in circles.
+      say: told how many other files there are, by suffix.
 
     Returns:
-      Files named .jpg, .jpeg, .png or .webp in any case, sorted by their POSIX path
+      Files named as one of `decode.FORMATS` in any case, but not those whose name or
+      folder is hidden, such as the ._a.jpg of macOS. Sorted by their POSIX path
       relative to `folder`, as bytes (so `B.jpg` comes before `a.jpg`).
 
     Raises:
       FileNotFoundError: there is no such folder.
       ValueError: `folder` is a file, or there is no image below it.
     """
-    return [Path(path) for path in _images_below(os.fspath(folder))]
+    return [Path(path) for path in _images_below(os.fspath(folder), say)]
 
 
-def _images_below(folder: str) -> list[str]:
+def _images_below(folder: str, say: Say | None) -> list[str]:
     """The paths of the images below a folder, on a disk or in a bucket, in order."""
     path = paths.as_path(folder)
     with paths.answering(path):
@@ -181,16 +194,42 @@ def _images_below(folder: str) -> list[str]:
             raise FileNotFoundError(f"no such image folder: {folder}")
         walk = _walk_bucket if paths.is_remote(path) else _walk
         files = walk(os.fspath(path)) if path.is_dir() else None
-        images = [name for name in files or () if name.lower().endswith(SUFFIXES)]
+        images, others = _sorted_out(files or ())
     if files is None:
         raise ValueError(f"got the file {folder}, expected a folder; give its folder")
     if not images:
         raise ValueError(
             f"no images in {folder}: looked there and in its sub-folders for files "
-            f"ending in {', '.join(SUFFIXES)} in any case"
+            f"ending in {', '.join(SUFFIXES)} in any case{_counted(': ', others)}"
         )
+    if say and others:
+        say(f"{folder}: {_counted('', others)}")
     prefix = os.fspath(path / "x")[:-1]
     return [prefix + name for name in sorted(images, key=os.fsencode)]
+
+
+def _sorted_out(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """The images among names relative to a folder, and the number of others by kind."""
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    for name in names:
+        hidden = "/." in f"/{name}"
+        if name.lower().endswith(SUFFIXES) and not hidden:
+            images.append(name)
+        else:
+            suffix = os.path.splitext(name)[1].lower() or "without suffix"
+            others["hidden" if hidden else suffix] += 1
+    return images, others
+
+
+def _counted(before: str, others: Counter[str]) -> str:
+    """Says how many files are left out, by kind; empty if there are none."""
+    if not (count := others.total()):
+        return ""
+    kinds = ", ".join(f"{kind} {n}" for kind, n in others.most_common(MOST_KINDS))
+    more = ", ..." if len(others) > MOST_KINDS else ""
+    files = "file" if count == 1 else "files"
+    return f"{before}{count} {files} of other suffixes left out ({kinds}{more})"
 
 
 def _walk(
@@ -202,7 +241,7 @@ def _walk(
         return
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.is_dir():
+            if entry.is_dir() and not entry.name.startswith("."):
                 inside = f"{relative}{entry.name}/"
                 yield from _walk(entry.path, inside, ancestors | {here})
             else:
@@ -225,12 +264,16 @@ def _listed(file: str) -> list[Photograph]:
         content = None if path.is_dir() else path.read_bytes()
     if content is None:
         raise ValueError(f"got the folder {file}, expected a file; give folder:{file}")
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
-        lines = [line.strip() for line in content.decode().splitlines()]
+        text = content.decode("utf-16") if wide else os.fsdecode(content)
     except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
         raise ValueError(
-            f"{file} is not UTF-8 text; a list has the path of an image on each line"
-        ) from None
+            f"{file} is not text; a list has the path of an image on each line"
+        )
+    lines = [line.strip("\ufeff \t\r") for line in text.split("\n")]
     named = [line for line in lines if line and not line.startswith("#")]
     if not named:
         raise ValueError(f"no images in {file}: give the path of an image on each line")

@@ -52,10 +52,12 @@ def writing(path: StrPath, metadata: dict[str, Any]) -> Iterator["Writer"]:
     Raises:
       FileExistsError: `path` exists.
       FileNotFoundError, PermissionError: its directory is missing or not writable.
-      ValueError: metadata that is not JSON, or an array that cannot be stored.
+      ValueError: metadata that is not JSON, an array that cannot be stored, or a path
+        that is not UTF-8.
       OSError: writing failed, for example on a full disk.
       RuntimeError: on another process than 0, whose arrays Orbax would leave out.
     """
+    paths.check_is_text(path)
     check_destination(path)
     orbax_io.check_may_write()
     header.check_json(metadata)
@@ -151,6 +153,7 @@ class Reader:
     """
 
     def __init__(self, path: StrPath):
+        paths.check_is_text(path)
         self._path = paths.located(path)
         found = _read_header(self._path)
         self.metadata: dict[str, Any] = found["metadata"]

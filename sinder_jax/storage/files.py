@@ -86,13 +86,16 @@ def remove(path: Path) -> None:
 
 
 def write(path: StrPath, content: str | bytes) -> None:
-    """Writes a file whole or not at all; text as UTF-8.
+    """Writes a file whole or not at all; text as UTF-8, file names in it escaped.
 
     Raises:
       OSError: the file cannot be written; names `path`.
     """
     with replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        if isinstance(content, str):
+            # A name that is not UTF-8 holds surrogates. Escaped they are as in JSON.
+            content = content.encode(errors="backslashreplace")
+        partial.write_bytes(content)
 
 
 def create(path: StrPath, content: str) -> None:

@@ -48,30 +48,24 @@ def located(path: StrPath) -> AnyPath:
     return found if is_remote(found) else found.absolute()
 
 
+def check_is_text(path: StrPath) -> None:
+    """Refuses a path that is not UTF-8, for libraries that take no other.
+
+    Raises:
+      ValueError: says what to do.
+    """
+    try:
+        os.fspath(located(path)).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{path}: got a name that is not UTF-8, which TensorStore and PyTorch "
+            "cannot open; rename it or choose another"
+        ) from None
+
+
 def is_remote(path: StrPath) -> bool:
     """True if the path is in a bucket (gs://)."""
     return os.fspath(path).startswith(BUCKET)
-
-
-def check_apart(destination: StrPath, *sources: StrPath) -> None:
-    """Refuses a destination that is a source, or lies in one or around one.
-
-    Raises:
-      ValueError: names both; symbolic links are followed.
-    """
-    target = _resolved(destination)
-    for source in sources:
-        read = _resolved(source)
-        if target == read or read in target.parents or target in read.parents:
-            raise ValueError(
-                f"{destination} is in, around, or the same as {source}, which is read: "
-                "choose a place outside it"
-            )
-
-
-def _resolved(path: StrPath) -> AnyPath:
-    found = as_path(path)
-    return found if is_remote(found) else Path(os.path.realpath(found))
 
 
 def remove(path: AnyPath) -> None:

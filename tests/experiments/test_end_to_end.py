@@ -22,8 +22,9 @@ from PIL import Image
 import convert
 from convert.__main__ import main as convert_main
 from convert.files import writing
-from experiments import repair
+from experiments import repair, status
 from experiments.run import inputs, results
+from photos import save_noise
 from samples import read_state_dict
 from sinder_jax import checkpoint, cli, kernels, model, planted, vit
 from sinder_jax.data import listing
@@ -539,6 +540,29 @@ def test_unreadable_photographs_are_skipped_counted_and_named(tmp_path, capsys):
     assert told["images"] == 6 and told["images_with_defect"] == 3
     assert told["repaired_on"]["photographs"] == 2 and told["held_out"] is None
     assert "held out: no photographs" in done.output
+
+
+def test_names_that_are_not_utf_8_are_repaired_on_and_recorded(tmp_path, capsys):
+    raw = [b"a\nb.png", b"caf\xe9.jpg", b"lost\xe9.gif"]
+    for name in raw[:2]:
+        save_noise(tmp_path / "in" / os.fsdecode(name), width=90, height=80)
+    (tmp_path / "in" / os.fsdecode(raw[2])).write_bytes(b"no image")
+    options = ("num_images=3", "image_size=56", "max_iter=3", "history=3")
+    done = run(
+        tmp_path / "out",
+        *TINY,
+        f"--config.data={tmp_path / 'in'}",
+        *(f"--config.{option}" for option in options),
+    )
+    assert (done.path / "metrics.jsonl").read_bytes().isascii()
+    assert [Path(os.fsdecode(row["file"])).name for row in rows(done.path)] == [
+        *map(os.fsdecode, raw)
+    ]
+    (lost,) = summary(done)["unreadable_files"]
+    assert os.fsencode(lost) == os.fsencode(tmp_path / "in") + b"/" + raw[2]
+    assert rf"skipped, unreadable: {tmp_path}/in/lost\udce9.gif: " in done.output
+    assert status.main([str(done.path)]) == 0
+    assert r"lost\udce9.gif" in capsys.readouterr().out
 
 
 def test_a_file_behind_the_end_of_the_run_is_not_in_its_metrics(tmp_path):

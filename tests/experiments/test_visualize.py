@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,31 @@ def test_existing_pictures_are_kept_unless_told(photos, checkpoints, tmp_path, c
     assert os.listdir(out) == ["b.png"] and (out / "b.png").read_text() == "mine"
     assert run(*arguments, "--overwrite") == 0
     assert (out / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_names_of_any_bytes_and_other_suffixes_in_a_folder(
+    photos, checkpoints, tmp_path, capsys
+):
+    odd = tmp_path / os.fsdecode(b"pi\xf1as")
+    photos.rename(odd)
+    names = [b"caf\xe9.png", b"a\nb.png", b"x" * 251 + b".png", b"100%{}$a$.png"]
+    for raw in names:
+        shutil.copy(odd / "b.png", odd / os.fsdecode(raw))
+    (odd / os.fsdecode(b"broken\xe9.tif")).write_bytes(b"no image")
+    (odd / "notes.txt").touch()
+    out = tmp_path / os.fsdecode(b"\xe9ut")
+    first = f"--checkpoint={checkpoints['first']}"
+    assert exit_code(odd, first, "--short-side=56", f"--out={out}") == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == [
+        rf"{tmp_path}/pi\udcf1as: 1 file of other suffixes left out (.txt 1)",
+        rf"skipped, unreadable: {tmp_path}/pi\udcf1as/broken\udce9.tif: "
+        f"not an image in one of the formats {', '.join(decode.FORMATS)}",
+    ]
+    assert len(printed.out.splitlines()) == 8
+    assert r"pi\udcf1as/a\nb.png: " in printed.out
+    made = {os.fsencode(name) for name in os.listdir(out)}
+    assert made >= {b"caf\xe9.png", b"a\nb.png", b"100%{}$a$.png", b"b-2.png"}
 
 
 def test_unreadable_images_are_named_counted_and_skipped(

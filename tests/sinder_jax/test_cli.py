@@ -44,6 +44,14 @@ def test_help_keeps_the_lines_of_the_example(capsys):
     assert capsys.readouterr().out.endswith("example:\n  job --workdir=runs/a\n")
 
 
+def test_names_are_shown_in_one_line_whatever_their_bytes(capsys):
+    name = os.fsdecode(b"a\nb\x1b[31m\xe9 \xc3\xa9")
+    assert cli.shown(name) == r"a\nb\x1b[31m\udce9 é"
+    assert cli.one_line(ValueError(f"{name}\n is no image")).count("\n") == 0
+    cli.warn(name)
+    assert capsys.readouterr().err == "warning: a b\\x1b[31m\\udce9 é\n"
+
+
 def test_a_missing_optional_package_is_for_the_user(capsys):
     def main():
         raise ImportError("model.pth: needs PyTorch,\n  pip install it")

@@ -1,7 +1,9 @@
 """The side file of a file of weights."""
 
+import os
 import subprocess
 
+import numpy as np
 import pytest
 
 from convert.files import sha256, writing
@@ -30,6 +32,42 @@ def test_sha256sum_accepts_the_side_file(suffix, tmp_path):
     assert sha256.check(path)
 
 
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"caf\xe9",
+        b"a\nb",
+        b"a\\nb\\",
+        b"a\rb",
+        b" a ",
+        b"a\tb",
+        "é😀".encode(),
+        b"*a(b) = c",
+    ],
+    ids=["latin-1", "line break", "backslash", "cr", "space", "tab", "utf-8", "marks"],
+)
+def test_side_files_of_any_name_pass_between_sha256sum_and_us(raw, locale, tmp_path):
+    path = tmp_path / os.fsdecode(raw + b".safetensors")
+    writing.write_state_dict(path, {"a": np.zeros(3, np.float32)})
+    side = os.fsencode(sha256.side_file(path).name)
+    ours = {"cwd": tmp_path, "env": os.environ | {"LC_ALL": locale}, "check": True}
+    subprocess.run(["sha256sum", "--strict", "--status", "-c", "--", side], **ours)
+    for options in ([], ["--binary"], ["--tag"]):
+        command = ["sha256sum", *options, "--", os.fsencode(path.name)]
+        lines = subprocess.run(command, capture_output=True, **ours).stdout
+        sha256.side_file(path).write_bytes(lines)
+        assert sha256.check(path) == {path: sha256.of_file(path)}
+
+
+def test_digests_may_be_in_capitals_and_lines_end_as_on_windows(tmp_path):
+    path = tmp_path / "model.safetensors"
+    writing.write_state_dict(path, {"a": np.zeros(3, np.float32)})
+    digest = sha256.of_file(path)
+    sha256.side_file(path).write_text(f"{digest.upper()} *{path.name}\r\n", newline="")
+    assert sha256.check(path) == {path: digest}
+
+
 def test_changed_bytes_contradict_the_side_file(tmp_path):
     path = tmp_path / "model.safetensors"
     writing.write_state_dict(path, random_state(SMALL["mlp"]))
@@ -42,7 +80,13 @@ def test_changed_bytes_contradict_the_side_file(tmp_path):
 def test_a_side_file_that_is_none_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     writing.write_state_dict(path, random_state(SMALL["mlp"]))
-    for text in ("nothing", f"{'0' * 64}  ../../etc/passwd\n", f"{'0' * 64} model\n"):
+    for text in (
+        "",
+        "\n",
+        "nothing",
+        f"{'0' * 64}  ../../etc/passwd\n",
+        f"{'0' * 64} model\n",
+    ):
         sha256.side_file(path).write_text(text)
         assert "damaged" in error_of(sha256.check, path)
 

@@ -213,6 +213,7 @@ def test_alone_everything_is_agreed_on():
     assert alone.from_first(tree) is tree
     assert alone.gather(True) == [True] and alone.gather(False) == [False]
     alone.check_same("configs", "text")
+    alone.check_same("photographs", os.fsdecode(b"caf\xe9.jpg"))  # not UTF-8
     alone.barrier()
     vote = cluster.Vote(alone, jax.local_devices()[:1])
     assert vote(True) is True and vote(False) is False

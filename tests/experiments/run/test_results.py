@@ -13,12 +13,13 @@ from PIL import Image
 import convert
 from experiments.run import results
 from experiments.run.workdir import Workdir
-from photos import crop, normalize
+from photos import crop, normalize, save_noise
 from samples import read_state_dict
 from sinder_jax import checkpoint, param_tree, vit
 from sinder_jax.analysis import defective
 from sinder_jax.data import listing
 from sinder_jax.model import Model
+from sinder_jax.plots import pictures
 
 CONFIG = vit.ViTConfig(64, 3, 1, "mlp", img_size=56)
 SIZE = 112
@@ -172,6 +173,26 @@ def test_a_figure_shows_photograph_before_and_now(two_models, direction, photos)
     assert not np.array_equal(one, look.picture(photos[:1], two_models[0]))
     two = look.picture(photos[:2], two_models[1])
     assert two.shape == (2 * one.shape[0], *one.shape[1:])
+
+
+def test_figures_are_upright_and_measures_are_of_what_is_repaired_on(
+    two_models, direction, tmp_path, monkeypatch
+):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pixels = save_noise(tmp_path / "turned.png", SIZE, SIZE, exif=exif)
+    save_noise(tmp_path / "plain.png", SIZE, SIZE)
+    turned, plain = (
+        listing.File(str(tmp_path / name)) for name in ("turned.png", "plain.png")
+    )
+    look, draw, drawn = observer(two_models, direction), pictures.token_rows, []
+    monkeypatch.setattr(
+        pictures, "token_rows", lambda looks: drawn.extend(looks) or draw(looks)
+    )
+    look.picture([turned], two_models[1])
+    np.testing.assert_array_equal(drawn[0][0], pixels[::-1, ::-1])
+    each = [look.measure([photo], two_models[1], 1) for photo in (turned, plain)]
+    assert each[0]["each"][turned.name] == each[1]["each"][plain.name]
 
 
 def test_a_picture_is_written_as_png_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """study/photos.py: files and folders in order, with names of their own."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,37 @@ def test_paths_are_collected_once_in_the_order_given(tmp_path):
     assert [path.name for path in found] == ["b.png", "a.png", "c.png"]
     with pytest.raises(FileNotFoundError, match="no such image or folder: nowhere"):
         photos.collect(["nowhere"])
+
+
+def test_names_leave_room_for_those_of_figures():
+    for name in ("x" * 251, "é" * 125, os.fsdecode(b"\xe9" * 251)):
+        one, two = photos.unique_names([Path(f"a/{name}.jpg"), Path(f"b/{name}.jpg")])
+        assert one == name[: len(one)] and two == f"{one}-2"
+        assert 170 < len(os.fsencode(one)) <= 180
+
+
+def test_photographs_are_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    Image.new("RGB", (112, 56)).save(tmp_path / "a.jpg", exif=exif)
+    (one,) = photos.read_photos([tmp_path / "a.jpg"], 56, 14)
+    assert one.pixels.shape == (112, 56, 3)
+
+
+@pytest.mark.parametrize("size", [(3600, 504), (504, 3600)], ids=["wide", "tall"])
+def test_a_panorama_that_is_cut_is_told_with_the_size_that_is_not(
+    size, tmp_path, capsys
+):
+    path = tmp_path / "a.png"
+    Image.new("RGB", size).save(path)
+    (one,) = photos.read_photos([path], 518, 14)
+    assert max(one.pixels.shape) == 1792
+    assert capsys.readouterr().err == (
+        f"{path}: cut, only 1792 of 3700 pixels are shown; a short side of 238 shows "
+        "them all\n"
+    )
+    (one,) = photos.read_photos([path], 238, 14)
+    assert max(one.pixels.shape) == 1694 and capsys.readouterr().err == ""  # of 1700
 
 
 def test_photographs_are_whole_patches_and_unreadable_files_are_named(tmp_path, capsys):

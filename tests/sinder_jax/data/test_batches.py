@@ -107,9 +107,9 @@ def test_any_number_of_threads_gives_the_same_sequence(
     expected = take(stream(photos, SIZE, batch_size=2, num_threads=2), 5)
     read = decode.read_rgb
 
-    def uneven(path):  # early images come last
+    def uneven(path, **options):  # early images come last
         time.sleep(0.02 if Path(path).name in ("0.png", "3.png") else 0.0)
-        return read(path)
+        return read(path, **options)
 
     monkeypatch.setattr(decode, "read_rgb", uneven)
     got = take(stream(photos, SIZE, batch_size=2, num_threads=num_threads), 5)
@@ -214,7 +214,9 @@ def test_the_parts_of_all_hosts_are_the_steps_of_one(photos, count):
 def test_a_host_reads_its_part_only(photos, monkeypatch):
     read, decoded = [], decode.read_rgb
     monkeypatch.setattr(
-        decode, "read_rgb", lambda path: read.append(Path(path).stem) or decoded(path)
+        decode,
+        "read_rgb",
+        lambda path, **options: read.append(Path(path).stem) or decoded(path),
     )
     options = {"batch_size": 4, "part": (1, 2), "num_threads": 0}
     take(stream(photos, SIZE, **options), 2)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -39,6 +40,65 @@ def test_exif_rotation_is_not_applied(tmp_path):
     exif[0x0112] = 6  # "turn by 90 degrees"
     save_noise(tmp_path / "a.jpg", width=40, height=30, exif=exif)
     assert decode.read_rgb(tmp_path / "a.jpg").size == (40, 30)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_for_people_are_upright(suffix, orientation, tmp_path):
+    upright = np.zeros((30, 40, 3), np.uint8)
+    upright[:15, :20] = 255  # white in the upper left
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: upright.swapaxes(0, 1)[::-1],
+        7: upright.swapaxes(0, 1)[::-1, ::-1],
+        8: upright.swapaxes(0, 1)[:, ::-1],
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / f"a{suffix}", exif=exif)
+    got = np.asarray(decode.read_rgb(tmp_path / f"a{suffix}", upright=True))
+    assert got.shape == (30, 40, 3)
+    corners = got[::29, ::39].mean(axis=-1) > 128
+    np.testing.assert_array_equal(corners, [[True, False], [False, False]])
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+def test_broken_exif_turns_nothing(tmp_path):
+    exif = b"Exif\0\0II*\0\xff\xff\xff\xff" + bytes(range(90))
+    save_noise(tmp_path / "a.jpg", exif=exif)
+    assert decode.read_rgb(tmp_path / "a.jpg", upright=True).size == (40, 30)
+
+
+@pytest.mark.parametrize("suffix", [".gif", ".tiff", ".webp"])
+def test_the_first_picture_of_several_is_read(suffix, tmp_path):
+    first, *rest = [Image.new("RGB", (40, 30), (k, k, k)) for k in (200, 100, 0)]
+    first.save(tmp_path / f"a{suffix}", save_all=True, append_images=rest)
+    got = np.asarray(decode.read_rgb(tmp_path / f"a{suffix}"), int)
+    assert np.abs(got - 200).max() <= 2
+
+
+def gray_tiff(bits: int, photometric: int) -> bytes:
+    """A gray TIFF of 8 x 8 zeros, written out: Pillow writes no 12 bits."""
+    data = bytes(8 * bits)
+    shorts = {258: bits, 259: 1, 262: photometric, 277: 1}
+    longs = {256: 8, 257: 8, 273: 8 + 2 + 12 * 8 + 4, 279: len(data)}
+    entries = [(tag, 3, shorts[tag]) for tag in shorts]
+    entries += [(tag, 4, longs[tag]) for tag in longs]
+    packed = [struct.pack("<HHII", tag, kind, 1, v) for tag, kind, v in sorted(entries)]
+    head = b"II*\0" + struct.pack("<IH", 8, len(packed))
+    return head + b"".join(packed) + bytes(4) + data
+
+
+def test_gray_of_another_range_is_refused_not_misread():
+    assert not np.asarray(decode.read_rgb(gray_tiff(16, 1))).any()
+    assert (np.asarray(decode.read_rgb(gray_tiff(8, 0))) == 255).all()
+    for bits, photometric, reason in ((12, 1, "12 bits"), (16, 0, "0 for white")):
+        with pytest.raises(decode.UnreadableImage, match=reason):
+            decode.read_rgb(gray_tiff(bits, photometric))
 
 
 def test_large_jpegs_are_decoded_at_full_size(tmp_path):
@@ -122,6 +182,8 @@ def write_broken(folder: Path) -> dict[str, str]:
     (folder / "bomb.png").write_bytes(png_header(60_000, 60_000))
     (folder / "thin.png").write_bytes(png_header(20_000, 20))
     (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for a writer
+    Image.new("RGB", (4000, 4000)).save(folder / "flat.webp", lossless=True)
     Image.fromarray(np.ones((4, 4), np.float32)).save(folder / "float.tiff")
     return {
         "cut_whole.jpg": "truncated",
@@ -134,6 +196,8 @@ def write_broken(folder: Path) -> dict[str, str]:
         "folder.png": "[Dd]irectory",
         "float.tiff": "32-bit",
         "nowhere.png": "No such file",
+        "pipe.png": "a device or pipe",
+        "flat.webp": "4000 x 4000 pixels in .* decompression bomb",
     }
 
 

@@ -1,5 +1,6 @@
 """listing.py: folders, lists, TFDS datasets, buckets, the sample."""
 
+import codecs
 import json
 import os
 import pickle
@@ -35,7 +36,7 @@ def test_files_are_sorted_by_relative_path_as_bytes(tmp_path):
     for name in reversed(expected):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    for name in ("notes.txt", "sub/c.gif", "jpg", "a.jpg.part"):
+    for name in ("notes.txt", "sub/c.heic", "jpg", "a.jpg.part"):
         (tmp_path / name).touch()
     found = listing.list_images(tmp_path)
     assert [file.relative_to(tmp_path).as_posix() for file in found] == expected
@@ -44,6 +45,52 @@ def test_files_are_sorted_by_relative_path_as_bytes(tmp_path):
 def test_a_folder_with_an_image_suffix_is_searched_not_listed(tmp_path):
     save_noise(tmp_path / "album.jpg" / "photo.png")
     assert listing.list_images(tmp_path) == [tmp_path / "album.jpg" / "photo.png"]
+
+
+def test_what_is_decoded_is_found_in_a_folder_in_any_case(tmp_path):
+    kinds = {suffix: kind for kind, s in decode.FORMATS.items() for suffix in s}
+    for number, (suffix, kind) in enumerate(kinds.items()):
+        upper = suffix.upper() if number % 2 else suffix
+        save_noise(tmp_path / f"{suffix[1:]}{upper}", format=kind)
+    for name in ("a.tif", "b.tiff", "c.bmp", "d.gif", "e.jfif", "f.jpe"):
+        save_noise(tmp_path / name, format=kinds[Path(name).suffix])
+    told: list[str] = []
+    found = listing.open_photographs(str(tmp_path), told.append)
+    assert len(found) == len(kinds) + 6 and not told
+    assert all(one.read().size == (40, 30) for one in found)
+
+
+def test_what_is_left_out_of_a_folder_is_counted_by_suffix(tmp_path):
+    for name in (
+        "a.jpg",
+        "n/b.txt",
+        "n/b.TXT",
+        "IMG_1.HEIC",
+        "._a.jpg",  # macOS' own, no picture
+        ".thumbnails/a.jpg",
+        "README",
+        "n/Thumbs.db",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    told: list[str] = []
+    assert listing.list_images(tmp_path, told.append) == [tmp_path / "a.jpg"]
+    (line,) = told
+    assert line.startswith(f"{tmp_path}: 7 files of other suffixes left out (")
+    kinds = {".txt 2", "hidden 2", ".heic 1", ".db 1", "without suffix 1"}
+    assert set(line.split("(")[1].rstrip(")").split(", ")) == kinds
+    os.remove(tmp_path / "a.jpg")
+    assert ".txt 2" in error_of(listing.list_images, tmp_path)
+
+
+def test_names_that_are_not_utf_8_are_listed_sorted_and_read(tmp_path):
+    save_noise(tmp_path / "z.png")
+    for raw in (b"caf\xe9.png", b"a\nb.png", b"caf\xc3\xa9.png"):
+        save_noise(tmp_path / os.fsdecode(raw))
+    found = listing.open_photographs(str(tmp_path))
+    names = [os.path.basename(os.fsencode(one.name)) for one in found]
+    assert names == [b"a\nb.png", b"caf\xc3\xa9.png", b"caf\xe9.png", b"z.png"]
+    assert all(one.read().size == (40, 30) for one in found)
 
 
 def test_linked_folders_are_followed_and_loops_end(tmp_path):
@@ -58,9 +105,7 @@ def test_linked_folders_are_followed_and_loops_end(tmp_path):
 def test_missing_empty_and_wrong_folders_raise_with_their_path(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         listing.list_images(tmp_path / "nowhere")
-    with pytest.raises(
-        ValueError, match=r"no images in .*\.jpg, \.jpeg, \.png, \.webp"
-    ):
+    with pytest.raises(ValueError, match=r"no images in .*\.jpg, \.jpeg.* \.png, "):
         listing.list_images(tmp_path)
     (tmp_path / "a.png").touch()
     with pytest.raises(ValueError, match=r"got the file .*a\.png, expected a folder"):
@@ -152,7 +197,28 @@ def test_lists_that_cannot_be_read_say_why(tmp_path):
         f"no images in {tmp_path}/empty.txt: give the path of an image on each line"
     )
     save_noise(tmp_path / "a.png")
-    assert "is not UTF-8 text" in error_of(opened, f"list:{tmp_path}/a.png")
+    assert "is not text" in error_of(opened, f"list:{tmp_path}/a.png")
+    (tmp_path / "odd.txt").write_bytes(codecs.BOM_UTF16_LE + b"a")
+    assert "is not text" in error_of(opened, f"list:{tmp_path}/odd.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_byte_order_marks_and_windows_line_ends_are_no_part_of_a_path(
+    encoding, tmp_path
+):
+    # U+2028 and U+0085 end a line for str.splitlines, and may be in a name.
+    names = ["a.png", "é.png", "in/b c.png", "x\u2028y\x85z.png"]
+    text = "".join(f"{name}\r\n" for name in ("# chosen", *names, ""))
+    (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+    found = listing.open_photographs(f"list:{tmp_path}/list.txt")
+    assert [one.name for one in found] == [f"{tmp_path}/{name}" for name in names]
+
+
+def test_a_list_names_files_by_their_bytes(tmp_path):
+    save_noise(tmp_path / os.fsdecode(b"pi\xf1a.png"))
+    (tmp_path / "list.txt").write_bytes(b"pi\xf1a.png\n")
+    (one,) = listing.open_photographs(f"list:{tmp_path}/list.txt")
+    assert one.read().size == (40, 30)
 
 
 # --- TFDS -----------------------------------------------------------------------------

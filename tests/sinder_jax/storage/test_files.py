@@ -1,6 +1,7 @@
 """storage/files.py: files that are replaced whole or not at all."""
 
 import errno
+import json
 import os
 
 import pytest
@@ -28,6 +29,14 @@ def test_a_failed_write_leaves_the_old_text(tmp_path, monkeypatch):
     assert path.read_text() == "old"
     files.write(path, "new")
     assert path.read_text() == "new" and listing(tmp_path) == ["summary.json"]
+
+
+def test_text_with_names_that_are_not_utf_8_is_written_as_json_escapes_it(tmp_path):
+    name = os.fsdecode(b"caf\xe9 \xc3\xa9.jpg")
+    files.write(tmp_path / "a.json", json.dumps({"file": name}, ensure_ascii=False))
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert text == '{"file": "caf\\udce9 é.jpg"}'
+    assert os.fsencode(json.loads(text)["file"]) == b"caf\xe9 \xc3\xa9.jpg"
 
 
 def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
