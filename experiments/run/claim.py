@@ -13,6 +13,7 @@ objects of a bucket) directly follows a check. What remains possible is one such
 by a run that was suspended between the check and the write.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -96,8 +97,9 @@ class Claim:
             seconds = abs(time.time() - self._checked)
             if paths.is_remote(self._folder) and seconds < EVERY:
                 return
+            gone = self._is_gone()  # first: it makes what follows look afresh
             newest = max(self._numbers(), default=0)
-            if newest > self.number:
+            if gone or newest > self.number:
                 self._lost = (
                     f"this run lost {self._workdir} to {_named(self._owner(newest))}: "
                     "nothing more is written here"
@@ -169,6 +171,21 @@ class Claim:
                 if not self._used:
                     staging.parent.rmdir()  # if it is empty
 
+    def _is_gone(self) -> bool:
+        """True if the next owner has removed this claim, though not the whole folder.
+
+        On NFS a listing may be 30 s old, but to open a file the server is asked.
+        """
+        if paths.is_remote(self._folder):
+            return False
+        try:
+            self._path(self.number).open().close()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
+            return self._folder.is_dir()
+        return False
+
     def _path(self, number: int) -> AnyPath:
         return self._folder / f"{number:08d}"
 
@@ -204,7 +221,9 @@ def _shut(folder: Path, aside: Path, *, stays: bool) -> None:
     while not folder.is_file():
         if folder.exists():
             aside.mkdir(exist_ok=True)
-            os.rename(folder, tempfile.mkdtemp(dir=aside))
+            moved = tempfile.mkdtemp(dir=aside)
+            os.rename(folder, moved)
+            shutil.rmtree(moved, ignore_errors=True)
         if not stays:
             return
         with suppress(FileExistsError):  # the folder is back: once more
