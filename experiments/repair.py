@@ -177,16 +177,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         boards = sinks.Sinks()
         if first:
-            boards = sinks.open_sinks(
-                config, workdir.path, start=start, check=workdir.check
-            )
+            boards = sinks.open_sinks(config, workdir.path, start=start)
         with (
             closing(stream),
             boards,
             LiveLine(config, start=start, shown=first) as live,
-            tracing.Tracer(
-                span if first else None, workdir.path, workdir.check
-            ) as tracer,
+            tracing.Tracer(span if first else None, workdir.path) as tracer,
         ):
             journal = Journal(
                 config, train, workdir, live, boards, heartbeat, counts, done
@@ -196,6 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 images = next(stream)
                 for message in images.errors:
                     live.print(f"skipped, unreadable: {message}")
+                if first:
+                    workdir.check()
                 tracer.at(position, pending)
                 metrics = runner.step(images)
                 newer = Dispatched(position, metrics, vote(stopping.asked is not None))
@@ -213,10 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     now = runner.params()
                     if first:
                         picture = observer.picture(results.spread(train, 1), now)
-                        boards.picture("tokens", picture, position)
                         name = f"pictures/image_{position:08d}.png"
                         with workdir.output(name) as path:
                             results.save_png(path, picture)
+                        boards.picture("tokens", picture, position)
             if pending is not None:
                 journal.read(pending)
         save(workdir, runner, counts, original.digest)

@@ -1,19 +1,19 @@
 """The right to write to a workdir: numbered claims, of which the highest one counts.
 
-    a start --Claim--> WORKDIR/claims/00000007, made by one process only
+    a start --Claim--> WORKDIR/claims/00000007, which only one process can make
     a file --output--> WORKDIR/claims/00000007.partial/ --check--> its place
 
 A run that was suspended, or whose disk hung, may have lost its workdir: after 30 s
 without a sign of life another run takes it over by a higher claim. When the first one
 wakes up, anywhere in its code, it must not write any more. So a file is written in a
-folder of the claim, and moved to its place after `check`. The next owner puts a file in
-place of that folder: from then on all that the earlier run writes or moves there fails.
+folder of the claim, and moved to its place after `check`. Before the next owner writes
+anything, it puts a file in place of that folder and removes the earlier claim: from
+then on all that the earlier run writes or moves there fails, and so does `check`.
 Everything else (lines added to metrics.jsonl, event files, traces, removed states, the
-objects of a bucket) directly follows a check. What remains possible is one such write,
-by a run that was suspended between the check and the write.
+objects of a bucket) follows a check. What remains possible is one such write, by a run
+that was suspended between the check and the write.
 """
 
-import errno
 import json
 import os
 import shutil
@@ -62,7 +62,7 @@ class Claim:
         self._lost, self._used, self._checked = "", False, 0.0
         self._folder.mkdir(exist_ok=True)
         newest = max(self._numbers(), default=0)
-        self._ended = heartbeat.refuse_if_alive(workdir, self._owner(newest))
+        heartbeat.refuse_if_alive(workdir, self._owner(newest))
         self.number = newest + 1
         self._facts = heartbeat.this_process()
         self._facts |= {"claim": self.number, "phase": "starting"}
@@ -84,7 +84,7 @@ class Claim:
         return Path(self._folder / f"{self.number:08d}.partial").absolute()
 
     def check(self) -> None:
-        """Makes sure that this claim is the highest one; call before every write.
+        """Makes sure that the workdir is still this run's; call before every write.
 
         The first call shuts earlier runs out.
 
@@ -97,11 +97,10 @@ class Claim:
             seconds = abs(time.time() - self._checked)
             if paths.is_remote(self._folder) and seconds < EVERY:
                 return
-            gone = self._is_gone()  # first: it makes what follows look afresh
-            newest = max(self._numbers(), default=0)
-            if gone or newest > self.number:
+            if self._is_gone():
+                owner = self._owner(max(self._numbers(), default=0))
                 self._lost = (
-                    f"this run lost {self._workdir} to {_named(self._owner(newest))}: "
+                    f"this run lost {self._workdir} to {_named(owner)}: "
                     "nothing more is written here"
                 )
                 raise LostError(self._lost)
@@ -172,17 +171,14 @@ class Claim:
                     staging.parent.rmdir()  # if it is empty
 
     def _is_gone(self) -> bool:
-        """True if the next owner has removed this claim, though not the whole folder.
+        """True if the next owner has removed this claim, but not the whole folder.
 
-        On NFS a listing may be 30 s old, but to open a file the server is asked.
+        The claim is opened: NFS may answer anything else from what it knew before.
         """
-        if paths.is_remote(self._folder):
-            return False
         try:
-            self._path(self.number).open().close()
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
+            with paths.answering(self._folder):
+                self._path(self.number).read_bytes()
+        except FileNotFoundError:
             return self._folder.is_dir()
         return False
 
@@ -209,23 +205,20 @@ class Claim:
     def _shut_out(self) -> None:
         """Removes earlier claims, and what their runs, if alive, could still write."""
         for number in filter(self.number.__gt__, self._numbers()):
-            if (staging := self.staging) is not None:
-                ended = self._ended and number == self.number - 1
-                place = staging.with_name(f"{number:08d}.partial")
-                _shut(place, staging, stays=not ended)
+            owner, staging = self._owner(number), self.staging
+            if staging is not None and not (owner and owner["phase"] == ENDED):
+                _shut(staging.with_name(f"{number:08d}.partial"), staging)
             self._path(number).unlink(missing_ok=True)
 
 
-def _shut(folder: Path, aside: Path, *, stays: bool) -> None:
-    """Moves a folder away; if `stays`, puts a file where it was."""
+def _shut(folder: Path, aside: Path) -> None:
+    """Replaces a folder, if there is one, by a file."""
     while not folder.is_file():
         if folder.exists():
             aside.mkdir(exist_ok=True)
             moved = tempfile.mkdtemp(dir=aside)
             os.rename(folder, moved)
             shutil.rmtree(moved, ignore_errors=True)
-        if not stays:
-            return
         with suppress(FileExistsError):  # the folder is back: once more
             folder.touch(exist_ok=False)
 

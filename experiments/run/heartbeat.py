@@ -191,7 +191,7 @@ def judge(facts: Mapping[str, Any], *, now: float) -> Life:
     return Life(age < SILENT, age, False)
 
 
-def refuse_if_alive(workdir: AnyPath, claim: Mapping[str, Any] | None = None) -> bool:
+def refuse_if_alive(workdir: AnyPath, claim: Mapping[str, Any] | None = None) -> None:
     """Refuses a workdir in which another run is writing.
 
     Waits for a sign of life of a run on another machine that was alive a moment ago.
@@ -200,32 +200,25 @@ def refuse_if_alive(workdir: AnyPath, claim: Mapping[str, Any] | None = None) ->
       workdir: as for `Heartbeat`.
       claim: what the newest claim to the workdir says, None if there is none.
 
-    Returns:
-      True if the run before has certainly ended, False if it may only be silent.
-
     Raises:
       ValueError: another process writes there; says which.
     """
     first = _newest_sign(workdir, claim)
-    if first is None:
-        return False
-    life = judge(first, now=time.time())
-    if not life.alive:
-        return life.seen or first["phase"].startswith(ENDS)
+    if first is None or not judge(first, now=time.time()).alive:
+        return
     if first["process"] and first["process"] == _process(os.getpid()):
-        return False  # ourselves, a while ago
+        return  # ourselves, a while ago
     now, facts = time.monotonic(), first
     while not judge(facts, now=time.time()).seen and facts["time"] == first["time"]:
         if time.monotonic() - now > SILENT:
-            return False
+            return
         time.sleep(1.0)
         facts = _newest_sign(workdir, claim) or first
-    if not judge(facts, now=time.time()).alive:
-        return True
-    raise ValueError(
-        f"another run writes to {workdir}: process {facts['pid']} on "
-        f"{facts['host']}, {facts['phase']}; stop it, or choose another --workdir"
-    )
+    if judge(facts, now=time.time()).alive:
+        raise ValueError(
+            f"another run writes to {workdir}: process {facts['pid']} on "
+            f"{facts['host']}, {facts['phase']}; stop it, or choose another --workdir"
+        )
 
 
 def _newest_sign(

@@ -18,6 +18,7 @@ from etils import epath
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from experiments.run.claim import LostError
 from sinder_jax import cli
 
 NUMBERS = ("readable", "layer", "loss", "alpha", "num_outliers", "finite", "skipped")
@@ -29,26 +30,25 @@ RGB = UInt8[np.ndarray, "height width 3"]
 class Sinks:
     """All sinks of a run; use as a context manager.
 
-    Args:
-      check: called before anything is written; what it raises ends the run.
+    Write only after `Workdir.check`: event files are in the workdir.
 
     A sink has the methods `write(image, numbers)`, `picture(name, rgb, image)` and
     `close()`, each of which may raise anything.
     """
 
-    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
-        self._check = check
+    def __init__(self) -> None:
         self._sinks: dict[str, Any] = {}
 
     def __enter__(self) -> "Sinks":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Closes, unless the run has lost its workdir."""
+        if not isinstance(error, LostError):
+            self.close()
 
     def add(self, name: str, make: Callable[[], Any]) -> None:
         """Opens a sink; warns and leaves it out if that fails."""
-        self._check()
         try:
             self._sinks[name] = make()
         except Exception as error:
@@ -72,7 +72,6 @@ class Sinks:
 
     def _each(self, method: str, *arguments: Any) -> None:
         for name, sink in list(self._sinks.items()):
-            self._check()
             try:
                 getattr(sink, method)(*arguments)
             except Exception as error:  # network, disk: many kinds
@@ -100,13 +99,7 @@ def check_packages(config: ConfigDict) -> None:
             ) from None
 
 
-def open_sinks(
-    config: ConfigDict,
-    workdir: Any,
-    *,
-    start: int,
-    check: Callable[[], None] = lambda: None,
-) -> Sinks:
+def open_sinks(config: ConfigDict, workdir: Any, *, start: int) -> Sinks:
     """Opens the sinks that a config names.
 
     Args:
@@ -114,13 +107,12 @@ def open_sinks(
       workdir: a path, which may be remote.
       start: images passed before. Replaces later rows, which a killed run may have
         left.
-      check: called before anything is written, see `Workdir.check`.
 
     Raises:
       ValueError: as `check_packages`.
     """
     check_packages(config)
-    workdir, sinks = epath.Path(workdir), Sinks(check)
+    workdir, sinks = epath.Path(workdir), Sinks()
     if config.tensorboard:
         sinks.add("TensorBoard", lambda: TensorBoard(workdir / "tensorboard", start))
     if config.wandb_project:

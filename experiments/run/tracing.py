@@ -8,12 +8,12 @@ Python has a module of that name.
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
+from experiments.run.claim import LostError
 from sinder_jax import cli
 from sinder_jax.storage import files, paths
 from sinder_jax.storage.paths import StrPath
@@ -52,24 +52,19 @@ class Tracer:
     Args:
       span: from `parse`; None for no trace.
       workdir: gets the trace in its folder `profile`; may be in a bucket.
-      check: called before anything is written, see `Workdir.check`.
     """
 
-    def __init__(
-        self,
-        span: Span | None,
-        workdir: StrPath,
-        check: Callable[[], None] = lambda: None,
-    ):
-        self._check = check
+    def __init__(self, span: Span | None, workdir: StrPath):
         self._span, self._target = span, paths.as_path(workdir) / "profile"
         self._folder: Path | None = None  # of the trace being written
 
     def __enter__(self) -> "Tracer":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        """Stops a trace that is still on when the loop ends."""
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Stops a trace that is still on, unless the run has lost its workdir."""
+        if isinstance(error, LostError):
+            return
         if self._folder is not None:
             self._stop()
         elif self._span is not None:
@@ -78,6 +73,8 @@ class Tracer:
 
     def at(self, position: int, pending: Any = None) -> None:
         """Starts or stops the trace where it is due; call before every step.
+
+        Both write to the workdir: call `Workdir.check` before.
 
         Args:
           position: images passed so far.
@@ -92,7 +89,6 @@ class Tracer:
             self._stop()
         elif self._folder is None and start <= position < stop:
             jax.block_until_ready(pending)
-            self._check()
             remote = paths.is_remote(self._target)
             folder = Path(tempfile.mkdtemp() if remote else self._target)
             try:
@@ -103,7 +99,6 @@ class Tracer:
                 cli.warn(f"--profile: no trace: {error}")
 
     def _stop(self) -> None:
-        self._check()
         folder, self._folder, self._span = self._folder, None, None
         assert folder is not None, "a trace that was not started cannot stop"
         try:

@@ -91,10 +91,10 @@ class Workdir:
             self.close()
         except OSError:
             if error is None:  # else the first error counts
-                self._check_claim()
+                self._owned().check()
                 raise
-        if isinstance(error, OSError):
-            self._check_claim()
+        if isinstance(error, OSError) and self.claim is not None:
+            self.claim.check()
 
     def _make(self) -> Claim:
         paths.check_is_text(self.path)  # for Orbax, which writes the states
@@ -194,9 +194,7 @@ class Workdir:
           LostError: another run has taken the folder over.
           OSError: the folder is gone.
         """
-        if self.claim is None:
-            raise RuntimeError("this process must leave writing to process 0")
-        self._check_claim()
+        self._owned().check()
         if paths.is_remote(self.path):
             return
         settled = not self._config or (self.path / run_files.CONFIG).exists()
@@ -206,14 +204,14 @@ class Workdir:
                 "nothing more is written"
             )
 
-    def _check_claim(self) -> None:
-        if self.claim is not None:
-            self.claim.check()
+    def _owned(self) -> Claim:
+        if self.claim is None:
+            raise RuntimeError("this process must leave writing to process 0")
+        return self.claim
 
     def _write(self, name: str, content: str) -> None:
         self.check()
-        assert self.claim is not None, "check lets only process 0 pass"
-        self.claim.write(name, content)
+        self._owned().write(name, content)
 
     # --- States ---------------------------------------------------------------------
 
@@ -287,12 +285,9 @@ class Workdir:
             self.states.mkdir(exist_ok=True)
             if not paths.is_remote(self.path):
                 files.flush_entry(Path(self.path))
-            assert self.claim is not None, "only process 0 opens the states"
+            claim = self._owned()
             self._states = Snapshots(
-                self.states,
-                **self._kept,
-                check=self.claim.check,
-                staging=self.claim.staging,
+                self.states, **self._kept, check=claim.check, staging=claim.staging
             )
         return self._states
 
@@ -361,8 +356,7 @@ class Workdir:
           OSError: the file cannot be written.
         """
         self.check()
-        assert self.claim is not None, "check lets only process 0 pass"
-        with self.claim.output(name) as path:
+        with self._owned().output(name) as path:
             yield path
 
     @contextmanager

@@ -270,6 +270,7 @@ def test_a_run_that_was_taken_over_ends_in_one_line_and_writes_nothing_more(
         facts = {"host": "another", "pid": 7, "process": None, "phase": "starting"}
         facts |= {"claim": 2, "time": time.time(), "started": time.time()}
         (workdir / "claims" / "00000002").write_text(json.dumps(facts))
+        (workdir / "claims" / "00000001").unlink(missing_ok=True)
         before.update(contents(workdir))
 
     with monkeypatch.context() as patched:
