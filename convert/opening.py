@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from convert.files import reading, sha256
+from convert.files import reading, sha256, strangers
 from convert.state_dict import TorchModel
 from sinder_jax import cli
 from sinder_jax import model as models
@@ -62,10 +62,8 @@ def open_model(
                 "model yet: resume it, or give the model it started from"
             )
     if not (path / "metadata").exists():
-        raise ValueError(
-            f"{path}: not a checkpoint, but a directory without our metadata and "
-            f"without {' or '.join(reading.WEIGHTS)}"
-        )
+        what = strangers.describe(path, reading.FORMATS)
+        raise ValueError(f"{path}: not a checkpoint, but {what}")
     model = models.open_checkpoint(path)
     config = dataclasses.replace(model.config, **overrides)
     if different := models.differences(model.config, config):

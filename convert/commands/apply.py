@@ -13,7 +13,7 @@ from convert.commands import lines
 from convert.files import sha256
 from sinder_jax import cli, delta
 from sinder_jax import model as models
-from sinder_jax.storage import array_store, delta_file
+from sinder_jax.storage import array_store, delta_file, paths
 
 
 def apply(
@@ -35,6 +35,7 @@ def apply(
     delta.check_scale(scale)
     if not base.exists():  # before its kind decides what the destination must be
         raise FileNotFoundError(f"{base}: no such file or directory")
+    paths.check_apart(destination, base, delta_path)
     saving.check_destination(destination, directory=base.is_dir())
     repair, _ = delta_file.load(delta_path)
     model = opening.open_model(base, num_heads)

@@ -12,6 +12,7 @@ from convert.commands import lines
 from sinder_jax import checkpoint, delta, param_tree
 from sinder_jax import model as models
 from sinder_jax.storage import array_store, delta_file, original, run_files
+from sinder_jax.storage import paths as storage_paths
 
 
 def diff(
@@ -36,6 +37,7 @@ def diff(
         raise ValueError(f"got residual {residual}, expected a part of 1 such as 1e-3")
     if destination.suffix != ".safetensors":
         raise ValueError(f"got {destination}, expected a .safetensors file for a delta")
+    storage_paths.check_apart(destination, *paths)
     array_store.check_destination(destination)
     if len(paths) == 1:
         made, provenance = _of_run(paths[0])

@@ -13,7 +13,7 @@ from convert.verify import print_verdict
 from sinder_jax import model as models
 from sinder_jax import vit
 from sinder_jax.model import Model
-from sinder_jax.storage import array_store
+from sinder_jax.storage import array_store, paths
 
 
 def to_jax(
@@ -32,6 +32,7 @@ def to_jax(
       verify: True compares JAX and PyTorch on a photograph.
       **overrides: as for `convert.from_torch`.
     """
+    paths.check_apart(destination, src)
     array_store.check_destination(destination)
     model = open_source(src, num_heads, **overrides)
     if model.torch is None:

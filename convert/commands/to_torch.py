@@ -9,7 +9,7 @@ from convert import layouts, opening, saving
 from convert.commands import lines
 from convert.files import writing
 from convert.verify import print_verdict
-from sinder_jax.storage import array_store
+from sinder_jax.storage import array_store, paths
 
 
 def to_torch(
@@ -35,6 +35,7 @@ def to_torch(
             f"{destination}: the layout hf makes a directory of several files; use a "
             f"name without {destination.suffix}"
         )
+    paths.check_apart(destination, src)
     saving.check_destination(destination, directory=directory)
     model = opening.open_model(src, num_heads)
     layouts.check_name(layout, model.config)

@@ -16,18 +16,16 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from convert.files import sha256
+from convert.files import strangers
 from convert.files.reading_pth import open_pth
+from convert.files.strangers import INDEX, WEIGHTS
 from convert.files.tensors import DTYPES, MOST_TEXT, Spec, StateDict, damaged
 from sinder_jax.storage import paths
 from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import StrPath
 
 FORMATS = (".pth", ".pt", ".bin", ".safetensors")
-INDEX = ".safetensors.index.json"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-# Weights of a Hugging Face directory, in the order in which transformers looks.
-WEIGHTS = (sha256.MODEL, f"model{INDEX}", "pytorch_model.bin")
 
 
 def open_state_dict(path: StrPath) -> StateDict:
@@ -49,6 +47,7 @@ def open_state_dict(path: StrPath) -> StateDict:
         return _open_directory(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
+    strangers.check(path, text=path.name.endswith(INDEX))
     if not path.name.endswith((*FORMATS, INDEX)):
         raise ValueError(
             f"{path}: unknown suffix {path.suffix!r}; use {', '.join(FORMATS)}"
@@ -72,6 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: not such an object, or a name occurs twice in it.
     """
+    strangers.check(path, text=True)
     if path.stat().st_size > MOST_TEXT:
         raise damaged(path, "JSON", f"it has more than {MOST_TEXT} bytes")
     try:
@@ -107,10 +107,7 @@ def _open_directory(path: Path) -> StateDict:
                     if (path / beside).exists()
                 }
             return found
-    raise ValueError(
-        f"{path} is a directory; give a file ({', '.join(FORMATS)}) or a directory "
-        f"with {' or '.join(WEIGHTS)}"
-    )
+    raise ValueError(f"{path}: {strangers.describe(path, FORMATS)}")
 
 
 # --- safetensors ------------------------------------------------------------------
@@ -171,7 +168,7 @@ def _open_shards(path: Path) -> StateDict:
             raise ValueError(
                 f"{path}: got {name[:80]!r}, expected a .safetensors file beside it"
             )
-        shards[name] = _open_safetensors(path.parent / name)
+        shards[name] = open_state_dict(path.parent / name)
     stored = [(key, name) for name, shard in shards.items() for key in shard]
     misplaced = set(stored) ^ set(weight_map.items())
     if misplaced:

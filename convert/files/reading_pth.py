@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
+from convert.files import strangers
 from convert.files.tensors import MOST_TEXT, Spec, StateDict, damaged
 from sinder_jax.storage import paths
 from sinder_jax.storage.errors import reason_of
@@ -119,6 +120,11 @@ def _check_archive(path: Path) -> None:
                 "no data.pkl, or several": len(pickles) != 1,
                 f"a pickle of over {MOST_PICKLE} bytes": bool(large),
             }
+            if any(name.endswith("/constants.pkl") for name in names):
+                raise ValueError(
+                    f"{path}: a TorchScript archive, which is code; save its weights: "
+                    "torch.save(torch.jit.load(PATH).state_dict(), NEW.pth)"
+                )
             if wrong := [what for what, is_there in found.items() if is_there]:
                 raise damaged(path, "PyTorch", f"an archive with {wrong[0]}")
             with path.open("rb") as file:
@@ -163,14 +169,18 @@ def _check_pickles(path: Path) -> None:
 
 def _check_pickle(path: Path, file: Any) -> bool:
     """Refuses a pickle that names code; False if the pickle has no end."""
-    start, whole = file.tell(), False
+    start, whole, names = file.tell(), False, []
     for name, end in _names_in_pickle(file):
         if name is None:
             whole = True
         elif not HARMLESS.fullmatch(name):
-            raise _would_run_code(path, name.replace(" ", "."))
+            names.append(name.replace(" ", "."))
         if end - start > MOST_PICKLE:
             raise damaged(path, "PyTorch", f"a pickle of over {MOST_PICKLE} bytes")
+    if what := strangers.in_pickle(names):
+        raise ValueError(f"{path}: {what}")
+    if names:
+        raise _would_run_code(path, names[0])
     return whole
 
 
@@ -225,6 +235,8 @@ def _check_is_state_dict(path: Path, stored: Any, tensor_type: type) -> None:
     wanted = "expected a state dict, which maps names to tensors"
     if not isinstance(stored, Mapping):
         raise ValueError(f"{path}: got a {type(stored).__name__}, {wanted}")
+    if what := strangers.in_state_dict(map(str, stored)):
+        raise ValueError(f"{path}: {what}")
     if not stored:
         raise ValueError(f"{path}: holds no tensor, {wanted}")
     for key, value in stored.items():

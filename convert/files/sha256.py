@@ -20,6 +20,7 @@ LINE = re.compile(
     rb"(?P<escaped>\\?)(?:(?P<hex>[0-9a-fA-F]{64}) [ *](?P<name>[^\n]+)"
     rb"|SHA256 \((?P<tagged>[^\n]+)\) = (?P<last>[0-9a-fA-F]{64}))"
 )
+MOST_BYTES = 2**20  # of a side file
 
 
 def of_file(path: Path) -> str:
@@ -69,6 +70,8 @@ def check(path: Path) -> dict[Path, str]:
     side = side_file(path)
     if not side.is_file():
         return {}
+    if side.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{side}: damaged, not a list of SHA-256 digests")
     verified = {}
     for entry in side.read_bytes().rstrip(b"\r\n").split(b"\n"):
         digest, name = _parsed(entry.removesuffix(b"\r"))

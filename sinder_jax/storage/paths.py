@@ -68,6 +68,27 @@ def is_remote(path: StrPath) -> bool:
     return os.fspath(path).startswith(BUCKET)
 
 
+def check_apart(destination: StrPath, *sources: StrPath) -> None:
+    """Refuses a destination that is a source, or lies in one or around one.
+
+    Raises:
+      ValueError: names both; symbolic links are followed.
+    """
+    target = _resolved(destination)
+    for source in sources:
+        read = _resolved(source)
+        if target == read or read in target.parents or target in read.parents:
+            raise ValueError(
+                f"{destination} is in, around, or the same as {source}, which is read: "
+                "choose a place outside it"
+            )
+
+
+def _resolved(path: StrPath) -> AnyPath:
+    found = as_path(path)
+    return found if is_remote(found) else Path(os.path.realpath(found))
+
+
 def remove(path: AnyPath) -> None:
     """Removes a directory and all it holds, if it exists."""
     if is_remote(path):

@@ -236,3 +236,33 @@ def test_program_ends_with_code_2_and_no_traceback(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "error: none.pt: no such file or directory\n"
+
+
+@pytest.mark.parametrize("way", ["inside", "arrays", "itself", "around", "link", "up"])
+@pytest.mark.parametrize("command", ["to-torch", "diff", "apply"])
+def test_a_destination_in_the_source_is_refused(command, way, source, tmp_path, capsys):
+    (tmp_path / "folder").mkdir()
+    run("to-jax", source, tmp_path / "folder" / "model")
+    model = tmp_path / "folder" / "model"
+    (tmp_path / "link").symlink_to(model)
+    target = {
+        "inside": model / "x.safetensors",
+        "arrays": model / "arrays_0" / "x.safetensors",
+        "itself": model,
+        "around": tmp_path / "folder",
+        "link": tmp_path / "link" / "x.safetensors",
+        "up": model / "arrays_0" / ".." / "x.safetensors",
+    }[way]
+    arguments = {"to-torch": [model, target], "diff": [source, model, target]}
+    arguments["apply"] = [model, source, target]
+    before = sorted(tmp_path.rglob("*"))
+    line = failure(capsys, command, *arguments[command])
+    assert "choose" in line or ".safetensors file for a delta" in line
+    assert sorted(tmp_path.rglob("*")) == before
+    checkpoint.load(model)
+
+
+def test_a_destination_in_a_folder_to_convert_is_refused(source, tmp_path, capsys):
+    run("to-torch", source, tmp_path / "hf", "--layout=hf")
+    line = failure(capsys, "to-jax", tmp_path / "hf", tmp_path / "hf" / "jax")
+    assert f"is in, around, or the same as {tmp_path / 'hf'}" in line
