@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_files.load(args.config)
     config_files.override(config, overrides)
     options = inputs.repair_options(config)
-    inputs.check_weights_given(config)
+    inputs.check_weights_given(config, resumes=inputs.resumes(args.workdir))
     sinks.check_packages(config)
     span = tracing.parse(args.profile) if args.profile else None
     if args.compilation_cache:
@@ -87,8 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         processes.check_same("photographs", "\n".join(photo.name for photo in train))
         processes.check_shared(workdir.path)
         # images_per_step is part of the result; devices only divide its images.
-        if first:
+
+        def settle() -> None:
+            inputs.check_same_weights(config, workdir)
             workdir.settle_config(config, jax.device_count(), force=args.force)
+            workdir.settle_photographs(inputs.stamps(train), force=args.force)
+
+        processes.in_first(settle)
         batch = int(processes.from_first(np.array(config.images_per_step)))
         if not first:
             workdir.settle_config(config, batch, force=args.force)
@@ -298,7 +303,8 @@ def _parser() -> cli.Parser:
     add(
         "--force",
         action="store_true",
-        help="resume even if the config has changed in a way that affects the result",
+        help="resume even if the config or the list of photographs has changed, which "
+        "affects the result",
     )
     add(
         "--profile",

@@ -19,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -201,6 +201,21 @@ class Cluster:
     def barrier(self) -> None:
         """Waits until all processes are here."""
         self.gather(True)
+
+    def in_first(self, call: Callable[[], None]) -> None:
+        """Calls in process 0 only; its error ends all processes, with a line each.
+
+        Raises:
+          What the call raises, or ValueError in the other processes.
+        """
+        problem: Exception | None = None
+        try:
+            if self.is_first:
+                call()
+        except cli.USER_ERRORS as error:
+            problem = error
+        if any(self.gather(problem is not None)):
+            raise problem or ValueError("process 0 cannot start, and says why")
 
     def check_same(self, what: str, text: str) -> None:
         """Refuses processes that were started differently.

@@ -8,6 +8,7 @@ finished, or how far it came. An object in a bucket cannot grow, so there metric
 is written again before each state.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,7 @@ from sinder_jax import checkpoint, cli
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.paths import AnyPath, StrPath
+from sinder_jax.storage.run_files import Photographs
 from sinder_jax.storage.snapshots import Snapshots
 
 # Keys that may change when a run is resumed: they do not affect the result.
@@ -135,7 +137,7 @@ class Workdir:
         made = self.frozen.exists() or self.summary.exists()
         # Else nothing was computed with another config.
         first = not made and not run_files.numbered(self.states)
-        stored = {} if first else self._stored_config()
+        stored = {} if first else self.stored_config()
         per_step = images_per_step if first else stored["images_per_step"]
         config.images_per_step = config.images_per_step or per_step
         changed = "; ".join(
@@ -150,19 +152,12 @@ class Workdir:
                 "to resume with the new one"
             )
         if self.writes and changed:
-            number = 1
-            while (before := path.with_name(f"{path.name}.before_{number}")).exists():
-                number += 1
-            self._write(before.name, path.read_text())
-            cli.warn(
-                f"{self.path} goes on with another config: {changed}; the "
-                f"previous one is {before.name}"
-            )
+            self._keep(path, f"with another config: {changed}")
         if self.writes and (first or changed):
             self._write(path.name, _as_text(config.to_dict()))
         self._config = config.to_dict()  # from now on, config.json must exist
 
-    def _stored_config(self) -> dict[str, Any]:
+    def stored_config(self) -> dict[str, Any]:
         """The config of the first start; if its file is damaged, from a state.
 
         Raises:
@@ -184,6 +179,48 @@ class Workdir:
             if self.writes:
                 self._write(path.name, _as_text(newest.metadata["config"]))
             return newest.metadata["config"]
+
+    def settle_photographs(
+        self,
+        photographs: Photographs,
+        *,
+        force: bool = False,
+    ) -> None:
+        """Stores the training list, or compares it with that of the first start.
+
+        Image k of a run is photograph k modulo their number, so another list changes
+        every image from now on. A file that was replaced under its name is only told.
+
+        Args:
+          photographs: name and stamp of each, see `inputs.stamps`.
+          force: resume with another list. Keeps the one before as
+            photographs.json.before_1 and so on.
+
+        Raises:
+          ValueError: another list, or the stored one is damaged; names the first
+            difference.
+        """
+        path = self.path / run_files.PHOTOGRAPHS
+        if self.frozen.exists() and path.exists():
+            listed, told = _changes(run_files.read_photographs(path), photographs)
+            if not told:
+                return
+            if listed and not force:
+                raise ValueError(
+                    f"{self.path} holds a run with {told}; choose another --workdir, "
+                    "or give the photographs of the first start, or --force to resume "
+                    "with these"
+                )
+            self._keep(path, f"with {told}")
+        self._write(path.name, run_files.photographs_text(photographs))
+
+    def _keep(self, path: AnyPath, told: str) -> None:
+        """Keeps a file of the start before under another name, and warns."""
+        number = 1
+        while (before := path.with_name(f"{path.name}.before_{number}")).exists():
+            number += 1
+        self._write(before.name, path.read_text())
+        cli.warn(f"{self.path} goes on {told}; the previous one is {before.name}")
 
     def check(self) -> None:
         """Refuses to write into a workdir that was lost or removed since the start.
@@ -401,6 +438,25 @@ class Workdir:
 
 def _as_text(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
+
+
+def _changes(before: Photographs, now: Photographs) -> tuple[bool, str]:
+    """If two training lists differ, and in what; empty if not even a file does."""
+    pairs = itertools.zip_longest(before, now, fillvalue=("none", None))
+    different = [(k, was, new) for k, (was, new) in enumerate(pairs) if was != new]
+    for image, (was, _), (new, _) in different:
+        if was != new:
+            return True, (
+                f"other photographs: {len(before)} then, {len(now)} now (the first "
+                f"that differs: image {image} was {was} and is {new})"
+            )
+    if not different:
+        return False, ""
+    first = different[0][1][0]
+    return False, (
+        f"{len(different)} of {len(now)} photographs replaced under their names, by "
+        f"files of other sizes or times (the first is {first})"
+    )
 
 
 @contextmanager

@@ -80,6 +80,14 @@ class File:
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
         return decode.read_rgb(content, name=self.name, upright=upright)
 
+    def stamp(self) -> tuple[int, int] | None:
+        """Bytes, and time of the last change in ns; None if unknown, as in a bucket."""
+        try:
+            found = None if paths.is_remote(self.name) else os.stat(self.name)
+        except OSError:
+            return None
+        return found and (found.st_size, found.st_mtime_ns)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Record:
@@ -106,6 +114,9 @@ class Record:
             # array_record and pyarrow raise these on a missing or damaged file.
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
         return decode.read_rgb(content, name=self.name, upright=upright)
+
+    def stamp(self) -> None:
+        """Nothing: a prepared dataset has a version, which is part of the name."""
 
 
 Photograph = File | Record

@@ -63,6 +63,7 @@ def save(path: StrPath, original: Original, gaps: Sequence[float] = ()) -> None:
         "config": model.config.as_dict(),
         "gaps": list(gaps),
         "provenance": dict(model.provenance),
+        "digest": model.digest,
     }
     checkpoint.save_tree(path, tree, header)
 
@@ -80,6 +81,7 @@ def load(path: StrPath) -> Original:
     model = Model.of(
         ViTConfig(**header["config"]), tree["params"], header.get("provenance")
     )
+    model.known_digest = header.get("digest")
     parts: dict[str, Any] = {
         part: param_tree.flatten(tree["factors"][part]) for part in PARTS
     }
@@ -107,3 +109,13 @@ def other_basis(path: StrPath, reason: str) -> ValueError:
         f"{reason}; the states belong to the singular vectors of before: put {path} "
         "back from a copy, or choose another --workdir"
     )
+
+
+def model_digest(path: StrPath) -> str:
+    """Digest of the model that `save` wrote, without reading its arrays.
+
+    Raises:
+      As `checkpoint.load_tree`.
+    """
+    stated = array_store.Reader(path).metadata.get("digest")
+    return stated or load(path).model.digest  # of a run of an earlier version

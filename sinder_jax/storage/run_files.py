@@ -1,6 +1,7 @@
 """The files of a repair, by name, and how they are read: the one parser of a workdir.
 
     WORKDIR/config.json            the config of the first start
+    WORKDIR/photographs.json       the training list; size and time of each file
     WORKDIR/frozen/                original model, factors, directions (`original`)
     WORKDIR/states/00000120/       ε, momentum, history after 120 images (`snapshots`)
     WORKDIR/metrics.jsonl          one JSON object per line and image, in order
@@ -18,7 +19,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sinder_jax.storage import paths
@@ -26,7 +27,7 @@ from sinder_jax.storage.errors import reason_of
 from sinder_jax.storage.paths import AnyPath, StrPath
 
 CONFIG, ALIVE, SUMMARY = "config.json", "alive.json", "summary.json"
-METRICS = "metrics.jsonl"
+METRICS, PHOTOGRAPHS = "metrics.jsonl", "photographs.json"
 FROZEN, STATES, REPAIRED = "frozen", "states", "repaired"
 CLAIMS = "claims"
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a directory of a bucket
@@ -83,6 +84,35 @@ def read_json(path: AnyPath) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged (a {type(value).__name__}, not an object)")
     return value
+
+
+Photographs = Sequence[tuple[str, tuple[int, int] | None]]
+
+
+def photographs_text(photographs: Photographs) -> str:
+    """Content of photographs.json: name, bytes and time in ns, each or null."""
+    lines = (
+        json.dumps([name, *(stamp or (None, None))]) for name, stamp in photographs
+    )
+    return '{"photographs": [\n' + ",\n".join(lines) + "\n]}\n"
+
+
+def read_photographs(path: AnyPath) -> Photographs:
+    """The inverse of `photographs_text`.
+
+    Raises:
+      ValueError: the file is damaged; one line.
+    """
+    try:
+        return [
+            (str(name), None if size is None else (size, changed))
+            for name, size, changed in read_json(path)["photographs"]
+        ]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({reason_of(error)}): remove it to resume without a "
+            "comparison of the photographs"
+        ) from None
 
 
 def read_metrics_lines(workdir: AnyPath) -> dict[int, str]:

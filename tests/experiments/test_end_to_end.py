@@ -41,6 +41,7 @@ FILES = {
     "config.json",
     "frozen",
     "metrics.jsonl",
+    "photographs.json",
     "pictures",
     "planted.safetensors",
     "repaired",
@@ -749,7 +750,7 @@ def test_a_bad_checkpoint_gives_one_line_and_runs_nothing(
     assert re.search(message, line)
     assert not (tmp_path / "executed").exists()
     made = sorted(os.listdir(tmp_path / "run"))
-    assert made == ["alive.json", "claims", "config.json"]
+    assert made == ["alive.json", "claims", "config.json", "photographs.json"]
 
 
 def test_the_checkpoint_of_another_model_is_named_with_the_differences(
