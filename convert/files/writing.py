@@ -127,7 +127,9 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OSError(f"{path} cannot be written: {reason_of(error)}") from None
+        # It notices that bytes are missing after the system's error, which counts.
+        reason = error.__context__ or error
+        raise OSError(f"{path} cannot be written: {reason_of(reason)}") from None
 
 
 def write_directory(

@@ -100,6 +100,7 @@ class Workdir:
 
     def _make(self) -> Claim:
         paths.check_is_text(self.path)  # for Orbax, which writes the states
+        paths.check_has_no_backslash(self.path)
         try:
             with paths.answering(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)

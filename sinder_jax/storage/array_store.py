@@ -58,6 +58,7 @@ def writing(path: StrPath, metadata: dict[str, Any]) -> Iterator["Writer"]:
       RuntimeError: on another process than 0, whose arrays Orbax would leave out.
     """
     paths.check_is_text(path)
+    paths.check_has_no_backslash(path)
     check_destination(path)
     orbax_io.check_may_write()
     header.check_json(metadata)
@@ -154,6 +155,7 @@ class Reader:
 
     def __init__(self, path: StrPath):
         paths.check_is_text(path)
+        paths.check_has_no_backslash(path)
         self._path = paths.located(path)
         found = _read_header(self._path)
         self.metadata: dict[str, Any] = found["metadata"]

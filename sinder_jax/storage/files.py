@@ -10,11 +10,12 @@ new name would then hold nothing. So the bytes are flushed first.
 """
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sinder_jax.storage import paths
@@ -43,20 +44,23 @@ def replacing(path: StrPath) -> Iterator[Path]:
             yield Path(folder, path.name)
             upload(Path(folder), path.parent)
         return
-    partial = Path(path).with_name(f".{path.name}.{os.getpid()}.partial")
-    remove(partial)  # left by a killed process that had the same number
+    # Names that begin so are ours, or were left by a killed process of the same number.
+    # In a container that is always 1: only the rest of the name is never used twice.
+    ours = Path(path).with_name(f".{path.name}.{os.getpid()}.")
+    for left in ours.parent.glob(f"{glob.escape(ours.name)}*partial"):
+        with suppress(OSError):  # another user's, or read-only: it does no harm
+            remove(left)
     try:
-        yield partial
-        flush(partial)
-        os.replace(partial, path)
-        flush_entry(Path(path).parent)
+        with tempfile.TemporaryDirectory(".partial", ours.name, ours.parent) as folder:
+            partial = Path(folder, path.name)
+            yield partial
+            flush(partial)
+            os.replace(partial, path)
+            flush_entry(ours.parent)
     except OSError as error:
-        ours = error.filename is None or str(error.filename).startswith(str(partial))
-        if error.errno is None or not ours:  # names what is wrong already
-            raise
+        if error.errno is None or not str(error.filename or ours).startswith(str(ours)):
+            raise  # names what is wrong already
         raise type(error)(f"{path} cannot be written: {reason_of(error)}") from None
-    finally:
-        remove(partial)
 
 
 def flush(path: Path) -> None:
@@ -80,7 +84,7 @@ def flush_entry(path: Path) -> None:
 
 def remove(path: Path) -> None:
     """Removes a local file or folder, if it exists."""
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 

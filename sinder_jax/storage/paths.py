@@ -63,6 +63,19 @@ def check_is_text(path: StrPath) -> None:
         ) from None
 
 
+def check_has_no_backslash(path: StrPath) -> None:
+    """Refuses a path with a backslash, which TensorStore takes for a slash.
+
+    Raises:
+      ValueError: arrays would be written to another folder, or read from there.
+    """
+    if "\\" in os.fspath(located(path)):
+        raise ValueError(
+            f"{path}: got a backslash in the path, which TensorStore takes for a "
+            "slash; rename the folder or choose another"
+        )
+
+
 def is_remote(path: StrPath) -> bool:
     """True if the path is in a bucket (gs://)."""
     return os.fspath(path).startswith(BUCKET)

@@ -438,3 +438,19 @@ def test_without_gcsfs_the_error_names_the_extra(monkeypatch):
         checkpoint.load("gs://b/model")
     with pytest.raises(ValueError, match="only paths on a disk and gs://"):
         checkpoint.load("s3://b/model")
+
+
+@pytest.mark.parametrize("place", ["a\\b", "a\\b/model"])
+def test_a_path_with_a_backslash_is_refused_before_anything_is_written(place, tmp_path):
+    """TensorStore would write the arrays to a/b."""
+    path = tmp_path / place
+    if path.parent != tmp_path:
+        path.parent.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    message = error_of(checkpoint.save_tree, path, {"x": np.ones(3)}, {})
+    assert "backslash" in message
+    assert sorted(tmp_path.rglob("*")) == before
+    checkpoint.save_tree(tmp_path / "good", {"x": np.ones(3)}, {})
+    (tmp_path / "good").rename(path)
+    message = error_of(checkpoint.load_tree, path)
+    assert "backslash" in message and "damaged" not in message

@@ -1,3 +1,4 @@
+import resource
 import sys
 
 import ml_dtypes
@@ -6,7 +7,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from convert.files import reading, writing
+from convert.files import reading, writing, writing_pth
 from convert.files.tensors import StateDict
 from samples import (
     SMALL,
@@ -195,3 +196,32 @@ def test_missing_torch_says_what_to_install(tmp_path, monkeypatch):
     for call in (read_state_dict, lambda path: writing.write_state_dict(path, {})):
         message = error_of(call, path, kind=ImportError)
         assert "pip install 'sinder_jax[torch]'" in message
+
+
+@pytest.mark.parametrize("room", [100, 20_000])
+def test_a_full_disk_under_a_pth_names_the_file(room, tmp_path):
+    """torch reports the bytes that are missing, not why they are."""
+    torch = pytest.importorskip("torch")
+    base = {"x": torch.ones(9000), "y": torch.ones(9000)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(OSError) as caught:
+            with writing.file(tmp_path / "a.pth") as partial:
+                writing_pth.write_whole(partial, base, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).startswith(f"{tmp_path / 'a.pth'} cannot be written: ")
+    assert "File too large" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_at_the_start_of_a_pth_names_the_file(tmp_path):
+    pytest.importorskip("torch")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.pth cannot be written: File too large"):
+            writing.write_state_dict(tmp_path / "a.pth", {"x": np.ones(9000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

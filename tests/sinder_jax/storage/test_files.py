@@ -106,3 +106,63 @@ def test_bytes_that_cannot_be_flushed_are_not_published(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="a.json cannot be written: Input/output error"):
         files.write(tmp_path / "a.json", "{}")
     assert listing(tmp_path) == []
+
+
+LEFT = ["folder", "file", "read-only folder", "link to a folder", "broken link"]
+
+
+@pytest.mark.parametrize("left", LEFT)
+def test_what_a_killed_process_of_this_number_left_stops_nothing(left, tmp_path):
+    """In containers every process has the number 1."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    stale = folder / f".made.{os.getpid()}.partial"
+    if "link" in left:
+        stale.symlink_to(outside if left == "link to a folder" else tmp_path / "none")
+    elif left == "file":
+        stale.touch(0o400)
+    else:
+        stale.mkdir()
+        (stale / "half").touch()
+        stale.chmod(0o500 if left == "read-only folder" else 0o700)
+    with files.replacing(folder / "made") as partial:
+        partial.mkdir()
+    files.write(folder / "made.json", "{}")
+    assert (folder / "made").is_dir() and (folder / "made.json").read_text() == "{}"
+    assert [x.name for x in outside.iterdir()] == ["kept"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.getuid(), reason="needs root")
+def test_what_another_user_left_stops_nothing(tmp_path):
+    """Nobody removes from a folder with the sticky bit what somebody else made."""
+    tmp_path.chmod(0o1777)
+    for above in list(tmp_path.parents)[:3]:
+        above.chmod(0o755)
+    child = os.fork()
+    if not child:
+        try:
+            stale = tmp_path / f".made.{os.getpid()}.partial"
+            stale.mkdir()
+            (stale / "half").touch()
+            os.setgid(65534)
+            os.setuid(65534)
+            with files.replacing(tmp_path / "made") as partial:
+                partial.mkdir()
+            files.write(tmp_path / "made.json", "{}")
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert (tmp_path / "made").is_dir() and (tmp_path / "made.json").is_file()
+
+
+def test_files_written_at_once_have_folders_of_their_own(tmp_path):
+    with files.replacing(tmp_path / "a") as first:
+        first.write_text("first")
+        with files.replacing(tmp_path / "b") as second:
+            assert first.parent != second.parent
+            second.write_text("second")
+    assert listing(tmp_path) == ["a", "b"]
