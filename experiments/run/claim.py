@@ -60,6 +60,7 @@ class Claim:
         self._workdir, self._folder = workdir, workdir / run_files.CLAIMS
         self._lock = threading.Lock()
         self._lost, self._used, self._checked = "", False, 0.0
+        self._released = False
         self._folder.mkdir(exist_ok=True)
         newest = max(self._numbers(), default=0)
         heartbeat.refuse_if_alive(workdir, self._owner(newest))
@@ -94,6 +95,8 @@ class Claim:
         with self._lock:
             if self._lost:
                 raise LostError(self._lost)
+            if self._released:
+                return
             seconds = abs(time.time() - self._checked)
             if paths.is_remote(self._folder) and seconds < EVERY:
                 return
@@ -169,6 +172,7 @@ class Claim:
                 shutil.rmtree(staging, ignore_errors=True)
                 if not self._used:
                     staging.parent.rmdir()  # if it is empty
+        self._released = True
 
     def _is_gone(self) -> bool:
         """True if the next owner has removed this claim, but not the whole folder.
