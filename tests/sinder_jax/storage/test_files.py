@@ -8,7 +8,7 @@ import pytest
 
 import bucket
 import flushing
-from sinder_jax.storage import files
+from sinder_jax.storage import files, paths
 
 
 def listing(folder):
@@ -166,3 +166,18 @@ def test_files_written_at_once_have_folders_of_their_own(tmp_path):
             assert first.parent != second.parent
             second.write_text("second")
     assert listing(tmp_path) == ["a", "b"]
+
+
+@pytest.mark.parametrize("place", ["disk", "bucket"])
+def test_a_file_is_created_once(place, tmp_path, monkeypatch):
+    folder = tmp_path
+    if place == "bucket":
+        bucket.install(monkeypatch, tmp_path)
+        folder = paths.as_path("gs://b")
+        assert paths.names(folder) == []
+    files.create(folder / "claim", "first")
+    with pytest.raises(FileExistsError):
+        files.create(folder / "claim", "second")
+    assert (folder / "claim").read_text() == "first"
+    assert paths.names(folder) == ["claim"]
+    assert paths.names(folder / "none") == []

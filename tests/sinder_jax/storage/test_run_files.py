@@ -72,7 +72,9 @@ def test_numbered_directories_come_in_order_of_their_numbers(tmp_path):
     assert run_files.numbered(tmp_path / "none") == []
 
 
-@pytest.mark.parametrize("name", ["alive.json", "frozen", "states", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["alive.json", "claims", "frozen", "states", "config.json"]
+)
 def test_any_file_of_a_run_makes_a_workdir(name, tmp_path):
     assert not run_files.is_workdir(tmp_path)
     (tmp_path / name).mkdir()
