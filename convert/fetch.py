@@ -119,6 +119,7 @@ def _fetch_hub(name: str) -> Path:
         return path
     import pooch
 
+    pooch.get_logger().setLevel("WARNING")  # else three lines before that of the error
     url = hub_url(name)
     cache = pooch.create(
         path.parent,
@@ -168,6 +169,7 @@ def _check_response(
             "make room or set SINDER_CACHE to another folder"
         )
     else:
+        print(f"fetching {response.url}, {filesize.decimal(size)}, to {folder}")
         return
     raise OSError(refusal)
 

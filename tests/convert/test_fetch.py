@@ -14,6 +14,7 @@ import pytest
 import http_server
 import places
 from convert import fetch
+from convert.__main__ import main
 from sinder_jax import vit
 
 NAME = "dinov2_vitg14_reg"
@@ -266,9 +267,24 @@ def test_a_redirect_leads_to_http_only(to, server):
     assert len(server.seen) == 1
 
 
-def test_no_connection_says_what_to_fetch_by_hand(monkeypatch):
+def test_no_connection_says_what_to_fetch_by_hand(monkeypatch, capsys):
     monkeypatch.setenv("SINDER_HUB_URL", "http://127.0.0.1:1")
     assert "Connection refused" in failed_download()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_network_a_name_ends_in_one_line(monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("SINDER_HUB_URL", "http://no.such.host.invalid")
+    assert main(["to-jax", NAME, str(tmp_path / "dst")]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert "by hand" in err
+
+
+def test_a_download_says_what_it_fetches(server, cache, capsys):
+    fetch.fetch(NAME)
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 1 and f"{ADDRESS}, 2.0 kB, to {cache}" in out
 
 
 def test_full_disk_names_the_variable_of_the_cache(cache, monkeypatch):
