@@ -148,6 +148,24 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Takes ~ for a home folder where a value begins: no shell does behind `=`."""
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._at_home(x) for x in given], namespace)
+
+    def _at_home(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        if not (name.startswith("-") and equals):
+            name, equals, value = "", "", argument
+        if not value.startswith("~"):
+            return argument
+        from sinder_jax.storage import paths
+
+        try:
+            return name + equals + paths.expanded(value)
+        except ValueError as error:
+            self.error(str(error))
+
     def error(self, message: str) -> NoReturn:
         """Prints one line that points to --help and exits with code 2."""
         self.exit(USER_ERROR, f"error: {message} (see {self.prog} --help)\n")

@@ -289,6 +289,8 @@ def _listed(file: str) -> list[Photograph]:
     if not named:
         raise ValueError(f"no images in {file}: give the path of an image on each line")
     prefix = os.fspath(path.parent / "x")[:-1]
+    # Not ~name: an editor calls its copies so.
+    named = [paths.expanded(x) if x.startswith("~/") else x for x in named]
     return [
         File(line if "://" in line or os.path.isabs(line) else prefix + line)
         for line in named
@@ -406,8 +408,8 @@ def _prepared(name: str) -> Any:
 
 
 def _tfds_folder() -> str:
-    default = os.path.expanduser("~/tensorflow_datasets")
-    return os.environ.get("TFDS_DATA_DIR") or default
+    folder = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    return paths.expanded(folder)
 
 
 # --- The sample -----------------------------------------------------------------------

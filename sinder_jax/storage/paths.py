@@ -27,10 +27,14 @@ else:
 def as_path(path: StrPath) -> AnyPath:
     """A path with the methods of pathlib, on a disk or in a bucket.
 
+    Args:
+      path: a text may begin with ~, for a home folder.
+
     Raises:
-      ValueError: another kind of store, or the package that reads gs:// is missing.
+      ValueError: another kind of store, an unknown home folder, or the package that
+        reads gs:// is missing.
     """
-    text = os.fspath(path)
+    text = expanded(path) if isinstance(path, str) else os.fspath(path)
     if "://" not in text:
         return Path(text)
     if not text.startswith(BUCKET):
@@ -40,6 +44,22 @@ def as_path(path: StrPath) -> AnyPath:
     except ImportError:
         raise ValueError(f"{text} needs gcsfs: pip install 'sinder_jax[gcs]'") from None
     return epath.Path(text)  # type: ignore[return-value]
+
+
+def expanded(text: str) -> str:
+    """A path in which ~ and ~user at the start are a home folder.
+
+    Raises:
+      ValueError: there is no such user.
+    """
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        user = text.partition("/")[0]
+        raise ValueError(
+            f"{text}: there is no home folder {user}; if that is the name of a file or "
+            f"folder, write ./{text}"
+        )
+    return found
 
 
 def located(path: StrPath) -> AnyPath:

@@ -3,13 +3,17 @@
 test_visualize.py tests its errors and exit codes.
 """
 
+import argparse
 import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from convert import __main__ as main_of_convert
+from experiments import analyze, repair, visualize
 from sinder_jax import cli
 
 
@@ -61,6 +65,75 @@ def test_a_missing_optional_package_is_for_the_user(capsys):
     assert caught.value.code == 2
     assert (
         capsys.readouterr().err == "error: model.pth: needs PyTorch, pip install it\n"
+    )
+
+
+# --- Home folders ---------------------------------------------------------------------
+
+
+def parsers() -> dict[str, cli.Parser]:
+    """Every parser of the project, with its required arguments given once."""
+    found = {"convert": main_of_convert._parser(), "repair": repair._parser()}
+    found |= {"analyze": analyze._parser(), "visualize": visualize._parser()}
+    return found
+
+
+def paths_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Arguments that take a text or a path."""
+    takes = (None, str, Path)
+    return [
+        action
+        for action in parser._actions
+        if action.type in takes and action.nargs != 0 and action.dest != "command"
+    ]
+
+
+def calls() -> list[tuple[cli.Parser, list[str], str]]:
+    """A parser, arguments with ~ for each path, and the name of each path."""
+    found = []
+    for name, parser in parsers().items():
+        subs = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        every = subs[0].choices if subs else {"": parser}
+        for command, one in every.items():
+            actions = paths_of(one)
+            needed = [a for a in actions if not a.option_strings or a.required]
+            for action in actions:
+                given = [command] if command else []
+                for other in [*needed, *([] if action in needed else [action])]:
+                    flag = other.option_strings[-1:]
+                    value = "~/x" if other is action else "y"
+                    given.append(f"{flag[0]}={value}" if flag else value)
+                found.append(
+                    pytest.param(parser, given, action.dest, id=f"{name} {given}")
+                )
+    return found
+
+
+@pytest.mark.parametrize("parser, arguments, name", calls())
+def test_every_argument_takes_a_tilde_for_the_home_folder(
+    parser, arguments, name, monkeypatch
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    value = getattr(parser.parse_args(arguments), name)
+    value = value[0] if isinstance(value, list) else value
+    assert str(value) == "/home/me/x"
+
+
+def test_overrides_and_separate_values_take_a_tilde(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    given = ["--workdir", "~", "--config.data=~/photos", "--config.x=a~b", "./~c"]
+    args, rest = parser().parse_known_args(given)
+    assert args.workdir == "/home/me"
+    assert rest == ["--config.data=/home/me/photos", "--config.x=a~b", "./~c"]
+
+
+def test_a_home_folder_that_is_not_there_is_one_line(capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args(["--workdir=~nobody_of_this_name/runs"])
+    assert capsys.readouterr().err == (
+        "error: ~nobody_of_this_name/runs: there is no home folder "
+        "~nobody_of_this_name; if that is the name of a file or folder, write "
+        "./~nobody_of_this_name/runs (see python -m job --help)\n"
     )
 
 
