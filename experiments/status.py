@@ -81,8 +81,9 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
     folder = workdir / run_files.STATES
     states = [int(path.name) for path in run_files.numbered(folder)]
     # A bucket's metrics are written with each state only; the sign of life is newer.
-    counts = (alive.get("images"), rows[-1]["image"] + 1 if rows else 0)
-    images = max(0, *states, *(n for n in counts if isinstance(n, int)))
+    logged = max([0, *states, *(row["image"] + 1 for row in rows[-1:])])
+    alive_at = alive.get("images")
+    images = max(logged, alive_at if isinstance(alive_at, int) else 0)
     finished = summary.get("finished") is True
     limit = config.get("max_iter")
     return {
@@ -98,6 +99,7 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
         "history": config.get("history"),
         "stop_share": config.get("stop_share"),
         **_metrics(rows),
+        "lacking": run_files.lacking((row["image"] for row in rows), logged),
         "newest_state": max(states, default=None),
         "images_lost_if_killed": 0 if finished else images - max(states, default=0),
         "damaged_states": sorted(path.name for path in folder.glob("*.damaged")),
@@ -218,6 +220,7 @@ def lines(status: Mapping[str, Any]) -> list[str]:
         "defects": _defects(now),
         "loss": loss,
         "bad": bad,
+        "log": f"{now.lacking}; none of these is counted above" if now.lacking else "",
         "saved": saved,
         "next": next_,
     }

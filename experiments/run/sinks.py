@@ -8,6 +8,7 @@ opens sinks.
 """
 
 import importlib
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from ml_collections import ConfigDict
 
 from experiments.run.claim import LostError
 from sinder_jax import cli
+from sinder_jax.storage import files
 
 NUMBERS = ("readable", "layer", "loss", "alpha", "num_outliers", "finite", "skipped")
 FLUSH_SECONDS = 30.0  # between two writes of the event file
@@ -231,6 +233,8 @@ class Wandb:
 
 def _run_id(workdir: Any) -> str:
     path = workdir / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text().strip()
+    stored = path.read_bytes() if path.exists() else b""
+    if not re.fullmatch(rb"\w+\s*", stored):  # none yet, or damaged
+        stored = secrets.token_hex(4).encode()
+        files.write(path, stored)
+    return stored.decode().strip()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 import convert
+from benchmarks.power_loss import COUNTS, FAULTS, inflict
 from convert.__main__ import main as convert_main
 from experiments import repair, status
 from experiments.run import results
@@ -33,15 +34,6 @@ SHORT = (
     "--config.checkpoint_every=3",
     "--config.picture_every=1000",
     "--config.measure_images=1",
-)
-COUNTS = (
-    "images",
-    "images_with_defect",
-    "images_not_finite",
-    "images_unreadable",
-    "files_not_finite",
-    "unreadable_files",
-    "share_of_last_images_without_defect",
 )
 
 
@@ -115,38 +107,6 @@ def assert_same(workdir: Path, whole: Path, names: Iterable[str]) -> None:
 # --- Files and folders ----------------------------------------------------------------
 
 
-def half(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def holes(path: Path) -> None:
-    """Some blocks never reached the disk; in a small file, all but the first bytes."""
-    content = bytearray(path.read_bytes())
-    block = min(4096, len(content) // 2 or 1)
-    for start in range(block, len(content), 2 * block):
-        content[start : start + block] = bytes(len(content[start : start + block]))
-    path.write_bytes(content)
-
-
-FAULTS = {
-    "empty": lambda path: os.truncate(path, 0),
-    "half": half,
-    "holes": holes,
-    "removed": Path.unlink,
-}
-
-
-def inflict(fault: str, path: Path) -> None:
-    """A fault of a file, or of every file of a folder; an empty folder is left."""
-    if fault == "removed" and path.is_dir():
-        shutil.rmtree(path)
-        return
-    found = [*path.rglob("*")] if path.is_dir() else [path]
-    for each in found:
-        if each.is_file():
-            FAULTS[fault](each)
-
-
 def parametrized(always: Iterable[tuple[str, str]], names: Iterable[str]):
     """Every fault of every file; only some of them in the tests of every day."""
     return pytest.mark.parametrize(
@@ -162,7 +122,7 @@ WEIGHTS = ["repaired.safetensors", "repaired.patch.safetensors", "repaired.pth"]
 
 
 @parametrized(
-    [("repaired", "empty"), ("repaired.safetensors", "holes")],
+    [("repaired", "emptied"), ("repaired.safetensors", "holes")],
     ["repaired", *WEIGHTS, "repaired.safetensors.sha256", "before_after.png"],
 )
 def test_a_finished_run_makes_its_damaged_files_again(name, fault, whole, copy):
@@ -187,7 +147,7 @@ def test_without_a_state_it_says_what_it_lacks(whole, copy):
     assert "missing or damaged: repaired.safetensors; no state is left" in told
 
 
-@parametrized([("repaired", "empty")], ["repaired", *WEIGHTS[:2]])
+@parametrized([("repaired", "emptied")], ["repaired", *WEIGHTS[:2]])
 def test_an_export_without_a_summary_is_not_trusted(name, fault, whole, copy):
     workdir = copy(whole)
     (workdir / "summary.json").unlink()
@@ -196,7 +156,7 @@ def test_an_export_without_a_summary_is_not_trusted(name, fault, whole, copy):
     assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
 
 
-@parametrized([("summary.json", "half")], ["summary.json", "alive.json"])
+@parametrized([("summary.json", "cut")], ["summary.json", "alive.json"])
 def test_a_damaged_summary_is_written_again(name, fault, whole, copy):
     workdir = copy(whole)
     inflict(fault, workdir / name)
@@ -239,7 +199,7 @@ def test_factors_with_other_bits_are_refused_and_so_is_their_delta(
     assert "the singular vectors of before" in capsys.readouterr().err
 
 
-@parametrized([("one", "half")], ["one", "all"])
+@parametrized([("one", "cut")], ["one", "all"])
 def test_damaged_states(name, fault, stopped, whole, copy):
     """One: the state before is taken. All: refused."""
     workdir = copy(stopped)
@@ -258,7 +218,7 @@ def test_damaged_states(name, fault, stopped, whole, copy):
     assert_same(workdir, whole, ["metrics.jsonl", *WEIGHTS[:2]])
 
 
-@parametrized([("state", "empty")], ["state", "no state"])
+@parametrized([("state", "emptied")], ["state", "no state"])
 def test_a_damaged_config(name, fault, stopped, whole, copy):
     workdir = copy(stopped)
     if name == "no state":

@@ -110,6 +110,19 @@ def test_what_the_metrics_say_is_counted(tmp_path):
     assert (got["loss_at_start"], got["loss_now"], got["loss_window"]) == (7, 5, 3)
 
 
+def test_lines_that_are_lacking_are_told(tmp_path):
+    text = json.dumps(ROWS[7])[:-9].replace('"image": 7', '"image": 9')
+    workdir = make(tmp_path, rows=[*ROWS[:3], *ROWS[5:]], states=["00000010"])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(bytes(50) + b"\n" + text.encode() + b"\n")
+    got = read(workdir)
+    assert (got["images"], got["images_with_defect"]) == (10, 5)
+    told = "metrics.jsonl lacks 4 of 10 images: 3-4, 8-9"
+    assert got["lacking"] == told
+    assert screen(workdir)["log"].startswith(told)
+    assert "log" not in screen(make(tmp_path / "whole"))
+
+
 def test_losses_are_medians_of_the_first_and_last_hundred(tmp_path):
     rows = [row(i, loss=float(i)) for i in range(1000)]
     got = read(make(tmp_path, rows=rows))

@@ -294,6 +294,14 @@ def test_a_resumed_run_is_the_same_one_and_sends_nothing_twice(server, tmp_path)
     assert [steps[i]["repair/loss"] for i in range(7)] == [1.0] * 5 + [2.0] * 2
 
 
+@pytest.mark.parametrize("damage", [b"", b"\0" * 8, b"\xff"])
+def test_a_damaged_id_is_replaced(damage, server, tmp_path):
+    (tmp_path / "wandb_id").write_bytes(damage)
+    for _ in range(2):
+        wandb(tmp_path).close()
+    assert len(server.runs) == 1
+
+
 def test_another_workdir_is_another_run(server, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
