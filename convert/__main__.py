@@ -155,7 +155,7 @@ def _parser() -> cli.Parser:
     parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     # argparse's own line would show the paths of diff twice.
     usages = {"diff": "%(prog)s [-h] [options] (BASE REPAIRED | RUN) DELTA"}
-    heads = "attention heads (default: what the files say, or width / 64)"
+    heads = "attention heads (default: what the files say, or DINOv2's for this width)"
     for name, (summary, *arguments) in COMMANDS.items():
         sub = parsers.add_parser(name, help=summary, usage=usages.get(name))
         for argument in (*arguments, Argument("--num-heads", "N", heads, int)):

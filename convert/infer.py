@@ -1,9 +1,10 @@
 """Which layout and which architecture the tensors of a state dict have.
 
     names and shapes --backbone_keys--> names of a bare DINOv2 --layout_of--> "hf", ...
-    --config_of--> ViTConfig, from which a whole table is made and compared
+    and the files beside them --claims_of--> fields of a ViTConfig, and who says each
+    --config_from--> ViTConfig, from which a whole table is made and compared
 
-Only names and shapes are used; the numbers may still be in a file.
+Of the tensors only names and shapes are used; the numbers may still be in a file.
 """
 
 import dataclasses
@@ -15,10 +16,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import layouts
+from convert.claims import RESAMPLING, Claim, claim, settle
+from convert.files import hugging_face
 from sinder_jax import families, vit
 from sinder_jax.model import differences
 
 Shape = tuple[int, ...]
+DEFAULT_FAMILY = families.named(families.DEFAULT)
+# Where nothing tells the number of heads. Of models narrower than any DINOv2 only those
+# for tests are known, and timm's smallest, and all of them have heads of 64.
+HEAD_WIDTH = 64
+USUAL_HEADS = "as many as in DINOv2's model of this width, for no file tells it"
+NARROW_HEADS = "64 wide like DINOv2's, for no file tells their number"
+GUESSES = (USUAL_HEADS, NARROW_HEADS)
 LISTED = 20  # names of one kind in an error; a wrong file misses hundreds
 
 # What wraps a backbone's names: training (DINOv2, DDP), the heads of transformers. If
@@ -130,7 +140,40 @@ def config_of(
     num_heads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> vit.ViTConfig:
-    """The architecture closest to a state dict.
+    """The architecture closest to a state dict that nothing stands beside.
+
+    Arguments and errors as for `claims_of`.
+    """
+    claims = claims_of(layout, seen, num_heads, overrides)
+    check_heads(claims)
+    return config_from(claims)
+
+
+def config_from(claims: Mapping[str, Claim]) -> vit.ViTConfig:
+    """The config whose fields were claimed; with one head if nothing tells how many."""
+    values = {name: claim.value for name, claim in claims.items()}
+    return vit.ViTConfig(**({"num_heads": 1} | values))
+
+
+def check_heads(claims: Mapping[str, Claim]) -> None:
+    """Raises ValueError if nothing tells the number of heads."""
+    if "num_heads" not in claims:
+        raise ValueError(
+            "nothing tells the number of attention heads of a model of width "
+            f"{claims['embed_dim'].value}, which is none of DINOv2's; pass num_heads "
+            "(python -m convert to-jax SRC DST --num-heads=N)"
+        )
+
+
+def claims_of(
+    layout: str,
+    seen: Mapping[str, Shape],
+    num_heads: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    contents: hugging_face.Contents | None = None,
+    stated: Sequence[Claim] = (),
+) -> dict[str, Claim]:
+    """The fields of the architecture closest to a state dict, and who says each.
 
     What a missing or misshapen tensor would tell is taken from others or from the hub
     models, so that the comparison with the whole table can name the tensor.
@@ -138,33 +181,56 @@ def config_of(
     Args:
       layout: from `layout_of`.
       seen: shapes by bare name.
-      num_heads: None: embed_dim // 64.
+      num_heads: None: what the files say, or that of the family's model of this width,
+        or heads of 64 in a model narrower than all of them; else there is no claim.
       overrides: fields of `vit.ViTConfig` that tensors do not determine.
+      contents: the JSON objects of the files beside the tensors, by file name.
+      stated: what the file of the tensors says itself.
 
     Raises:
-      ValueError: no tensor determines the width; a width that is not a multiple of 64
-        without `num_heads`; or overrides that are unknown or contradict the tensors.
+      ValueError: no tensor determines the width; an unknown override; a file that
+        describes a model which this program does not compute; or two claims that
+        contradict each other.
     """
-    overrides = overrides or {}
-    family = families.named(overrides.get("family", families.DEFAULT))
+    overrides = dict(overrides or {})
+    _check_overrides(overrides)
+    if num_heads is not None:
+        overrides["num_heads"] = num_heads
+    arguments = [claim(*item, "the arguments") for item in overrides.items()]
+    family = DEFAULT_FAMILY
+    for one in (*stated, *arguments):
+        if one.field == "family":
+            family = families.named(one.value)
     inferred = _inferred(layout, seen, family)
     variant = family.variant(inferred["num_register_tokens"])
-    resampling = {
-        "interpolate_antialias": variant.interpolate_antialias,
-        "interpolate_offset": variant.interpolate_offset,
-    }
-    _check_overrides(overrides, inferred, resampling)
-    if num_heads is None:
-        if inferred["embed_dim"] % 64:
-            raise ValueError(
-                "the tensors do not tell the number of attention heads, and the width "
-                f"{inferred['embed_dim']} is not a multiple of 64, the width of "
-                "DINOv2's heads; pass num_heads (--num-heads=N on the command line)"
-            )
-        num_heads = inferred["embed_dim"] // 64
-    return vit.ViTConfig(
-        num_heads=num_heads, **(inferred | resampling | dict(overrides))
+    beside = hugging_face.claims(
+        contents or {},
+        inferred,
+        has_mask_token=any("mask_token" in key for key in seen),
     )
+    settled = settle(
+        [
+            *(claim(*x, "the tensors") for x in inferred.items() if x[1] is not None),
+            *(claim(name, getattr(variant, name), "the hub") for name in RESAMPLING),
+            *beside,
+            *stated,
+            *arguments,
+        ]
+    )
+    if "num_heads" not in settled and (usual := _usual_heads(family, inferred)):
+        settled["num_heads"] = usual
+    return settled
+
+
+def _usual_heads(family: families.Family, inferred: Mapping[str, Any]) -> Claim | None:
+    """The heads of the family's model of this width, or of a model for tests."""
+    width = inferred["embed_dim"]
+    if heads := family.num_heads(width):
+        return Claim("num_heads", heads, USUAL_HEADS)
+    narrowest = min(size.embed_dim for size in family.sizes.values())
+    if width < narrowest and width % HEAD_WIDTH == 0:
+        return Claim("num_heads", width // HEAD_WIDTH, NARROW_HEADS)
+    return None
 
 
 def _inferred(
@@ -203,7 +269,21 @@ def _inferred(
         "img_size": max(1, math.isqrt(max(0, num_positions))) * patch_size,
         "patch_size": patch_size,
         "num_register_tokens": num_registers,
+        "hidden_width": _hidden_width(seen, swiglu),
     }
+
+
+def _hidden_width(seen: Mapping[str, Shape], swiglu: bool) -> int | None:
+    """FFN width by most of the FFN's tensors, since any may be misshapen."""
+    votes: Counter[int] = Counter()
+    for key, shape in seen.items():
+        if re.search(r"\.mlp\.(fc2|w3|weights_out|down_proj)\.weight$", key):
+            votes.update(shape[1:])
+        elif re.search(r"\.mlp\.(fc1|w12|weights_in)\.(weight|bias)$", key):
+            votes.update(side // (2 if swiglu else 1) for side in shape[:1])
+        elif re.search(r"\.mlp\.(gate|up)_proj\.(weight|bias)$", key):
+            votes.update(shape[:1])
+    return max(votes, key=votes.__getitem__) if votes else None
 
 
 def _depth(seen: Mapping[str, Shape]) -> int:
@@ -213,22 +293,13 @@ def _depth(seen: Mapping[str, Shape]) -> int:
     return max(1, min(max(blocks, default=0) + 1, 2 * len(blocks)))
 
 
-def _check_overrides(
-    overrides: Mapping[str, Any],
-    inferred: Mapping[str, Any],
-    resampling: Mapping[str, Any],
-) -> None:
+def _check_overrides(overrides: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(vit.ViTConfig)]
-    for name, value in overrides.items():
+    for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name, known) or sorted(resampling)
+            near = difflib.get_close_matches(name, known) or RESAMPLING
             raise ValueError(
                 f"unknown option {name!r}; did you mean {' or '.join(near)}?"
-            )
-        if name in inferred and value != inferred[name]:
-            raise ValueError(
-                f"{name}={value!r} contradicts the tensors, which say "
-                f"{inferred[name]!r}"
             )
     antialias = overrides.get("interpolate_antialias", False)
     if not isinstance(antialias, bool):

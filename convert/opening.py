@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from convert.files import reading, sha256, strangers
+from convert.claims import RESAMPLING, claim
+from convert.files import hugging_face, reading, sha256, strangers
 from convert.state_dict import TorchModel
-from sinder_jax import cli
+from sinder_jax import cli, vit
 from sinder_jax import model as models
 from sinder_jax.model import Model
 from sinder_jax.storage import array_store, errors, paths, run_files
 from sinder_jax.storage.paths import StrPath
 
-STATED = ("num_heads", "interpolate_antialias", "interpolate_offset")
+# Fields that tensors do not tell, and that a file of this program therefore states.
+STATED = ("family", "num_heads", *RESAMPLING, *vit.OWN)
 ENTRY = "sinder_jax"  # under which a file's metadata holds our description of the model
 
 
@@ -39,7 +41,7 @@ def open_model(
     Args:
       path: a checkpoint directory or the workdir of a finished repair, on a disk or in
         a bucket; or a PyTorch file or Hugging Face directory on a disk.
-      num_heads: None: what the files say, or embed_dim // 64.
+      num_heads: None: what the files say, or as for `convert.from_torch`.
       name: source to record in the provenance; None: the name of `path`.
       overrides: fields of `vit.ViTConfig`, see `convert.from_torch`.
 
@@ -75,14 +77,14 @@ def _open_torch(path: Path, name: str, overrides: Mapping[str, Any]) -> Model:
     verified = sha256.check(path)
     state = reading.open_state_dict(path)
     stated = _description(path, state.metadata)
-    # What the files say of the config and the tensors do not.
+    claims = []
     if stated:
         known = {field: getattr(stated.config, field) for field in STATED}
-    else:
-        heads = state.config.get("num_attention_heads")
-        known = {"num_heads": heads} if isinstance(heads, int) and heads > 0 else {}
+        # None is the family's value, which the files beside the tensors may replace.
+        claims = [claim(*x, "its metadata") for x in known.items() if x[1] is not None]
     with _naming(path):
-        torch = TorchModel(state, **{**known, **overrides})
+        torch = TorchModel(state, stated=claims, **overrides)
+        extras = hugging_face.extras(state.contents)
 
     def leaf(path_of_leaf: str) -> np.ndarray:
         with _naming(path):
@@ -95,6 +97,8 @@ def _open_torch(path: Path, name: str, overrides: Mapping[str, Any]) -> Model:
         "tool": array_store.tool(),
         "steps": [],
     }
+    if extras:
+        provenance = {**provenance, "contents": extras}
     digest = stated.digest if stated else None
     return Model(torch.config, leaf, path, provenance, digest, torch=torch)
 

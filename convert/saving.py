@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.files import hugging_face, writing
-from convert.files.tensors import Spec
+from convert.files.tensors import MOST_TEXT, Spec
 from convert.layouts import table as tables
 from convert.opening import ENTRY
 from sinder_jax import model as models
@@ -61,7 +61,8 @@ def save(
 
     specs = {key: Spec(slot.shape, "float32") for key, slot in table.items()}
     if directory:
-        contents = hugging_face.contents(model.config)
+        extras = model.provenance.get("contents")
+        contents = hugging_face.contents(model.config, extras)
         writing.write_directory(path, contents, specs, tensors(), metadata)
     else:
         writing.write_tensors(path, specs, tensors(), metadata, overwrite)
@@ -76,7 +77,14 @@ def description(model: Model, digest: str) -> dict[str, str]:
       digest: 64 characters, also while the digest is not known yet.
     """
     stated = models.description(model.config, model.provenance, digest)
+    if too_long(model):
+        stated["provenance"].pop("contents")
     return {ENTRY: json.dumps(stated, sort_keys=True)}
+
+
+def too_long(model: Model) -> bool:
+    """True if the contents of the provenance do not fit into a file's metadata."""
+    return len(json.dumps(model.provenance.get("contents"))) > MOST_TEXT // 4
 
 
 def check_destination(path: Path, *, directory: bool) -> None:

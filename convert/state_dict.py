@@ -7,12 +7,13 @@ The tables are in `convert.layouts`. Every missing, surplus or misshapen name an
 number that is not finite is reported before, or instead of, a result.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from convert import infer, layouts
+from convert.claims import Claim
 from convert.files.tensors import StateDict
 from convert.layouts import table as tables
 from sinder_jax import param_tree, vit
@@ -28,10 +29,12 @@ class TorchModel:
         with the prefixes and chunked block names of training; those of a `StateDict`
         are read only when their leaf is asked for.
       num_heads, overrides: as for `from_torch`.
+      stated: what the file says of the model, beside its tensors.
 
     Attributes:
       layout: a key of `layouts.LAYOUTS`.
       config: the architecture.
+      claims: its fields, and who says each.
       specs: shape and number format of every tensor, by bare name.
       table: slots of the tensors that exist, by bare name.
       shapes: of the leaves, by flat name.
@@ -51,6 +54,8 @@ class TorchModel:
         self,
         state_dict: Mapping[str, Any],
         num_heads: int | None = None,
+        *,
+        stated: Sequence[Claim] = (),
         **overrides: Any,
     ):
         self.state = StateDict.of(state_dict)
@@ -60,7 +65,10 @@ class TorchModel:
         self.specs = {key: self.state.specs[x] for key, x in self.names.items()}
         seen = {key: spec.shape for key, spec in self.specs.items()}
         self.layout = infer.layout_of(seen)
-        self.config = infer.config_of(self.layout, seen, num_heads, overrides)
+        self.claims = infer.claims_of(
+            self.layout, seen, num_heads, overrides, self.contents, stated
+        )
+        self.config = infer.config_from(self.claims)
         table = layouts.table_of(self.layout, self.config)
         self.table = {
             key: slot
@@ -77,6 +85,7 @@ class TorchModel:
                 f"{layouts.LAYOUTS[self.layout].owner} layout: "
                 f"{infer.listing_by_kind(misfits | self._not_finite())}"
             )
+        infer.check_heads(self.claims)
 
     def leaf(self, path: str) -> np.ndarray:
         """One leaf of the params, float32, in its own memory.
@@ -138,9 +147,11 @@ def from_torch(
         (also as training stores them: `teacher.backbone.`, chunked blocks), of Hugging
         Face transformers or of timm; float16, bfloat16 and float64 become float32. A
         missing mask token becomes zeros: only pre-training reads it.
-      num_heads: None: embed_dim // 64, as in all DINOv2 models.
+      num_heads: None: that of the DINOv2 model of this width; heads of 64 in a model
+        narrower than all of them; any other width needs it.
       overrides: fields of `vit.ViTConfig` that the tensors do not determine:
-        `interpolate_antialias` and `interpolate_offset`. The default is the hub's,
+        `norm_epsilon` and `statistics`, DINOv2's if not given; and
+        `interpolate_antialias` and `interpolate_offset`. Their default is the hub's,
         whatever the layout: False and 0.1, with registers True and 0.0. transformers
         resamples a model without registers by False and 0.0.
 
@@ -149,9 +160,10 @@ def from_torch(
       input.
 
     Raises:
-      ValueError: not a DINOv2 model, an override that is unknown or contradicts the
-        tensors, or tensors that do not fit: one message names every missing, surplus
-        and misshapen tensor and every tensor that is not finite.
+      ValueError: not a DINOv2 model; a number of heads that nothing tells; an override
+        that is unknown or contradicts the tensors; or tensors that do not fit: one
+        message names every missing, surplus and misshapen tensor and every tensor that
+        is not finite.
     """
     model = TorchModel(state_dict, num_heads, **overrides)
     return model.config, param_tree.unflatten(

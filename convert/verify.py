@@ -27,6 +27,7 @@ from jaxtyping import Float, Float32
 from convert import infer, opening
 from convert.files import reading, sha256
 from sinder_jax import families, vit
+from sinder_jax import model as models
 from sinder_jax.data import decode, listing
 from sinder_jax.storage import files
 from sinder_jax.storage.errors import reason_of
@@ -87,19 +88,25 @@ class Comparison(NamedTuple):
 # --- The comparison ---------------------------------------------------------------
 
 
-def print_verdict(jax_side: Path, torch_side: Path, *, made: Path) -> None:
+def print_verdict(
+    jax_side: Path, torch_side: Path, *, made: Path, num_heads: int | None = None
+) -> None:
     """Opens two files of one model and prints how far JAX and PyTorch are apart.
+
+    Also prints what this does not check: a number of heads that no file tells would be
+    the same wrong number on both sides.
 
     Args:
       jax_side: the model that JAX computes, in any layout.
       torch_side: the PyTorch files.
       made: the side that was just written; removed if the two differ.
+      num_heads: what the user says of it.
 
     Raises:
       ValueError: they differ by more than rounding.
     """
-    ours = opening.open_model(jax_side)
-    theirs = opening.open_model(torch_side, ours.config.num_heads)
+    ours = opening.open_model(jax_side, num_heads)
+    theirs = opening.open_model(torch_side, num_heads)
     hugging_face = theirs.layout.startswith("hf")
     if hugging_face and not torch_side.is_dir():
         print("verify: transformers loads directories: not compared.")
@@ -110,11 +117,20 @@ def print_verdict(jax_side: Path, torch_side: Path, *, made: Path) -> None:
     except ModuleNotFoundError as error:
         print(f"verify: {error.name} is not installed: not compared.")
         return
-    if not comparison.agree:
+    different = models.differences(ours.config, theirs.config)
+    if different or not comparison.agree:
         sha256.side_file(made).unlink(missing_ok=True)
         files.remove(made)
+    if different:
+        raise ValueError(f"{jax_side} and {torch_side} differ in {different}")
     check(comparison)
     print(f"verify: {comparison}.")
+    told = theirs.torch.claims["num_heads"]
+    if told.words in infer.GUESSES:
+        print(
+            f"verify: not checked: the number of attention heads, {told.value} on both "
+            f"sides, {told.words}."
+        )
 
 
 def compare(

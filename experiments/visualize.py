@@ -8,7 +8,7 @@ the first model's direction: one yardstick for before and after.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from sinder_jax import cli, launch
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from sinder_jax.analysis.defective import TokenMaps
     from sinder_jax.model import Model
+    from sinder_jax.vit import ViTConfig
 
 EXAMPLE = """\
 example:
@@ -61,8 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = [convert.open_model(path) for path in paths]
     model.check_same_architecture(models[0], models[-1])
     config = models[0].config
-    family = families.of(config)
-    short_side = args.short_side or family.image_size
+    short_side = args.short_side or families.of(config).image_size
     decode.check_side("--short-side", short_side, config.patch_size)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -70,9 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = ["before", "now"] if args.compare else ["model"]
     written = 0
     for photo in photos.read_photos(images, short_side, config.patch_size):
-        image = decode.normalize(photo.pixels, family.statistics)
         try:
-            rows = dict(zip(names, maps_of(image), strict=True))
+            rows = dict(zip(names, maps_of(photo.pixels), strict=True))
         except FloatingPointError as error:
             raise FloatingPointError(f"{photo.path}: {error}") from None
         target = out / f"{photo.name}.png"
@@ -149,23 +148,27 @@ def observer(
       mask_thr: see `loss.outlier_mask`.
 
     Returns:
-      A function from a normalized image [height, width, 3] to the `TokenMaps` of each
-      model; see `defective.token_maps` for its errors.
+      A function from RGB pixels [height, width, 3] to the `TokenMaps` of each model,
+      which normalizes them by its own statistics; see `defective.token_maps` for its
+      errors.
     """
     import jax
 
-    from sinder_jax import defects
+    from sinder_jax import defects, families
     from sinder_jax.analysis import defective, tokens
+    from sinder_jax.data import decode
 
     first = models[0]
     direction = defects.singular_defect_directions(first.config, first.params)[-1]
     placed = [(each.config, jax.device_put(each.params)) for each in models]
 
-    def maps_of(image: np.ndarray) -> "list[TokenMaps]":
-        patches = [tokens.last_patches(*each, image) for each in placed]
-        return [
-            defective.token_maps(each, direction, mask_thr=mask_thr) for each in patches
-        ]
+    def maps(config: "ViTConfig", params: Any, pixels: np.ndarray) -> "TokenMaps":
+        image = decode.normalize(pixels, families.of(config).statistics)
+        patches = tokens.last_patches(config, params, image)
+        return defective.token_maps(patches, direction, mask_thr=mask_thr)
+
+    def maps_of(pixels: np.ndarray) -> "list[TokenMaps]":
+        return [maps(*each, pixels) for each in placed]
 
     return maps_of
 

@@ -191,8 +191,14 @@ def _empty(config: ViTConfig, base_params: Params) -> Delta:
 
 
 def _eps_shapes(config: ViTConfig) -> dict[str, tuple[int, int]]:
-    """[L, S] of every trainable kernel; no kernel has a side shorter than D."""
-    return dict.fromkeys(kernels.names(config), (config.depth, config.embed_dim))
+    """[L, S] of every trainable kernel, S being the shorter of its sides."""
+    depth, width, hidden = config.depth, config.embed_dim, config.hidden_dim
+    up = 2 * hidden if config.ffn_layer == "swiglu" else hidden
+    sizes = (width, width, min(width, up), min(width, hidden))
+    return {
+        name: (depth, size)
+        for name, size in zip(kernels.names(config), sizes, strict=True)
+    }
 
 
 Parts = Iterator[tuple[str, np.ndarray]]

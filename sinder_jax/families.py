@@ -7,6 +7,7 @@ A new family is a row of `FAMILIES` and nothing else: whatever differs between f
 is read from here. This module imports neither JAX nor NumPy.
 """
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 DEFAULT = "dinov2"  # of a ViTConfig; the only name that stored configs leave out
+LARGEST = 1e9  # of a mean or deviation; also refuses NaN
 
 
 class Size(NamedTuple):
@@ -58,6 +60,29 @@ class Statistics(NamedTuple):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @classmethod
+    def of(cls, pair: Any) -> "Statistics":
+        """Statistics from mean and deviation as JSON files hold them, as lists.
+
+        Raises:
+          ValueError: not three finite numbers each, or a deviation not positive.
+        """
+        numbers: list[Any] = [None]
+        with contextlib.suppress(TypeError, ValueError):  # of another shape
+            (red, green, blue), deviations = pair
+            numbers = [red, green, blue, *deviations]
+        if (
+            len(numbers) != 6
+            or not all(type(x) in (int, float) and abs(x) < LARGEST for x in numbers)
+            or min(numbers[3:]) <= 0
+        ):
+            raise ValueError(
+                f"got image statistics {str(pair)[:200]}, expected a mean of three "
+                "finite numbers and a deviation of three positive ones"
+            )
+        a, b, c, d, e, f = map(float, numbers)
+        return cls((a, b, c), (d, e, f))
+
 
 @dataclasses.dataclass(frozen=True)
 class Family:
@@ -100,6 +125,11 @@ class Family:
                 abs(variant.num_register_tokens - num_register_tokens),
             ),
         )
+
+    def num_heads(self, embed_dim: int) -> int | None:
+        """Heads of the family's model with this width; None if it has no such model."""
+        heads = {size.embed_dim: size.num_heads for size in self.sizes.values()}
+        return heads.get(embed_dim)
 
 
 FAMILIES: dict[str, Family] = {
@@ -188,10 +218,14 @@ class HasFamily(Protocol):
     @property
     def family(self) -> str: ...
 
+    @property
+    def own(self) -> dict[str, Any]: ...
+
 
 def of(config: HasFamily) -> Family:
-    """The family of a model."""
-    return FAMILIES[config.family]
+    """The family of a model, with the values that the model has of its own."""
+    family = FAMILIES[config.family]
+    return dataclasses.replace(family, **config.own) if config.own else family
 
 
 def named(name: str) -> Family:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sinder_jax import param_tree
+from sinder_jax import families, param_tree
 from sinder_jax.storage import array_store, errors
 from sinder_jax.storage.ahead import ahead
 from sinder_jax.storage.paths import AnyPath, StrPath, as_path
@@ -34,7 +34,9 @@ class Model:
         verified if the files hold a digest of it.
       path: where the model is stored; None for a model in memory.
       provenance: {"source", "layout", "sha256", "tool", "steps"}: the file that first
-        held the weights, and what was done to them since. Empty if unknown.
+        held the weights, and what was done to them since. Empty if unknown. For a
+        Hugging Face directory also "contents": by file name, what its JSON files say
+        beyond the config, for the next such directory.
       known_digest: the digest that the files state or that all leaves gave; None while
         it is unknown.
       sha256: SHA-256 of the leaves, by flat name, as far as the files state it.
@@ -224,6 +226,12 @@ def parse_description(told: Any) -> Description:
     steps = provenance.get("steps", [])
     if not (isinstance(steps, list) and all(isinstance(step, str) for step in steps)):
         raise ValueError("damaged: the steps of its provenance are not a list of texts")
+    contents = provenance.get("contents", {})
+    if not (
+        isinstance(contents, dict)
+        and all(isinstance(values, dict) for values in contents.values())
+    ):
+        raise ValueError("damaged: the contents of its provenance are not objects")
     return Description(config, provenance, digest)
 
 
@@ -233,8 +241,8 @@ def parse_description(told: Any) -> Description:
 def differences(first: ViTConfig, second: ViTConfig, *, grid: bool = True) -> str:
     """Names the fields in which two architectures differ, with both values.
 
-    How the position embedding is resampled is ignored: it is not part of the weights,
-    and most files of weights do not state it.
+    How the position embedding is resampled and how images are normalized is ignored: it
+    is not part of the architecture, and most files of weights do not state it.
 
     Args:
       first: an architecture.
@@ -244,20 +252,27 @@ def differences(first: ViTConfig, second: ViTConfig, *, grid: bool = True) -> st
     Returns:
       Such as "embed_dim (384 and 768), depth (12 and 24)"; empty if they are the same.
     """
-    ignored = {"interpolate_antialias", "interpolate_offset"}
+    ignored = {"interpolate_antialias", "interpolate_offset", "statistics"}
     ignored |= set() if grid else {"img_size"}
-    ours, theirs = dataclasses.asdict(first), dataclasses.asdict(second)
+
+    def shown(config: ViTConfig, name: str) -> Any:
+        epsilon = families.of(config).norm_epsilon
+        usual = {"hidden_width": config.hidden_dim, "norm_epsilon": epsilon}
+        return usual.get(name, getattr(config, name))
+
+    names = [field.name for field in dataclasses.fields(first)]
     return ", ".join(
-        f"{name} ({value} and {theirs[name]})"
-        for name, value in ours.items()
-        if value != theirs[name] and name not in ignored
+        f"{name} ({shown(first, name)} and {shown(second, name)})"
+        for name in names
+        if getattr(first, name) != getattr(second, name) and name not in ignored
     )
 
 
 def check_same_architecture(first: Model, second: Model) -> None:
     """Refuses two models that cannot be compared token by token.
 
-    Each model keeps its own stored grid and its own way to resample it.
+    Each model keeps its own stored grid, its own way to resample it and its own image
+    statistics.
 
     Raises:
       ValueError: names both paths and every field that differs.

@@ -10,6 +10,7 @@ DINOv2's names with the blocks stacked on a leading axis, kernels are [in, out].
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +22,8 @@ from jaxtyping import Array, Float
 from sinder_jax import attention, families, layers, pos_embed
 
 FFN_LAYERS = ("mlp", "swiglu")
+# Fields of a `ViTConfig` that stand in for the family's value.
+OWN = ("norm_epsilon", "statistics")
 Images = Float[Array, "B height width 3"]
 Tokens = Float[Array, "B T D"]
 
@@ -41,6 +44,14 @@ class ViTConfig:
         embedding for other image sizes (`pos_embed`). Plain hub models: False, 0.1;
         register models: True, 0.0; the SINDER authors: True, 0.1.
       family: key of `families.FAMILIES`, which holds what the fields above leave open.
+      hidden_width: FFN width F, where it is not the family's; see `hidden_dim`.
+      norm_epsilon: added to the variance by every LayerNorm, where it is not the
+        family's; `families.of(config)` has the value to use.
+      statistics: mean and standard deviation of the images that the model was trained
+        on, where they are not the family's; likewise. Becomes a `families.Statistics`.
+
+    The last three are None for most models: a value that equals the family's becomes
+    None, so that equal models have equal configs.
 
     Raises:
       ValueError: a value that no model can have.
@@ -56,9 +67,12 @@ class ViTConfig:
     interpolate_antialias: bool = False
     interpolate_offset: float = 0.1
     family: str = families.DEFAULT
+    hidden_width: int | None = None
+    norm_epsilon: float | None = None
+    statistics: Sequence[Any] | None = None
 
     def __post_init__(self):
-        families.named(self.family)  # raises
+        family = families.named(self.family)
         if self.ffn_layer not in FFN_LAYERS:
             allowed = " or ".join(FFN_LAYERS)
             raise ValueError(f"ffn_layer must be {allowed}, got {self.ffn_layer!r}")
@@ -76,6 +90,32 @@ class ViTConfig:
                 f"img_size={self.img_size} must be a multiple of "
                 f"patch_size={self.patch_size}"
             )
+        self._settle_own(family)
+
+    def _settle_own(self, family: families.Family) -> None:
+        """Checks the values that stand in for the family's; drops equal ones."""
+        width, epsilon = self.hidden_width, self.norm_epsilon
+        if width is not None and not (type(width) is int and width > 0):
+            raise ValueError(f"hidden_width must be positive, got {width!r}")
+        if epsilon is not None and not (
+            type(epsilon) in (int, float) and 0 <= epsilon < families.LARGEST
+        ):
+            raise ValueError(f"norm_epsilon must be at least 0, got {epsilon!r}")
+        if self.statistics is not None:
+            statistics = families.Statistics.of(self.statistics)
+            object.__setattr__(self, "statistics", statistics)
+        usual = {name: getattr(family, name) for name in OWN}
+        if self.ffn_layer in family.hidden_widths:
+            usual["hidden_width"] = family.hidden_widths[self.ffn_layer](self.embed_dim)
+        for name, value in usual.items():
+            if getattr(self, name) == value:
+                object.__setattr__(self, name, None)
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The values that stand in for those of the family, see `families.of`."""
+        values = {name: getattr(self, name) for name in OWN}
+        return {name: value for name, value in values.items() if value is not None}
 
     def check_block(self, block: int) -> None:
         """Raises ValueError for a block that does not exist."""
@@ -91,18 +131,19 @@ class ViTConfig:
     @property
     def hidden_dim(self) -> int:
         """FFN width F."""
-        return families.of(self).hidden_widths[self.ffn_layer](self.embed_dim)
+        usual = families.of(self).hidden_widths
+        return self.hidden_width or usual[self.ffn_layer](self.embed_dim)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields to store; `ViTConfig(**config.as_dict())` equals this config.
 
-        Leaves out the family DINOv2: files written before there were other families do
-        not name one, and new files of DINOv2 must have the same bytes.
+        Leaves out the family DINOv2 and whatever is the family's: files written before
+        there was anything else do not say it, and new files must have the same bytes.
         """
         fields = dataclasses.asdict(self)
         if self.family == families.DEFAULT:
             del fields["family"]
-        return fields
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 CONFIGS: dict[str, ViTConfig] = {
@@ -333,8 +374,8 @@ class ViT(nn.Module):
         """Class token, registers and patches after the final norm.
 
         Args:
-          images: RGB, normalized by ImageNet's mean and standard deviation; both sides
-            multiples of the patch size.
+          images: RGB, normalized by the mean and standard deviation of the model,
+            `families.of(config).statistics`; both sides multiples of the patch size.
 
         Raises:
           ValueError: a side is not a multiple of the patch size.

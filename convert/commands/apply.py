@@ -30,7 +30,7 @@ def apply(
       delta_path: a file written by `diff`.
       destination: a file, or a directory if `base` is one, that does not exist.
       scale: the share of the change to apply, above 0 and at most 1.
-      num_heads: None: what the files say, or embed_dim // 64.
+      num_heads: as for `convert.open_model`.
     """
     delta.check_scale(scale)
     if not base.exists():  # before its kind decides what the destination must be

@@ -26,7 +26,7 @@ def diff(
     Args:
       paths: a base and its repaired model, in any layout, or the workdir of a run.
       destination: a .safetensors file that does not exist.
-      num_heads: None: what the files say, or embed_dim // 64.
+      num_heads: as for `convert.open_model`.
       residual: how much of a kernel may be left out, relative to its norm.
     """
     if len(paths) > 2:

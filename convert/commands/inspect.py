@@ -6,7 +6,7 @@ from pathlib import Path
 from convert import infer, layouts, opening
 from convert.commands import lines
 from convert.files import reading, sha256
-from sinder_jax import kernels, linalg
+from sinder_jax import families, kernels, linalg
 from sinder_jax.model import Model
 from sinder_jax.storage import delta_file
 
@@ -16,7 +16,7 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
 
     Args:
       path: a model in any layout, or a delta.
-      num_heads: None: what the files say, or embed_dim // 64.
+      num_heads: as for `convert.open_model`.
     """
     if _is_delta(path):
         _inspect_delta(path)
@@ -31,12 +31,17 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
                 stack = place.of(leaf)
                 tops[name] = [linalg.leading_triplets(x, 1).s[0] for x in stack]
     width, heads, torch = config.embed_dim, config.num_heads, model.torch
+    family = families.of(config)
     antialias, offset = config.interpolate_antialias, config.interpolate_offset
     owner = f", {layouts.LAYOUTS[model.layout].owner}" if torch else " checkpoint"
     fields = {
         "architecture": infer.describe(config),
         "width": f"{width}, {heads} heads of {width // heads}",
+        "heads from": torch.claims["num_heads"].words if torch else "its own config",
         "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden {config.hidden_dim}",
+        "LayerNorm": f"epsilon {family.norm_epsilon:g}",
+        "pixels": f"mean {_numbers(family.statistics.mean)}, standard deviation "
+        f"{_numbers(family.statistics.std)}",
         "registers": str(config.num_register_tokens),
         "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
         "resampling": f"antialias {antialias}, offset {offset}",
@@ -50,12 +55,17 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     }
     _print_columns(fields.items())
     _print_columns(("", f"then {step}") for step in model.provenance.get("steps", []))
-    _print_columns(("note", note) for note in lines.notes(model))
+    notes = (*lines.unusual(config), *lines.notes(model))
+    _print_columns(("note", note) for note in notes)
     print("largest singular values of the trainable kernels, block by block:")
     print("block  " + "".join(f"{name:>12}" for name in places))
     for block in range(config.depth):
         row = (f"{tops[name][block]:>12.4f}" for name in places)
         print(f"{block:>5}  " + "".join(row))
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
 
 
 def _print_columns(fields: Iterable[tuple[str, str]]) -> None:

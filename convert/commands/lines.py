@@ -1,5 +1,6 @@
 """What the commands print: proof, notes, origin, the running SVD."""
 
+import dataclasses
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from convert import infer
-from sinder_jax import cli, delta, families
+from convert import infer, saving
+from sinder_jax import cli, delta, families, vit
 from sinder_jax.model import Model
 
 
@@ -42,6 +43,9 @@ def notes(model: Model) -> Iterator[str]:
     """What a PyTorch model lacks, or what is read differently than it is stored."""
     if model.torch is None:
         return
+    heads = model.torch.claims["num_heads"]
+    if heads.words == infer.NARROW_HEADS:
+        yield f"heads are {heads.words}: give --num-heads=N if that is wrong."
     if converted := [name for name in model.torch.formats if name != "float32"]:
         yield f"{' and '.join(converted)} became float32."
     if model.torch.fills_mask_token:
@@ -71,10 +75,27 @@ def passed_through(model: Model) -> Iterator[str]:
         yield f"repaired kernels are rounded to {' and '.join(short)}, as in the base."
 
 
+def unusual(config: vit.ViTConfig) -> Iterator[str]:
+    """The values that a model has in place of its family's."""
+    family, own = families.named(config.family), config.own
+    if config.hidden_width is not None:
+        usual = dataclasses.replace(config, hidden_width=None).hidden_dim
+        yield f"the FFN's hidden width is {config.hidden_width}, DINOv2 has {usual}."
+    if "norm_epsilon" in own:
+        yield (
+            f"the LayerNorms' epsilon is {config.norm_epsilon:g}, DINOv2 has "
+            f"{family.norm_epsilon:g}."
+        )
+    if "statistics" in own:
+        yield "images are normalized by the model's own mean and standard deviation."
+
+
 def losses(model: Model, layout: str) -> Iterator[str]:
     """What a layout has no place for, or defines differently than this model."""
     config = model.config
     registers = config.num_register_tokens > 0
+    if layout != "hf" and saving.too_long(model):
+        yield "the keys of config.json do not fit into the file: left out."
     if layout == "timm":
         if np.any(model.leaf("mask_token")):
             yield "timm's layout has no mask token (only pre-training reads it)."

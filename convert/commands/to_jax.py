@@ -41,7 +41,8 @@ def to_jax(
     converted = model.with_step(f"to-jax, {array_store.tool()}")
     digest = models.save(destination, converted)
     if verify:
-        print_verdict(destination, Path(model.path or src), made=destination)
+        source = Path(model.path or src)
+        print_verdict(destination, source, made=destination, num_heads=num_heads)
     lines.print_proof(destination, model, model.num_tensors, digest)
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from convert import layouts, opening, saving
 from convert.commands import lines
-from convert.files import writing
+from convert.files import hugging_face, writing
+from convert.layouts import table as tables
 from convert.verify import print_verdict
 from sinder_jax.storage import array_store, paths
 
@@ -25,7 +26,7 @@ def to_torch(
       src: a checkpoint directory, or a PyTorch model to write in another layout.
       destination: a file, or for the layout hf a directory, that does not exist.
       layout: a key of `layouts.WRITTEN`.
-      num_heads: None: what the files say, or embed_dim // 64.
+      num_heads: as for `convert.open_model`.
       verify: True compares JAX and PyTorch on a photograph.
     """
     layouts.check_name(layout)
@@ -42,8 +43,10 @@ def to_torch(
     lines.print_notes(lines.notes(model))
     lines.print_notes(lines.losses(model, layout))
     table = layouts.table_of(layout, model.config)
+    if directory and not hugging_face.wants_mask_token(model.provenance):
+        table = {key: x for key, x in table.items() if x.path != tables.OPTIONAL}
     converted = model.with_step(f"to-torch {layout}, {array_store.tool()}")
     digest = saving.save(destination, converted, table, directory=directory)
     if verify:
-        print_verdict(src, destination, made=destination)
+        print_verdict(src, destination, made=destination, num_heads=num_heads)
     lines.print_proof(destination, model, len(table), digest, layout)

@@ -1,30 +1,184 @@
-"""The JSON files beside the weights in a Hugging Face directory."""
+"""The JSON files beside the weights in a Hugging Face directory, in both directions.
 
+config.json, preprocessor_config.json --claims--> fields of a ViTConfig
+                                      `-extras--> the keys that are no fields
+ViTConfig, extras --contents--> config.json, preprocessor_config.json
+"""
+
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from convert.claims import Claim, Told, finite, integer, number, side, statistics
+from convert.files import timm
 from convert.files.reading import CONFIG, PREPROCESSOR
 from sinder_jax import families, vit
 
+Contents = Mapping[str, Mapping[str, Any]]  # JSON objects by file name
 
-def contents(config: vit.ViTConfig) -> dict[str, dict[str, Any]]:
+TYPES = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
+PROCESSING = (
+    "image_mean",
+    "image_std",
+    "image_processor_type",
+    "feature_extractor_type",
+)
+# The keys that a ViTConfig determines, by file.
+FIELDS = {
+    CONFIG: """architectures model_type hidden_size num_hidden_layers
+        num_attention_heads image_size patch_size use_swiglu_ffn mlp_ratio
+        layer_norm_eps num_register_tokens torch_dtype head_dim""".split(),
+    PREPROCESSOR: ["image_mean", "image_std"],
+}
+
+
+# --- Reading ----------------------------------------------------------------------
+
+
+def claims(
+    contents: Contents, inferred: Mapping[str, Any], *, has_mask_token: bool
+) -> Iterator[Claim]:
+    """What the JSON files beside the tensors say, those of timm included.
+
+    Args:
+      contents: the JSON objects, as far as there are any.
+      inferred: the fields of the `ViTConfig` that the tensors determine.
+      has_mask_token: whether one of the tensors is the mask token.
+
+    Raises:
+      ValueError: a value of a wrong type, or a model that this program does not
+        compute; names file and key.
+    """
+    config = contents.get(CONFIG, {})
+    if timm.is_config(config):
+        yield from timm.claims(config, inferred)
+    else:
+        yield from _config_claims(Told(CONFIG, config), inferred, has_mask_token)
+    yield from _preprocessor_claims(contents)
+
+
+def _config_claims(
+    config: Told, inferred: Mapping[str, Any], has_mask_token: bool
+) -> Iterator[Claim]:
+    width, ffn_layer = inferred["embed_dim"], inferred["ffn_layer"]
+    patch = inferred["patch_size"]
+    config.require("model_type", *TYPES)
+    config.require("num_channels", 3)
+    config.require("qkv_bias", True)
+    if ffn_layer == "mlp":
+        config.require("hidden_act", "gelu")
+    if has_mask_token:
+        config.require("use_mask_token", True)
+    yield from config.claims("hidden_size", "embed_dim", integer)
+    yield from config.claims("num_hidden_layers", "depth", integer)
+    yield from config.claims("num_attention_heads", "num_heads", integer)
+    yield from config.claims("head_dim", "num_heads", lambda x: width // side(x))
+    yield from config.claims("patch_size", "patch_size", side)
+    yield from config.claims(
+        "image_size", "img_size", lambda x: side(x) // patch * patch
+    )
+    yield from config.claims("use_swiglu_ffn", "ffn_layer", _ffn_layer)
+    yield from config.claims(
+        "mlp_ratio", "hidden_width", lambda x: _hidden(width, number(x), ffn_layer)
+    )
+    yield from config.claims("layer_norm_eps", "norm_epsilon", number)
+    if config.values.get("model_type") == "dinov2":
+        yield from config.claims("model_type", "num_register_tokens", lambda _: 0)
+    else:
+        yield from config.claims("num_register_tokens", "num_register_tokens", integer)
+
+
+def _preprocessor_claims(contents: Contents) -> Iterator[Claim]:
+    told = Told(PREPROCESSOR, contents.get(PREPROCESSOR, {}))
+    for key in ("do_normalize", "do_rescale"):
+        told.require(key, True)
+    if "rescale_factor" in told.values:
+        factor = told.read("rescale_factor", number)
+        if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+            raise ValueError(f"{told.quote('rescale_factor')}, expected 1/255")
+    # A processor that is named has statistics of its own where the file has none.
+    if not told.values.keys().isdisjoint(PROCESSING):
+        yield statistics(told, "image_mean", "image_std")
+
+
+def _ffn_layer(value: Any) -> str:
+    if type(value) is bool:
+        return "swiglu" if value else "mlp"
+    raise ValueError("true or false")
+
+
+def _hidden(width: int, ratio: float | int, ffn_layer: str) -> int:
+    """FFN width F as Dinov2MLP and Dinov2SwiGLUFFN compute it."""
+    hidden = int(width * ratio)
+    return hidden if ffn_layer == "mlp" else (int(hidden * 2 / 3) + 7) // 8 * 8
+
+
+def extras(contents: Contents) -> dict[str, dict[str, Any]]:
+    """The keys that no `ViTConfig` holds and that are not as in DINOv2's own files.
+
+    Raises:
+      ValueError: NaN or infinity, which no checkpoint can store; names file and key.
+    """
+    if timm.is_config(contents.get(CONFIG, {})):
+        return {}
+    usual, found = _usual(vit.CONFIGS["dinov2_vits14"]), {}
+    for name, values in contents.items():
+        told = Told(name, values)
+        rest = [
+            key
+            for key, value in values.items()
+            if key not in FIELDS[name] and value != usual[name].get(key)
+        ]
+        found[name] = {key: told.read(key, finite) for key in rest}
+    return {name: values for name, values in found.items() if values}
+
+
+# --- Writing ----------------------------------------------------------------------
+
+
+def wants_mask_token(provenance: Mapping[str, Any]) -> bool:
+    """False for a model whose config.json said that it has none."""
+    extras = provenance.get("contents", {}).get(CONFIG, {})
+    return extras.get("use_mask_token", True) is not False
+
+
+def contents(
+    config: vit.ViTConfig, extras: Contents | None = None
+) -> dict[str, dict[str, Any]]:
     """The JSON objects that transformers needs to load a model, by file name.
+
+    Args:
+      config: the architecture.
+      extras: further keys, see the function `extras`.
 
     Returns:
       config.json as of Dinov2Config or Dinov2WithRegistersConfig, and
       preprocessor_config.json as of facebook/dinov2-base, the same for all sizes.
+
+    Raises:
+      ValueError: an FFN width that no config.json can say.
     """
+    made = _usual(config)
+    for name, fields in FIELDS.items():
+        for key, value in (extras or {}).get(name, {}).items():
+            if key not in fields:
+                made[name][key] = "float32" if key == "dtype" else value
+    return made
+
+
+def _usual(config: vit.ViTConfig) -> dict[str, dict[str, Any]]:
     registers = config.num_register_tokens
-    name = "Dinov2WithRegisters" if registers else "Dinov2"
+    model_type = "dinov2_with_registers" if registers else "dinov2"
     model = {
-        "architectures": [f"{name}Model"],
-        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "architectures": [f"{TYPES[model_type]}Model"],
+        "model_type": model_type,
         "hidden_size": config.embed_dim,
         "num_hidden_layers": config.depth,
         "num_attention_heads": config.num_heads,
         "image_size": config.img_size,
         "patch_size": config.patch_size,
         "use_swiglu_ffn": config.ffn_layer == "swiglu",
-        "mlp_ratio": 4,
+        "mlp_ratio": _mlp_ratio(config),
         "hidden_act": "gelu",
         "layer_norm_eps": families.of(config).norm_epsilon,
         "qkv_bias": True,
@@ -54,3 +208,16 @@ def contents(config: vit.ViTConfig) -> dict[str, dict[str, Any]]:
         "size": {"shortest_edge": 256},
     }
     return {CONFIG: model, PREPROCESSOR: preprocessor}
+
+
+def _mlp_ratio(config: vit.ViTConfig) -> float | int:
+    """The ratio of which transformers makes the FFN's width: whole where possible."""
+    width, hidden, ffn_layer = config.embed_dim, config.hidden_dim, config.ffn_layer
+    exact = hidden / width * (1 if ffn_layer == "mlp" else 1.5)
+    for ratio in (math.floor(exact), math.ceil(exact), exact, exact + 1e-9):
+        if _hidden(width, ratio, ffn_layer) == hidden:
+            return ratio
+    raise ValueError(
+        f"the FFN is {hidden} wide, and no mlp_ratio makes that of {width}: use the "
+        "layout dinov2 or timm"
+    )

@@ -53,10 +53,18 @@ def open_state_dict(path: StrPath) -> StateDict:
             f"{path}: unknown suffix {path.suffix!r}; use {', '.join(FORMATS)}"
         )
     if path.name.endswith(INDEX):
-        return _open_shards(path)
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path)
-    return open_pth(path)
+        found = _open_shards(path)
+    elif path.suffix == ".safetensors":
+        found = _open_safetensors(path)
+    else:
+        found = open_pth(path)
+    if path.name in WEIGHTS:  # what stands beside them describes them
+        found.contents = {
+            name: read_json(path.parent / name)
+            for name in (CONFIG, PREPROCESSOR)
+            if (path.parent / name).exists()
+        }
+    return found
 
 
 def is_torch_source(path: StrPath) -> bool:
@@ -101,11 +109,6 @@ def _open_directory(path: Path) -> StateDict:
             found = open_state_dict(path / name)
             if (path / CONFIG).exists():
                 found.files.append(path / CONFIG)
-                found.contents = {
-                    beside: read_json(path / beside)
-                    for beside in (CONFIG, PREPROCESSOR)
-                    if (path / beside).exists()
-                }
             return found
     raise ValueError(f"{path}: {strangers.describe(path, FORMATS)}")
 

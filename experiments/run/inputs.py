@@ -20,7 +20,7 @@ from convert import fetch
 from convert.files import writing
 from experiments.run.progress import duration
 from experiments.run.workdir import Workdir
-from sinder_jax import cli, defects, factor, planted, repair, vit
+from sinder_jax import cli, defects, factor, families, planted, repair, vit
 from sinder_jax import model as models
 from sinder_jax.checkpoint import Newest
 from sinder_jax.data import batches, decode, listing
@@ -246,8 +246,11 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
         state_dict = convert.to_torch(made.config, made.params)
         writing.write_state_dict(path, state_dict, overwrite=True)
     model = convert.open_model(path)
-    # Another stored grid is resampled.
-    wrong = models.differences(model.config, architecture(config), grid=False)
+    # Another stored grid is resampled; the LayerNorms' epsilon is the model's own.
+    named = dataclasses.replace(
+        architecture(config), norm_epsilon=families.of(model.config).norm_epsilon
+    )
+    wrong = models.differences(model.config, named, grid=False)
     if wrong:
         raise ValueError(f"{path} is not {config.model}: they differ in {wrong}")
     resampled = dataclasses.replace(

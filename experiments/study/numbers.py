@@ -288,6 +288,7 @@ class Study:
         return {
             "model": subject.model.digest,
             "resampling": [config.interpolate_antialias, config.interpolate_offset],
+            **config.own,
             "photo": photo.digest,
             "image_size": self.options.image_size,
             **more,

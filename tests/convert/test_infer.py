@@ -8,6 +8,7 @@ import pytest
 import convert
 import golden
 from convert import infer, layouts
+from convert.state_dict import TorchModel
 from samples import SMALL, error_of, random_params, random_state
 from sinder_jax import param_tree, vit
 
@@ -119,3 +120,19 @@ def test_override_that_repeats_the_tensors_is_accepted():
 def test_override_of_another_kind_is_refused(overrides):
     (name,) = overrides
     assert name in error_of(convert.from_torch, random_state(SMALL["mlp"]), **overrides)
+
+
+@pytest.mark.parametrize("width", [192, 320, 384, 1024])
+def test_heads_are_told_for_dinov2_s_widths_and_for_narrower_models(width):
+    state = random_state(vit.ViTConfig(width, 1, width // 64, "mlp", img_size=14))
+    model = TorchModel(state)
+    assert model.config.num_heads == width // 64
+    assert model.claims["num_heads"].words in infer.GUESSES
+
+
+@pytest.mark.parametrize("width", [448, 512, 1280, 100])
+def test_heads_of_any_other_width_are_asked_for(width):
+    state = random_state(vit.ViTConfig(width, 1, 4, "mlp", img_size=14))
+    message = error_of(convert.from_torch, state)
+    assert f"of width {width}" in message and "--num-heads=N" in message
+    assert convert.from_torch(state, 4)[0].num_heads == 4

@@ -16,6 +16,7 @@ from sinder_jax import checkpoint, param_tree, vit
 SOURCE_FILES = {".safetensors": [".safetensors", ".safetensors.sha256"]}
 SOURCE_FILES[".pth"] = SOURCE_FILES[".safetensors"] + [".pth", ".pth.sha256"]
 CONFIG = vit.ViTConfig(64, 2, 1, "swiglu", img_size=28)
+HEADS = f"--num-heads={CONFIG.num_heads}"
 NUM_PARAMS = f"{param_tree.num_params(CONFIG):,} parameters"
 
 
@@ -65,7 +66,7 @@ def test_there_and_back_gives_the_same_bytes(suffix, source, state, tmp_path, ca
         pytest.importorskip("torch")
         writing.write_state_dict(tmp_path / "hub.pth", state)
         source = tmp_path / "hub.pth"
-    assert run("to-jax", source, tmp_path / "jax") == 0
+    assert run("to-jax", source, tmp_path / "jax", HEADS) == 0
     assert run("to-torch", tmp_path / "jax", tmp_path / f"back{suffix}") == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -160,7 +161,7 @@ def test_a_name_of_two_lines_gives_an_error_of_one(tmp_path, capsys):
         (["to-jax", "folder", "dst"], "directory"),
         (["to-jax", "broken.safetensors", "dst"], "damaged"),
         (["to-jax", "hf.safetensors", "dst"], "encoder.layer.0"),
-        (["to-jax", "nan.safetensors", "dst"], "NaN"),
+        (["to-jax", "nan.safetensors", "dst", HEADS], "NaN"),
         (["to-jax", "hub.safetensors", "dst", "--num-heads=5"], "num_heads=5"),
         (["to-jax", "hub.safetensors", "dst", "--interpolate-offset=nan"], "offset"),
         (["to-jax", "hub.safetensors", "dst", "--interpolate-antialias=1"], "true"),

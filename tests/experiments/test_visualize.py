@@ -16,7 +16,7 @@ from PIL import Image
 
 from experiments import visualize
 from loading import loaded
-from sinder_jax import checkpoint, cli, defects, loss, param_tree, vit
+from sinder_jax import checkpoint, cli, defects, families, loss, param_tree, vit
 from sinder_jax.data import decode
 from sinder_jax.model import Model
 
@@ -116,14 +116,17 @@ def test_compare_draws_a_second_row(photos, checkpoints, tmp_path, capsys):
 
 def test_what_is_drawn_is_computed_from_the_last_block():
     """Against the same steps written out, for another image shape than the grid's."""
-    models = [Model.of(CONFIG, make_params(CONFIG, seed)) for seed in (0, 1)]
-    image = np.random.default_rng(3).normal(size=(112, 140, 3)).astype(np.float32)
-    maps = visualize.observer(models, mask_thr=1.5)(image)
+    statistics = ((0.5, 0.6, 0.7), (0.1, 0.2, 0.3))  # of the second model
+    configs = [CONFIG, dataclasses.replace(CONFIG, statistics=statistics)]
+    models = [Model.of(each, make_params(CONFIG, i)) for i, each in enumerate(configs)]
+    pixels = np.random.default_rng(3).integers(0, 256, (112, 140, 3), np.uint8)
+    maps = visualize.observer(models, mask_thr=1.5)(pixels)
     direction = defects.singular_defect_directions(models[0].config, models[0].params)[
         -1
     ]
     assert len(maps) == 2
     for model, drawn in zip(models, maps, strict=True):
+        image = decode.normalize(pixels, families.of(model.config).statistics)
         (tokens,) = vit.ViT(model.config).apply(
             {"params": jax.device_put(model.params)},
             jnp.asarray(image[None]),
@@ -148,8 +151,8 @@ def test_registers_are_no_patches():
     config = dataclasses.replace(CONFIG, num_register_tokens=4)
     params = make_params(config, 0)
     params["register_tokens"] = params["register_tokens"] + 1e3
-    image = np.zeros((28, 42, 3), np.float32)
-    (maps,) = visualize.observer([Model.of(config, params)], mask_thr=4.0)(image)
+    pixels = np.zeros((28, 42, 3), np.uint8)
+    (maps,) = visualize.observer([Model.of(config, params)], mask_thr=4.0)(pixels)
     assert maps.norms.shape == (2, 3) and maps.norms.max() < 100
 
 
