@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments.run import heartbeat
-from sinder_jax import cli
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath
 
@@ -123,38 +122,21 @@ class Claim:
           OSError: it cannot be written; names the place in the workdir.
         """
         self.check()
-        target = self._workdir / name
-        staging = self.staging
-        if staging is None:
-            with files.replacing(target) as local:
-                yield local
-                self.check()
-            return
-        beside = ""
+        target, staging = self._workdir / name, self.staging
         try:
-            staging.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(
-                dir=staging, ignore_cleanup_errors=True
-            ) as beside:
-                yield Path(beside, target.name)
-                self.check()
+            if staging is not None:
+                staging.mkdir(exist_ok=True)
                 target.parent.mkdir(exist_ok=True)
-                for made in sorted(Path(beside).iterdir()):
-                    files.flush(made)
-                    made.replace(target.parent / made.name)
-                files.flush_entry(target.parent)
-        except OSError as error:
-            self.check()
-            message = cli.one_line(error)
-            if str(staging) not in message:
-                raise
-            where = str(target.parent)
-            raise OSError(message.replace(beside or str(staging), where)) from None
+            with files.replacing(target, staging, self.check) as local:
+                yield local
+        except OSError:
+            self.check()  # if the workdir was lost, that is the reason
+            raise
 
     def write(self, name: str, content: str) -> None:
         """Writes a small file of the workdir, whole or not at all; as `output`."""
         with self.output(name) as path:
-            files.write(path, content)
+            path.write_bytes(files.encoded(content))
 
     def release(self) -> None:
         """Gives the workdir up: the next start need not find out if this run is alive.

@@ -14,7 +14,7 @@ import glob
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,16 +24,23 @@ from sinder_jax.storage.paths import StrPath
 
 
 @contextmanager
-def replacing(path: StrPath) -> Iterator[Path]:
+def replacing(
+    path: StrPath,
+    staging: Path | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Iterator[Path]:
     """Yields a local path to write to; what is there at the end moves to `path`.
 
-    On a disk the local path is beside `path`, where a rename is atomic; what appears
-    survives a power loss. For a bucket it is in a temporary folder, and every file
-    beside it is uploaded too. After an exception nothing is left.
+    It is in a temporary folder, and every file that is written beside it moves along.
+    On a disk a rename moves it at once; what appears survives a power loss. Into a
+    bucket it is uploaded. After an exception nothing is left.
 
     Args:
       path: a file, replaced if it exists, or a folder that does not exist; on a disk
         its own folder must exist.
+      staging: a folder of the same disk, in which the temporary folder is made; None:
+        beside `path`.
+      check: called right before anything moves; raises to prevent it.
 
     Raises:
       OSError: the file or folder cannot be written; names `path`.
@@ -42,21 +49,25 @@ def replacing(path: StrPath) -> Iterator[Path]:
     if paths.is_remote(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder, path.name)
+            check()
             upload(Path(folder), path.parent)
         return
     # Names that begin so are ours, or were left by a killed process of the same number.
     # In a container that is always 1: only the rest of the name is never used twice.
-    ours = Path(path).with_name(f".{path.name}.{os.getpid()}.")
+    ours = Path(staging or path.parent, f".{path.name}.{os.getpid()}.")
     for left in ours.parent.glob(f"{glob.escape(ours.name)}*partial"):
         with suppress(OSError):  # another user's, or read-only: it does no harm
             remove(left)
     try:
-        with tempfile.TemporaryDirectory(".partial", ours.name, ours.parent) as folder:
-            partial = Path(folder, path.name)
-            yield partial
-            flush(partial)
-            os.replace(partial, path)
-            flush_entry(ours.parent)
+        with tempfile.TemporaryDirectory(
+            ".partial", ours.name, ours.parent, ignore_cleanup_errors=True
+        ) as folder:
+            yield Path(folder, path.name)
+            check()
+            for made in sorted(Path(folder).iterdir()):
+                flush(made)
+                os.replace(made, path.parent / made.name)
+            flush_entry(Path(path.parent))
     except OSError as error:
         if error.errno is None or not str(error.filename or ours).startswith(str(ours)):
             raise  # names what is wrong already
@@ -90,16 +101,18 @@ def remove(path: Path) -> None:
 
 
 def write(path: StrPath, content: str | bytes) -> None:
-    """Writes a file whole or not at all; text as UTF-8, file names in it escaped.
+    """Writes a file whole or not at all; text as `encoded`.
 
     Raises:
       OSError: the file cannot be written; names `path`.
     """
     with replacing(path) as partial:
-        if isinstance(content, str):
-            # A name that is not UTF-8 holds surrogates. Escaped they are as in JSON.
-            content = content.encode(errors="backslashreplace")
-        partial.write_bytes(content)
+        partial.write_bytes(encoded(content) if isinstance(content, str) else content)
+
+
+def encoded(text: str) -> bytes:
+    """Text as UTF-8; in file names that are not, surrogates are escaped as in JSON."""
+    return text.encode(errors="backslashreplace")
 
 
 def create(path: StrPath, content: str) -> None:
