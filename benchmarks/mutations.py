@@ -14,6 +14,7 @@ did. Linux only: peak memory is read from /proc.
 import argparse
 import collections
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -31,10 +32,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sinder_jax import cli
+
 SECONDS = 10.0
 START = 120.0  # seconds that a new worker may take to import everything
 SPARE = 64 * 2**20  # bytes of memory, beside twice the input
 ACCEPTED = ("right", "as stored", "refused")
+REFUSALS = ("error: ", "skipped, unreadable: ")  # the second of a photograph
 VERDICTS = (*ACCEPTED, "wrong", "traceback", "hang", "memory", "crash")
 
 
@@ -64,21 +68,35 @@ class Kind(NamedTuple):
       module: the program, whose `main` takes a list of arguments.
       trials: makes the trials in a folder, without end; the first one's input is not
         mutated and stays, that of the others may go when the next is asked for.
+      seconds: that one trial may take; None: `SECONDS`.
+      spare: bytes of memory that one may take, beside twice the input.
     """
 
     count: int
     module: str
     trials: Callable[[Path, np.random.Generator], Iterator[Trial]]
+    seconds: float | None = None
+    spare: float = SPARE
 
 
 def kinds() -> dict[str, Kind]:
     """All kinds of input by name; imported here, so that a worker need not."""
-    from benchmarks import mutated_pth, mutated_safetensors
+    from benchmarks import (
+        mutated_config,
+        mutated_images,
+        mutated_pth,
+        mutated_safetensors,
+    )
 
     convert = "convert.__main__"
     return {
         "safetensors": Kind(500, convert, mutated_safetensors.trials),
         "pth": Kind(300, convert, mutated_pth.trials),
+        "images": Kind(200, "experiments.visualize", mutated_images.trials),
+        # A value that is taken may compile another step, at 100 MB and seconds.
+        "config": Kind(
+            300, "experiments.repair", mutated_config.trials, 4 * SECONDS, 4 * SPARE
+        ),
     }
 
 
@@ -114,7 +132,8 @@ def run(
                 verdict, said = worker.verdict(first, START, spare=math.inf)
                 assert verdict == "right", f"{first.what}: {verdict}, {said}"
             trial = next(trials)
-            verdict, said = worker.verdict(trial)
+            seconds = kind.seconds or SECONDS
+            verdict, said = worker.verdict(trial, seconds, kind.spare)
             outcomes.append(Outcome(trial.what, verdict, said))
             if keep and trial.input and verdict not in ACCEPTED:
                 shutil.copy(trial.input, keep / f"{len(outcomes)}_{trial.input.name}")
@@ -159,7 +178,7 @@ class _Worker:
                 return "memory", f"{growth / 2**20:.0f} MB more; {said}"
             if code == 0:
                 return trial.judge(out), said
-        one_line = said.startswith("error: ") and said.count("\n") == 1
+        one_line = said.startswith(REFUSALS) and said.count("\n") == 1
         return ("refused" if code == 2 and one_line else "traceback"), said
 
     def _ask(self, arguments: list[str], seconds: float) -> Any:
@@ -184,7 +203,8 @@ def work(module: str) -> None:
         with contextlib.redirect_stderr(io.StringIO()) as error:
             code: int | str | None
             try:
-                code = main(json.loads(line))
+                arguments = json.loads(line)
+                code = cli.run(functools.partial(main, arguments))
             except SystemExit as ended:  # argparse
                 code = ended.code
             except BaseException:

@@ -104,9 +104,9 @@ def _published(name: str) -> families.Published:
         return MODELS[name]
     near = difflib.get_close_matches(name, MODELS, n=4) or MODELS
     raise ValueError(
-        f"{name!r} is not the name of a model: the nearest are {', '.join(near)}; a "
-        "Hugging Face id is owner/name, where owner is not a folder here and name does "
-        "not end like a file of weights"
+        f"got {name!r}, expected a path that exists, a model such as "
+        f"{', '.join(near)}, or a Hugging Face id owner/name whose owner is not a "
+        "folder here"
     )
 
 

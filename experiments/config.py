@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 CONFIGS = Path(__file__).parent / "configs"
+MOST_SHOWN = 80  # characters of a wrong value
 
 
 def load(name: str) -> ConfigDict:
@@ -93,12 +94,15 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> None:
         try:
             config[key] = _value(text, config[key])
         except ValueError as error:
-            raise ValueError(f"--config.{key} must be {error}, got {text!r}") from None
+            got = repr(text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}...")
+            raise ValueError(f"--config.{key} must be {error}, got {got}") from None
 
 
 def _value(text: str, old: Any) -> Any:
     """`text` as a value of the type of `old`; else raises what it must be."""
     if isinstance(old, str):
+        if "\0" in text:
+            raise ValueError("text without a NUL, which no path has")
         return text
     if isinstance(old, bool):
         if text.lower() not in ("true", "false"):

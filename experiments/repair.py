@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         say(
             f"{len(train)} photographs to repair on, {len(held_out)} others held out\n"
-            f"{batch} images per step on {used}"
+            f"{batch} image{'s' * (batch > 1)} per step on {used}"
         )
 
         # Model, factors and directions: computed once, read by every start and process.

@@ -94,7 +94,7 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
         **_life(alive, finished, now),
         "images": images,
         "max_iter": limit,
-        **_pace(alive.get("history") or [], images, limit),
+        **_pace(alive.get("history") or [], images, None if finished else limit),
         "share_without_defect": rows[-1].get("skipped") if rows else None,
         "history": config.get("history"),
         "stop_share": config.get("stop_share"),
@@ -124,7 +124,8 @@ def _life(alive: Row, finished: bool, now: float) -> dict[str, Any]:
     try:
         if alive:
             life = heartbeat.judge(alive, now=now)
-            running = max(0.0, now - alive["started"])
+            end = now if life.alive and not finished else alive["time"]
+            running = max(0.0, end - alive["started"])
     except (KeyError, TypeError, AttributeError):  # written by another version
         alive, life = {}, None
     return {
@@ -199,8 +200,10 @@ def lines(status: Mapping[str, Any]) -> list[str]:
     saved = "no state yet"
     if now.newest_state is not None:
         saved = f"state after {now.newest_state} images"
-    if not now.finished:
+    if not now.finished and now.alive is not False:
         saved += f"; a kill now would lose {now.images_lost_if_killed}"
+    elif now.images_lost_if_killed:
+        saved += f"; {now.images_lost_if_killed} after it will be seen again"
     saved += _list("; set aside as damaged: ", now.damaged_states)
     command = f": the first command again, --workdir={now.workdir}"
     if now.command:

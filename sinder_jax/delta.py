@@ -437,8 +437,8 @@ def check_scale(scale: float) -> None:
     """Raises ValueError unless `scale` is a share of the change that can be applied."""
     if not 0 < scale <= 1:
         raise ValueError(
-            f"scale must be above 0 and at most 1, got {scale}; to undo a repair, use "
-            "the base file"
+            f"got scale {scale:g}, expected above 0 and at most 1, the whole repair; "
+            "to undo a repair, use the base file"
         )
 
 

@@ -140,11 +140,11 @@ class RunningSVD:
     """Shows which kernel's SVD is running: the giant's 160 take minutes."""
 
     def __init__(self):
-        self._last = None
+        self._told: set[str] = set()
 
     def __call__(self, name: str, block: int) -> None:
         if sys.stderr.isatty():
             print(f"\rSVD of {name}, block {block} ", end="", file=sys.stderr)
-        elif self._last != name:
-            print(f"SVDs of {name}", flush=True)
-        self._last = name
+        elif name not in self._told:
+            print(f"SVDs of {name}", file=sys.stderr, flush=True)
+        self._told.add(name)

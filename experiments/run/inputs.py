@@ -31,6 +31,7 @@ from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.original import Original
 
 PLANTED = "planted"
+TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 AT_LEAST_1 = (
     "max_bad_steps",
     "log_every",
@@ -40,6 +41,14 @@ AT_LEAST_1 = (
     "keep_states",
 )
 LARGEST = 2**31 - 1  # positions are counted in int32
+# Keys that take memory, threads or hours at once; far above any sensible value.
+AT_MOST = {
+    "history": 10_000_000,
+    "images_per_step": 4096,
+    "num_probes": 100_000_000,
+    "read_threads": 256,
+    "read_workers": 256,
+}
 
 
 def repair_options(config: ConfigDict) -> repair.RepairOptions:
@@ -49,10 +58,15 @@ def repair_options(config: ConfigDict) -> repair.RepairOptions:
       ValueError: an option or an interval out of range.
     """
     for name, value in config.items():
-        least = int(name in AT_LEAST_1)
-        if isinstance(value, int) and not least <= value <= LARGEST:
+        least, most = int(name in AT_LEAST_1), AT_MOST.get(name, LARGEST)
+        if isinstance(value, int) and not least <= value <= most:
             raise ValueError(
-                f"config.{name} must be from {least} to {LARGEST}, got {value}"
+                f"config.{name} must be from {least} to {most}, got {value}"
+            )
+        if isinstance(value, float) and value and not TINY <= abs(value) <= HUGE:
+            raise ValueError(
+                f"config.{name} must be 0 or from {TINY:.1e} to {HUGE:.1e} in size, "
+                f"which is what float32 holds, got {value}"
             )
     fields = dataclasses.fields(repair.RepairOptions)
     options = {field.name: config[field.name] for field in fields}

@@ -20,6 +20,7 @@ from sinder_jax.families import Statistics
 
 MAX_ASPECT = 100  # long side / short side; beyond it one resized image fills gigabytes
 MAX_SIDE = 1792  # pixels of a picture to look at, as in the authors' visualization
+LARGEST_SIDE = 4096  # pixels of the short side; a mistyped one would fill all memory
 
 # Width and height of the shapes that `training_keep` cuts to: the usual ones of
 # cameras, and so few that a step is compiled at most seven times.
@@ -42,8 +43,10 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 # An honest photograph has a byte for every few pixels. A file that promises far more is
 # damaged or a decompression bomb, and is refused before memory is taken for it.
-SMALL = 2**23  # pixels that any file may hold
+SMALL = 8_000_000  # pixels that any file may hold
 MOST_PIXELS_PER_BYTE = 128
+
+BAND = 256  # rows that are put on white at a time
 
 
 # Pillow warns of broken EXIF and of large pictures, which are decoded all the same.
@@ -146,9 +149,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         high_byte = (np.asarray(image) // 256).astype(np.uint8)
         return Image.fromarray(high_byte).convert("RGB")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        return _on_white(image)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Band by band: at once, it would take five times the memory of the result."""
+    flat = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):
+        box = (0, top, image.width, min(top + BAND, image.height))
+        band = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", band.size, "white")
+        flat.paste(Image.alpha_composite(white, band).convert("RGB"), box)
+    return flat
 
 
 # --- Resizing, cropping ---------------------------------------------------------------
@@ -249,7 +262,12 @@ def visual_resize(
 
 
 def check_side(name: str, side: int, patch_size: int) -> None:
-    """Raises ValueError, with the nearest sizes, unless `side` is whole patches."""
+    """Raises ValueError, with the nearest sizes, unless `side` is whole patches.
+
+    And if it is above `LARGEST_SIDE`.
+    """
+    if side > LARGEST_SIDE:
+        raise ValueError(f"{name}: got {side} pixels, expected at most {LARGEST_SIDE}")
     if side > 0 and side % patch_size == 0:
         return
     below = max(1, side // patch_size) * patch_size

@@ -13,7 +13,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux
-@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "images"])
 def test_twenty_mutated_inputs_are_right_or_refused(kind):
     pytest.importorskip("torch")
     outcomes = mutations.run(kind, count=20)

@@ -199,7 +199,7 @@ def test_the_summary_counts_what_the_metrics_list(finished):
 def test_the_output_tells_the_way_and_the_result(finished):
     lines = finished.output.splitlines()
     assert lines[0] == "4 photographs to repair on, 4 others held out"
-    assert lines[1].startswith("1 images per step on 1 x ")
+    assert lines[1].startswith("1 image per step on 1 x ")
     progress = [line for line in lines if re.match(r"image \d+/400  ", line)]
     assert len(progress) == summary(finished)["images"] // 10  # log_every
     assert progress[0].startswith(f"image 10/400  block {planted.BLOCK}  loss ")

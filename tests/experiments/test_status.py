@@ -129,6 +129,20 @@ def test_losses_are_medians_of_the_first_and_last_hundred(tmp_path):
     assert (got["loss_at_start"], got["loss_now"]) == (49.5, 949.5)
 
 
+def test_a_finished_run_grows_no_older_and_has_nothing_left(tmp_path):
+    ended = sign(phase="finished")
+    workdir = make(tmp_path, alive=ended, summary={"finished": True})
+    for now in (1000.0, 10_000.0):
+        got = read(workdir, now)
+        assert (got["running_seconds"], got["seconds_left_at_most"]) == (90.0, None)
+
+
+def test_a_stopped_run_has_nothing_more_to_lose(tmp_path):
+    make(tmp_path, states=["6"], alive=sign(phase="stopped: SIGTERM"))
+    saved = screen(epath.Path(tmp_path))["saved"]
+    assert saved == "state after 6 images; 2 after it will be seen again"
+
+
 def test_many_bad_files_are_counted_and_five_named(tmp_path):
     rows = [row(i, layer=None, file=f"photos/{i % 9}.jpg") for i in range(20)]
     got = read(make(tmp_path, rows=rows))

@@ -496,7 +496,7 @@ def test_another_base_is_refused():
 @pytest.mark.parametrize("scale", [0.0, -0.5, 1.001, np.nan, np.inf])
 def test_a_scale_out_of_range_is_refused(scale):
     params, _, found, _ = extracted(SWIGLU)
-    with pytest.raises(ValueError, match="scale must be above 0 and at most 1"):
+    with pytest.raises(ValueError, match="expected above 0 and at most 1"):
         delta.apply(params, found, scale)
     with pytest.raises(ValueError, match="to undo a repair, use the base file"):
         delta.repaired_leaf(found, "norm/bias", params["norm"]["bias"], scale)

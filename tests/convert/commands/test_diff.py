@@ -6,6 +6,7 @@ import pytest
 import convert
 import golden
 from conversions import CONTAINERS, KINDS, loaded, refusal, repair, run, stored
+from convert.commands import lines
 from convert.files import reading, writing
 from samples import SMALL, random_params, read_state_dict
 from sinder_jax import factor, param_tree
@@ -53,6 +54,16 @@ def test_apply_of_diff_is_the_repaired_model(container, kind, tmp_path, capsys):
     steps = convert.open_model(target).provenance["steps"]
     assert "apply made.safetensors, SHA-256" in steps[-1]
     assert made.stat().st_size < 100_000
+
+
+def test_the_kernel_of_a_running_svd_is_told_once_and_not_on_stdout(capsys):
+    running = lines.RunningSVD()
+    for block in range(3):
+        for name in ("attn/v", "mlp/w3"):
+            running(name, block)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == "SVDs of attn/v\nSVDs of mlp/w3\n"
 
 
 def test_a_patch_fits_its_base_in_any_layout(tmp_path):

@@ -333,6 +333,9 @@ def test_sizes_that_are_no_whole_patches_raise_with_sizes_near_them(side):
             call(image, side)
     with pytest.raises(ValueError, match="such as 504 or 518"):
         crop(image, 510)
+    for call in (crop, keep, look_at):
+        with pytest.raises(ValueError, match="got 14000000 pixels, expected at most"):
+            call(image, 14_000_000)
 
 
 # --- The seven shapes -----------------------------------------------------------------
