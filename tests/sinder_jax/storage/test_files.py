@@ -135,6 +135,7 @@ def test_what_a_killed_process_of_this_number_left_stops_nothing(left, tmp_path)
     assert [x.name for x in outside.iterdir()] == ["kept"]
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX has threads, if a test started it
 @pytest.mark.skipif(not hasattr(os, "fork") or os.getuid(), reason="needs root")
 def test_what_another_user_left_stops_nothing(tmp_path):
     """Nobody removes from a folder with the sticky bit what somebody else made."""
