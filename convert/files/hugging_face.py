@@ -17,12 +17,7 @@ from sinder_jax import families, vit
 Contents = Mapping[str, Mapping[str, Any]]  # JSON objects by file name
 
 TYPES = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
-PROCESSING = (
-    "image_mean",
-    "image_std",
-    "image_processor_type",
-    "feature_extractor_type",
-)
+PROCESSING = {"image_mean", "image_std", "image_processor_type"}
 # The keys that a ViTConfig determines, by file.
 FIELDS = {
     CONFIG: """architectures model_type hidden_size num_hidden_layers
@@ -97,7 +92,7 @@ def _preprocessor_claims(contents: Contents) -> Iterator[Claim]:
         if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
             raise ValueError(f"{told.quote('rescale_factor')}, expected 1/255")
     # A processor that is named has statistics of its own where the file has none.
-    if not told.values.keys().isdisjoint(PROCESSING):
+    if PROCESSING & told.values.keys():
         yield statistics(told, "image_mean", "image_std")
 
 

@@ -17,7 +17,9 @@ DINOV2_HEADS = {**HEADS, "giant": (1536, 24)}  # another giant has 16
 
 def is_config(config: Mapping[str, Any]) -> bool:
     """True for a config.json of timm rather than of transformers."""
-    return "architecture" in config or "pretrained_cfg" in config
+    model_type = config.get("model_type", "timm_wrapper")  # as transformers saves it
+    named = "architecture" in config or "pretrained_cfg" in config
+    return named and model_type == "timm_wrapper"
 
 
 def claims(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> Iterator[Claim]:

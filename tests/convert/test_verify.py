@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import convert
 import golden
 from convert import layouts, saving, verify
-from sinder_jax import families, param_tree, vit
+from sinder_jax import checkpoint, families, param_tree, vit
 from sinder_jax.data import decode, listing
 from sinder_jax.model import Model
 
@@ -73,6 +73,38 @@ def test_missing_library_is_said_and_nothing_is_compared(
     verify.print_verdict(path, path, made=path)
     note = f"verify: {library} is not installed: not compared.\n"
     assert capsys.readouterr().out == note and path.exists()
+
+
+@pytest.mark.parametrize("told", ["by nobody", "by the user", "by the file"])
+def test_a_guess_that_both_sides_share_is_told(told, tmp_path, capsys):
+    pytest.importorskip("torch")
+    config = vit.ViTConfig(384, 1, 6, "mlp", img_size=28)
+    params = random_params(config)
+    checkpoint.save(tmp_path / "jax", config, params)
+    path = tmp_path / "a.safetensors"
+    if told == "by the file":
+        saving.save(path, Model.of(config, params), layouts.table_of("dinov2", config))
+    else:
+        save_file(convert.to_torch(config, params), path)
+    heads = 6 if told == "by the user" else None
+    verify.print_verdict(tmp_path / "jax", path, made=path, num_heads=heads)
+    out = capsys.readouterr().out
+    assert "agree with" in out
+    unchecked = "not checked: the number of attention heads, 6 on both sides"
+    assert (unchecked in out) == (told == "by nobody")
+
+
+def test_sides_of_different_configs_are_refused_with_the_difference(tmp_path):
+    pytest.importorskip("torch")
+    config = CONFIGS["mlp"]
+    params = random_params(config)
+    checkpoint.save(tmp_path / "jax", config, params)
+    other = dataclasses.replace(config, norm_epsilon=1e-5)
+    path, table = tmp_path / "a.safetensors", layouts.table_of("dinov2", other)
+    saving.save(path, Model.of(other, params), table)
+    with pytest.raises(ValueError, match=r"differ in norm_epsilon \(1e-06 and 1e-05"):
+        verify.print_verdict(tmp_path / "jax", path, made=path)
+    assert not path.exists()
 
 
 def test_photograph_has_the_size_of_the_stored_grid():

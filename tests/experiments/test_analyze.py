@@ -442,6 +442,20 @@ def test_pytorch_file_named_by_the_config_gives_the_numbers_of_the_checkpoint(tm
     np.testing.assert_array_equal(ours["gaps model"], theirs["gaps model"])
 
 
+def test_kept_numbers_are_those_of_the_model_s_own_values(models, photos, tmp_path):
+    """The digest is that of the weights, which the statistics are no part of."""
+    model = convert.open_model(models["first"])
+    own = dataclasses.replace(model.config, norm_epsilon=1e-3)
+    read = list(read_photos([photos / "a.png"], 56, 14))
+    paths = set()
+    for config in (model.config, own):
+        subject = Subject("model", dataclasses.replace(model, config=config))
+        cache = Cache(tmp_path / "cache")
+        study = Study([subject], None, read, options_of(), cache)
+        paths.add(cache.path(study.look(subject, read[0])))
+    assert len(paths) == 2
+
+
 def test_config_decides_size_detection_and_resampling(models, photos, tmp_path):
     class Args:
         config, checkpoint = "giant.py", str(models["first"])

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import itertools
+import json
+import math
 import re
 
 import jax
@@ -15,7 +17,7 @@ from jax.extend import core
 import convert
 import golden
 import reference
-from sinder_jax import factor, kernels, loss, param_tree, repair, vit
+from sinder_jax import factor, families, kernels, loss, param_tree, repair, vit
 
 TINY = {
     "mlp": vit.ViTConfig(16, 3, 2, "mlp", img_size=42),
@@ -457,6 +459,49 @@ def test_config_that_no_model_can_have_raises(field, value, message):
     config = vit.ViTConfig(64, 2, 4, "mlp")
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(config, **{field: value})
+
+
+OWN = {
+    "hidden_width": 96,
+    "norm_epsilon": 1e-3,
+    "statistics": [[0.5, 0.6, 0.7], [0.1, 0.2, 0.3]],
+}
+
+
+def test_a_model_s_own_values_replace_its_family_s():
+    config, family = vit.ViTConfig(64, 2, 4, "mlp"), families.named("dinov2")
+    own = dataclasses.replace(config, **OWN)
+    assert families.of(config) is family
+    assert (own.hidden_dim, config.hidden_dim) == (96, 256)
+    assert families.of(own).norm_epsilon == 1e-3
+    assert families.of(own).statistics.std == (0.1, 0.2, 0.3)
+    assert families.of(own).image_size == family.image_size
+    assert own == vit.ViTConfig(**json.loads(json.dumps(own.as_dict())))
+    assert hash(own) != hash(config)
+    # Whatever is as usual is not stored, so that there is one config for one model.
+    usual = {
+        "hidden_width": 256,
+        "norm_epsilon": 1e-6,
+        "statistics": family.statistics,
+    }
+    assert dataclasses.replace(own, **usual) == config
+    assert not set(OWN) & config.as_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("hidden_width", [0, -4]),
+        ("norm_epsilon", [-1e-6, math.nan, math.inf]),
+        ("statistics", [[], [[1, 2, 3]], [[1, 2, 3], [1, 2, 0]], ["abc", "abc"]]),
+        ("statistics", [[[1, 2, math.nan], [1, 2, 3]], [[1, 2, 3], [1, 2, 10**400]]]),
+    ],
+)
+def test_own_values_that_no_model_can_have_raise(field, values):
+    config = vit.ViTConfig(64, 2, 4, "mlp")
+    for value in values:
+        with pytest.raises(ValueError, match=r"must be|expected a mean of three"):
+            dataclasses.replace(config, **{field: value})
 
 
 # --- Pure functions -------------------------------------------------------------------

@@ -16,7 +16,11 @@ MLP = vit.ViTConfig(12, 5, 2, "mlp", img_size=28)
 REGISTERS = vit.ViTConfig(16, 5, 2, "mlp", img_size=28, num_register_tokens=4)
 
 
-MODELS = {"swiglu": SWIGLU, "mlp": MLP, "registers": REGISTERS}
+# An FFN that is narrower than the tokens: w3 has 12 singular values, not 16.
+NARROW = vit.ViTConfig(16, 5, 2, "swiglu", img_size=28, hidden_width=12)
+
+
+MODELS = {"swiglu": SWIGLU, "mlp": MLP, "registers": REGISTERS, "narrow": NARROW}
 
 
 SIZES = (0.0, 1e-6, 1e-4, 0.0, 1e-1)  # of ε, by block

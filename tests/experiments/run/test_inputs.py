@@ -17,7 +17,7 @@ from experiments import repair
 from experiments.run import inputs
 from experiments.run.workdir import Workdir
 from samples import read_state_dict
-from sinder_jax import checkpoint, param_tree, planted, vit
+from sinder_jax import checkpoint, families, param_tree, planted, vit
 from sinder_jax.data import listing
 
 PLAIN = vit.ViTConfig(64, 2, 1, "swiglu", img_size=28)
@@ -270,6 +270,18 @@ def test_a_checkpoint_of_another_image_size_is_still_that_model(small_hub, tmp_p
     model = inputs.load_model(given, tmp_path / "planted.safetensors")
     assert model.config.img_size == 56
     assert model.params["pos_embed"].shape == (1, 17, 64)
+
+
+def test_a_model_with_its_own_statistics_and_epsilon_is_still_that_model(
+    small_hub, tmp_path
+):
+    own = {"statistics": ((0.5, 0.6, 0.7), (0.1, 0.2, 0.3)), "norm_epsilon": 1e-5}
+    architecture = dataclasses.replace(PLAIN, **own)
+    checkpoint.save(tmp_path / "fine", architecture, weights(architecture))
+    given = config(model="dinov2_vits14", checkpoint=str(tmp_path / "fine"))
+    family = families.of(inputs.load_model(given).config)
+    assert family.statistics == own["statistics"]
+    assert family.norm_epsilon == own["norm_epsilon"]
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -1,5 +1,6 @@
 """run/results.py: measures over photographs, pictures and the files of a repair."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from experiments.run import results
 from experiments.run.workdir import Workdir
 from photos import crop, normalize, save_noise
 from samples import read_state_dict
-from sinder_jax import checkpoint, param_tree, vit
+from sinder_jax import checkpoint, families, param_tree, vit
 from sinder_jax.analysis import defective
 from sinder_jax.data import listing
 from sinder_jax.model import Model
@@ -240,6 +241,32 @@ def test_the_exported_files_hold_the_same_model(two_models, tmp_path):
     for file in files:
         _, params = convert.from_torch(read_state_dict(tmp_path / file))
         assert jax.tree.all(jax.tree.map(np.array_equal, params, two_models[0]))
+
+
+def test_exports_keep_statistics_and_what_the_files_said(two_models, tmp_path):
+    statistics = ((0.5, 0.6, 0.7), (0.1, 0.2, 0.3))
+    config = dataclasses.replace(CONFIG, statistics=statistics)
+    told = PROVENANCE | {"contents": {"config.json": {"organ": "liver"}}}
+    original = Model.of(config, ORIGINAL.params, told)
+    for name in results.export(Workdir(str(tmp_path)), original, two_models[0]):
+        model = convert.open_model(tmp_path / name)
+        assert families.of(model.config).statistics == statistics
+        assert model.provenance["contents"] == told["contents"]
+
+
+def test_photographs_are_normalized_by_the_model_s_statistics(
+    two_models, direction, photos
+):
+    config = dataclasses.replace(CONFIG, statistics=((0, 0, 0), (0.1, 0.1, 0.1)))
+    options = ConfigDict({"mask_thr": 1.0, "image_size": SIZE})
+    seen = [
+        results.Observer(each, two_models[0], direction, options).measure(
+            photos[:1], two_models[1], 1
+        )
+        for each in (CONFIG, config)
+    ]
+    first, second = (each["largest_to_median_norm"]["before"] for each in seen)
+    assert first != second
 
 
 def test_exports_say_where_the_weights_come_from(two_models, tmp_path):
