@@ -21,7 +21,7 @@ from convert.files.reading_pth import open_pth
 from convert.files.strangers import INDEX, WEIGHTS
 from convert.files.tensors import DTYPES, MOST_TEXT, Spec, StateDict, damaged
 from sinder_jax.storage import paths
-from sinder_jax.storage.errors import reason_of
+from sinder_jax.storage.errors import reading, reason_of
 from sinder_jax.storage.paths import StrPath
 
 FORMATS = (".pth", ".pt", ".bin", ".safetensors")
@@ -149,15 +149,18 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
                 path, "safetensors", f"its header has {length} of {size} bytes"
             )
         text = file.read(length)
-    try:
+
+    def unreadable(error: Exception) -> ValueError:
+        return damaged(path, "safetensors", reason_of(error))
+
+    # AttributeError: for a number format that NumPy lacks.
+    broken = (safetensors.SafetensorError, AttributeError, ValueError, RecursionError)
+    with reading(path, broken, unreadable):
         header = _parse(text)
         # The library checks that offsets meet without gap or overlap, that they agree
         # with the shapes, and that the file ends with the last of them.
         with safetensors.safe_open(path, framework="numpy"):
             pass
-    # SafetensorError, or AttributeError for a number format that NumPy lacks.
-    except Exception as error:
-        raise damaged(path, "safetensors", reason_of(error)) from None
     return header, 8 + length
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from convert.files import strangers
 from convert.files.tensors import MOST_TEXT, Spec, StateDict, damaged
 from sinder_jax.storage import paths
-from sinder_jax.storage.errors import reason_of
+from sinder_jax.storage.errors import reading, reason_of
 
 MOST_PICKLE = 2**20  # bytes; the giant's has 0.1 MB
 MOST_ENTRIES = 20_000
@@ -75,14 +75,12 @@ def open_pth(path: Path) -> StateDict:
     # Files older than PyTorch 1.6 are not zip archives and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     _check_archive(path) if mapped else _check_pickles(path)
-    try:
+    # Broken bytes make torch's unpickler raise anything.
+    with reading(path, (Exception,), lambda error: _unreadable(path, error)):
         with warnings.catch_warnings():
             # torch warns of pickles that are refused or read below in our own words.
             warnings.simplefilter("ignore")
             whole = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    # Broken bytes make the unpickler raise anything: EOFError, KeyError, OSError ...
-    except Exception as error:
-        raise _unreadable(path, error) from None
     nest, stored, left_out = _weights(whole)
     _check_is_state_dict(path, stored, torch.Tensor)
     specs = {key: _spec(path, tensor, size) for key, tensor in stored.items()}

@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,13 @@ import orbax.checkpoint as ocp
 
 from sinder_jax import param_tree
 from sinder_jax.storage import files, header, orbax_io, paths
-from sinder_jax.storage.errors import DamagedError, reason_of
+from sinder_jax.storage.errors import DamagedError, reading, reason_of
 from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.run_files import COMMITTED
 
 PART_BYTES = 64 * 2**20  # a part is closed once it holds this much
+# What Orbax, TensorStore and JSON raise on broken bytes.
+BROKEN = (ValueError, KeyError, IndexError, TypeError, AttributeError)
 PART = re.compile(r"metadata|arrays_\d+")
 
 
@@ -182,10 +184,8 @@ class Reader:
     def _check_shape(self, name: str, stored: Mapping[str, Any]) -> None:
         """Stops a damaged shape before TensorStore allocates memory for it."""
         folder = self._path / f"arrays_{stored['part']}" / name.replace("/", ".")
-        try:
+        with self._reading(name):
             shape = json.loads((folder / ".zarray").read_text())["shape"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(f"{name}: {reason_of(error)}") from None
         if shape != stored["shape"]:
             raise self._damaged(
                 f"{name} is stored as {shape}, its metadata says {stored['shape']}"
@@ -199,13 +199,17 @@ class Reader:
             restore_args=param_tree.unflatten({name: to_numpy}),
             partial_restore=True,
         )
-        try:
-            with orbax_io.checkpointer(orbax_io.arrays_handler) as checkpointer:
+        with orbax_io.checkpointer(orbax_io.arrays_handler) as checkpointer:
+            with self._reading(name):
                 tree = checkpointer.restore(self._path / f"arrays_{part}", args)
-            return param_tree.flatten(tree)[name]
-        # Orbax and TensorStore raise whatever the broken byte led to.
-        except Exception as error:
-            raise self._damaged(f"{name}: {reason_of(error)}") from None
+        return param_tree.flatten(tree)[name]
+
+    def _reading(self, name: str) -> AbstractContextManager[None]:
+        return reading(
+            self._path,
+            BROKEN,
+            lambda error: self._damaged(f"{name}: {reason_of(error)}"),
+        )
 
     def _damaged(self, reason: str) -> DamagedError:
         return header.damaged(self._path, reason)
@@ -227,11 +231,13 @@ def _read_header(path: AnyPath) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a checkpoint of {header.FORMAT}, it holds no metadata"
         )
-    try:
-        with orbax_io.checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
+
+    def damaged(error: Exception) -> DamagedError:
+        return header.damaged(path, f"metadata: {reason_of(error)}")
+
+    with orbax_io.checkpointer(ocp.JsonCheckpointHandler) as checkpointer:
+        with reading(path, BROKEN, damaged):
             found = checkpointer.restore(path / "metadata", ocp.args.JsonRestore())
-    except Exception as error:  # as in `Reader._restore`
-        raise header.damaged(path, f"metadata: {reason_of(error)}") from None
     header.check_header(path, found)
     return found
 

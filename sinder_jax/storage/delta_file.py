@@ -24,6 +24,8 @@ from sinder_jax.vit import ViTConfig
 
 FORMAT = "sinder_jax patch"
 VERSION = "1"
+# AttributeError: for a format that NumPy has no name for.
+BROKEN = (safetensors.SafetensorError, AttributeError, ValueError, TypeError)
 MAX_BYTES = 64 * 2**20  # the giant's delta has 1 MB
 
 
@@ -106,14 +108,13 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
             f"{path}: not a delta, it has {size:,.0f} MiB and a delta at most "
             f"{MAX_BYTES // 2**20}"
         )
-    try:
+    with errors.reading(
+        path, BROKEN, lambda error: _damaged(path, errors.reason_of(error))
+    ):
         with safetensors.safe_open(path, "numpy") as file:
             header = file.metadata() or {}
             keys = file.keys() if header.get("format") == FORMAT else []
             tensors = {key: file.get_tensor(key) for key in keys}
-    # SafetensorError, or AttributeError for a format that NumPy has no name for.
-    except Exception as error:
-        raise _damaged(path, errors.reason_of(error)) from None
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path}: not a delta; its format is {header.get('format')!r}, not "
