@@ -102,6 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = workdir.read_summary() if first else {}
         finished = told.get("finished") is True
         lost = results.damaged(workdir, told) if finished else []
+        if finished:
+            workdir.rewind_metrics(told["images"])
         if processes.from_first(np.array(finished and not lost)):
             say(f"{workdir.path} is finished: see {workdir.summary}")
             return 0

@@ -364,7 +364,9 @@ class Workdir:
             cli.warn(f"{self.path}: {lacking}")
             self._told = images
         self._lines = kept if paths.is_remote(self.path) else None
-        self._write(self.metrics.name, "".join(kept.values()))
+        text = "".join(kept.values())
+        if not self.metrics.exists() or self.metrics.read_bytes() != text.encode():
+            self._write(self.metrics.name, text)
 
     def _read_lines(self) -> dict[int, str]:
         if self._lines is not None:

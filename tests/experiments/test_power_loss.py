@@ -284,3 +284,13 @@ def test_a_run_counts_its_images_whatever_its_metrics_say(damage, stopped, whole
     assert lines(workdir) == want
     assert_same(workdir, whole, ["repaired.safetensors"])
     assert status.main([str(workdir)]) == 0
+
+
+def test_a_finished_run_tells_what_its_metrics_lack(whole, copy):
+    workdir, good = copy(whole), lines(whole)
+    (workdir / "metrics.jsonl").write_bytes(b"".join(good)[:-20])
+    for _ in range(2):
+        code, (told,) = start(workdir)
+        assert code == 0 and told.endswith("lacks 1 of 12 images: 11")
+        assert lines(workdir) == good[:-1]
+    assert_same(workdir, whole, WEIGHTS[:2])
