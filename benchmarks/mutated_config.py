@@ -44,7 +44,8 @@ def trials(folder: Path, rng: np.random.Generator) -> Iterator[Trial]:
     keys = sorted(config.keys())
     while True:
         key = str(rng.choice([*keys, *keys, *keys, "lrr", "", "lr.x"]))
-        fits = isinstance(config.get(key), str | bool) != bool(rng.integers(4))
+        is_text = key not in keys or isinstance(config[key], str | bool)
+        fits = is_text != bool(rng.integers(4))
         value = str(rng.choice(np.array(NUMBERS if fits else OTHERS, object)))
         if (key, value) in LONG:
             continue
