@@ -13,6 +13,7 @@ the first is woken up: it must end in one line with exit code 2, and no file may
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -149,7 +150,10 @@ def pause(workdir: Path, cache: Path, moment: float, want: dict) -> str:
     while not (workdir / "claims").exists() and first.process.exitcode is None:
         time.sleep(0.001)
     time.sleep(moment)
-    os.kill(first.process.pid, signal.SIGSTOP)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(first.process.pid, signal.SIGSTOP)
+    if first.process.exitcode is not None:
+        return "it had finished before"
     if (workdir / "summary.json").exists():
         os.kill(first.process.pid, signal.SIGCONT)
         first.end()

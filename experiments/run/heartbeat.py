@@ -206,7 +206,9 @@ def refuse_if_alive(workdir: AnyPath, claim: Mapping[str, Any] | None = None) ->
     first = _newest_sign(workdir, claim)
     if first is None or not judge(first, now=time.time()).alive:
         return
-    if first["process"] and first["process"] == _process(os.getpid()):
+    own = _process(os.getpid())
+    # With its number: start times are counted in hundredths of a second.
+    if own and (first["pid"], first["process"]) == (os.getpid(), own):
         return  # ourselves, a while ago
     now, facts = time.monotonic(), first
     while not judge(facts, now=time.time()).seen and facts["time"] == first["time"]:

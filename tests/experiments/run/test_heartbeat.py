@@ -207,6 +207,19 @@ def test_a_workdir_of_a_living_run_is_refused(tmp_path):
         heartbeat.refuse_if_alive(tmp_path)  # that is us
 
 
+def test_a_run_that_was_started_in_the_same_moment_is_another_one(
+    tmp_path, monkeypatch
+):
+    """Start times are counted in hundredths of a second."""
+    monkeypatch.setattr(heartbeat, "_process", lambda pid: {"space": "s", "start": "1"})
+    own = sign(process={"space": "s", "start": "1"})
+    (tmp_path / "alive.json").write_text(json.dumps(own))
+    heartbeat.refuse_if_alive(tmp_path)  # that is us
+    (tmp_path / "alive.json").write_text(json.dumps(own | {"pid": os.getpid() + 1}))
+    with pytest.raises(ValueError, match="another run writes to"):
+        heartbeat.refuse_if_alive(tmp_path)
+
+
 def written_phase(workdir):
     return facts(workdir)["phase"] == "repairing"
 
