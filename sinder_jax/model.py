@@ -219,6 +219,7 @@ def parse_description(told: Any) -> Description:
     """
     try:
         config = ViTConfig(**told["config"])
+        hash(config)  # a list in place of a number would be found only later
         provenance = dict(told["provenance"])
         digest = str(told["digest"])
     except (KeyError, TypeError, ValueError) as error:

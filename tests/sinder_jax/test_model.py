@@ -100,3 +100,13 @@ def test_models_of_two_architectures_are_refused_by_path_and_field(stored):
     with pytest.raises(ValueError, match=rf"{stored.path} and .*: num_heads \("):
         model.check_same_architecture(stored, second)
     model.check_same_architecture(stored, stored)
+
+
+def test_a_list_in_place_of_any_field_is_refused_in_one_line():
+    told = model.description(CONFIG, {})
+    for name in told["config"]:
+        for value in ([], {}, [[1]]):
+            wrong = told | {"config": told["config"] | {name: value}}
+            with pytest.raises(ValueError) as caught:
+                model.parse_description(wrong)
+            assert "\n" not in str(caught.value)
