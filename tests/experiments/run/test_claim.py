@@ -172,7 +172,7 @@ def test_a_run_that_was_taken_over_writes_nothing_more(workdir, tmp_path, monkey
     first.wait()
     elsewhere(monkeypatch)
     second = Workdir(workdir)
-    second.rewind_metrics(1)
+    second.check()
     before = contents(tmp_path)
     for write in (
         lambda: first.append_metrics([{"image": 1}]),
@@ -250,7 +250,7 @@ def test_a_state_on_its_way_does_not_appear(workdir, tmp_path, monkeypatch):
     assert ready.wait(30)
     elsewhere(monkeypatch)
     second = Workdir(workdir)
-    second.rewind_metrics(0)
+    second.check()
     unfinished = workdir / "states" / "00000003" / "arrays_0"
     unfinished.mkdir(parents=True, exist_ok=True)
     (unfinished / "x").write_bytes(b"1")
