@@ -729,7 +729,7 @@ def bad_checkpoint(kind: str, hub: Path, folder: Path) -> Path:
     "kind, message",
     [
         ("empty_folder", "empty_folder: not a checkpoint, but a directory"),
-        ("photo.png", "photo.png: unknown suffix '.png'"),
+        ("photo.png", "photo.png: a picture; give the same model"),
         ("truncated.safetensors", "truncated.safetensors: damaged"),
         ("truncated.pth", "truncated.pth: damaged"),
         ("truncated_checkpoint", "truncated_checkpoint: the checkpoint is damaged"),
@@ -775,7 +775,7 @@ def test_the_checkpoint_of_another_model_is_named_with_the_differences(
 
 
 def test_a_pth_without_torch_says_what_to_install(hub, tmp_path, monkeypatch, capsys):
-    (tmp_path / "model.pth").touch()
+    (tmp_path / "model.pth").write_bytes(b"PK\x03\x04")
     monkeypatch.setitem(sys.modules, "torch", None)
     given = f"--config.checkpoint={tmp_path / 'model.pth'}"
     line = failure(capsys, *SMALL, given, workdir=tmp_path / "run")
