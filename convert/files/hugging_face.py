@@ -17,6 +17,7 @@ from sinder_jax import families, vit
 Contents = Mapping[str, Mapping[str, Any]]  # JSON objects by file name
 
 TYPES = {"dinov2": "Dinov2", "dinov2_with_registers": "Dinov2WithRegisters"}
+DEFAULT_HEADS = 12  # of Dinov2Config
 PROCESSING = {"image_mean", "image_std", "image_processor_type"}
 # The keys that a ViTConfig determines, by file.
 FIELDS = {
@@ -67,6 +68,9 @@ def _config_claims(
     yield from config.claims("hidden_size", "embed_dim", integer)
     yield from config.claims("num_hidden_layers", "depth", integer)
     yield from config.claims("num_attention_heads", "num_heads", integer)
+    if "num_attention_heads" not in config.values and "model_type" in config.values:
+        words = f"no num_attention_heads in {CONFIG}, for which transformers takes"
+        yield Claim("num_heads", DEFAULT_HEADS, f"{words} {DEFAULT_HEADS}")
     yield from config.claims("head_dim", "num_heads", lambda x: width // side(x))
     yield from config.claims("patch_size", "patch_size", side)
     yield from config.claims(

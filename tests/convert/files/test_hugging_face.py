@@ -117,6 +117,16 @@ def test_features_are_those_of_transformers_and_config_json_comes_back(case, tmp
     assert again.config.mlp_ratio == model.config.mlp_ratio
 
 
+def test_heads_that_are_not_written_are_transformers_default(tmp_path):
+    """12, where DINOv2 has 6 at this width: a config leaves out what is the default."""
+    folder = tmp_path / "hf"
+    model = save(folder, hidden_size=384, num_attention_heads=12)
+    edit(folder, num_attention_heads=...)
+    opened = convert.open_model(folder)
+    assert opened.config.num_heads == 12
+    assert distance(opened.config, opened.params, model) < 1e-5
+
+
 def test_epsilon_makes_a_difference_that_the_test_above_would_see(tmp_path):
     model = save(tmp_path / "theirs", layer_norm_eps=1e-2)
     edit(tmp_path / "theirs", layer_norm_eps=1e-6)
