@@ -10,11 +10,13 @@ number of processes. A run that is asked to stop saves its state and ends with e
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
+from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments import config as config_files
 from experiments.run import cluster, compiled, inputs, results, sinks, tracing
@@ -228,18 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if journal.stop:
             stopped_by = stopping.asked or "a signal to another process"
             if first:
-                summary = {
-                    "finished": False,
-                    "model": config.model,
-                    "stopped_by": stopped_by,
-                    "go_on": own_command(),
-                    **dataclasses.asdict(counts),
-                }
-                workdir.write_summary(summary)
-                print(
-                    f"stopped after {counts.images} images, all saved in "
-                    f"{workdir.path}: run the same command to resume"
-                )
+                write_stopped(workdir, config, counts, stopped_by)
             heartbeat.phase(f"stopped: {stopped_by}")
             return cli.TRY_AGAIN
 
@@ -253,21 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written = results.write(
             workdir, config, original, observer, sets, saved, repaired
         )
-        seconds = time.monotonic() - began
-        summary = {
-            "finished": True,
-            "model": config.model,
-            **dataclasses.asdict(counts),
-            **written,
-            "seconds": round(seconds, 1),
-        }
-        workdir.write_summary(summary)
-        unreadable = len(counts.unreadable_files)
-        skipped = f", {unreadable} unreadable files skipped" if unreadable else ""
-        print(
-            f"finished after {counts.images} images{skipped} in "
-            f"{duration(seconds)}: {workdir.summary}"
-        )
+        write_finished(workdir, config, counts, written, time.monotonic() - began)
         return 0
     return cli.TRY_AGAIN  # told to stop where nothing had to be saved
 
@@ -281,6 +258,50 @@ def save(workdir: Workdir, runner: Runner, counts: Counts, basis: str) -> None:
         saved = runner.saved()
         metadata = {"counts": dataclasses.asdict(counts), stored.BASIS: basis}
         workdir.save_state(int(saved["num_images"]), saved, metadata)
+
+
+def write_stopped(
+    workdir: Workdir, config: ConfigDict, counts: Counts, stopped_by: str
+) -> None:
+    """Writes the summary of a run that will go on, and says so."""
+    workdir.write_summary(
+        {
+            "finished": False,
+            "model": config.model,
+            "stopped_by": stopped_by,
+            "go_on": own_command(),
+            **dataclasses.asdict(counts),
+        }
+    )
+    print(
+        f"stopped after {counts.images} images, all saved in {workdir.path}: run the "
+        "same command to resume"
+    )
+
+
+def write_finished(
+    workdir: Workdir,
+    config: ConfigDict,
+    counts: Counts,
+    written: Mapping[str, Any],
+    seconds: float,
+) -> None:
+    """Writes the summary of a finished run, with what `results.write` returned."""
+    workdir.write_summary(
+        {
+            "finished": True,
+            "model": config.model,
+            **dataclasses.asdict(counts),
+            **written,
+            "seconds": round(seconds, 1),
+        }
+    )
+    unreadable = len(counts.unreadable_files)
+    skipped = f", {unreadable} unreadable files skipped" if unreadable else ""
+    print(
+        f"finished after {counts.images} images{skipped} in {duration(seconds)}: "
+        f"{workdir.summary}"
+    )
 
 
 def passes(every: int, position: int, batch: int) -> bool:
