@@ -19,7 +19,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments import config as config_files
-from experiments.run import cluster, compiled, inputs, results, sinks, tracing
+from experiments.run import (
+    cluster,
+    compiled,
+    first_start,
+    inputs,
+    results,
+    sinks,
+    tracing,
+)
 from experiments.run.cluster import Vote
 from experiments.run.heartbeat import Heartbeat, own_command
 from experiments.run.journal import Counts, Dispatched, Journal
@@ -91,14 +99,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # images_per_step is part of the result; devices only divide its images.
 
         def settle() -> None:
-            inputs.check_same_weights(config, workdir)
-            workdir.settle_config(config, jax.device_count(), force=args.force)
-            workdir.settle_photographs(inputs.stamps(train), force=args.force)
+            first_start.check_weights(workdir, config)
+            first_start.settle_config(
+                workdir, config, jax.device_count(), force=args.force
+            )
+            stamped = first_start.stamps(train)
+            first_start.settle_photographs(workdir, stamped, force=args.force)
 
         processes.in_first(settle)
         batch = int(processes.from_first(np.array(config.images_per_step)))
         if not first:
-            workdir.settle_config(config, batch, force=args.force)
+            first_start.settle_config(workdir, config, batch, force=args.force)
         batches.check_resize(config.resize, batch)
         devices = choose_devices(batch, processes.processes)
         told = workdir.read_summary() if first else {}

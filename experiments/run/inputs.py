@@ -7,8 +7,7 @@ Model --prepare--> model, factors and directions in workdir/frozen
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -138,17 +137,6 @@ def is_readable(photograph: Photograph) -> bool:
     return True
 
 
-def stamps(train: Sequence[Photograph]) -> run_files.Photographs:
-    """Name of each photograph of the training list, and its `stamp`."""
-    with ThreadPoolExecutor(16) as pool:  # a network disk answers one after the other
-        return [
-            (photograph.name, stamp)
-            for photograph, stamp in zip(
-                train, pool.map(lambda each: each.stamp(), train), strict=True
-            )
-        ]
-
-
 def resumes(workdir: str) -> bool:
     """True if a workdir holds the model of a run, which goes on with that model."""
     path = paths.as_path(workdir)
@@ -161,7 +149,8 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
 
     Args:
       config: the run's config.
-      resumes: True if the workdir holds the model, which `check_same_weights` compares.
+      resumes: True if the workdir holds the model, which `first_start.check_weights`
+        compares.
 
     Raises:
       ValueError: an unknown model or no checkpoint; says what to fetch and to run.
@@ -192,39 +181,6 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
     if not (resumes or path.exists()):
         raise FileNotFoundError(
             f"{config.checkpoint} does not exist; {how_to_get(config.model)}"
-        )
-
-
-def check_same_weights(config: ConfigDict, workdir: Workdir) -> None:
-    """Refuses to resume with other weights than those that the run started from.
-
-    A run goes on with the model in its workdir. So the checkpoint may have been moved,
-    or be gone; only one that holds other weights is refused.
-
-    Raises:
-      ValueError: other weights; names both paths and digests.
-      FileNotFoundError: the checkpoint does not exist, nor was it the first one.
-    """
-    if not (config.checkpoint and workdir.frozen.exists()):
-        return
-    first = workdir.stored_config()
-    if first.get("model") != config.model:  # `Workdir.settle_config` says so
-        return
-    path, before = paths.as_path(config.checkpoint), first.get("checkpoint")
-    if not path.exists() and config.checkpoint == before:
-        cli.warn(f"{path} is gone: resuming with the model stored in {workdir.frozen}")
-        return
-    try:
-        known = original.model_digest(workdir.frozen)
-    except DamagedError:
-        return  # `prepare` makes it again, and compares
-    found = convert.open_model(path).digest
-    if found != known:
-        raise ValueError(
-            f"{workdir.path} holds a run that started from other weights: {before} "
-            f"with digest {known[:12]}, now {path} with digest {found[:12]}; choose "
-            "another --workdir, or give the weights of the first start, or "
-            "--config.checkpoint= to resume with the model stored in the workdir"
         )
 
 

@@ -8,38 +8,18 @@ finished, or how far it came. An object in a bucket cannot grow, so there metric
 is written again before each state.
 """
 
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from experiments.run.claim import Claim
 from sinder_jax import checkpoint, cli
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.paths import AnyPath, StrPath
-from sinder_jax.storage.run_files import Photographs
 from sinder_jax.storage.snapshots import Snapshots
-
-# Keys that may change when a run is resumed: they do not affect the result.
-FREE_KEYS = (
-    "checkpoint",
-    "checkpoint_every",
-    "keep_every",
-    "keep_states",
-    "log_every",
-    "max_bad_steps",
-    "picture_every",
-    "read_threads",
-    "read_workers",
-    "split_model",
-    "tensorboard",
-    "wandb_project",
-)
 
 
 class Workdir:
@@ -55,6 +35,8 @@ class Workdir:
       keep_last, keep_every: which states are kept, see `snapshots.Snapshots`.
 
     Attributes:
+      config: the run's config once it is settled, to be stored with each state; then
+        config.json must exist.
       claim: of this process to the folder; None for a process that does not write.
 
     Raises:
@@ -78,7 +60,7 @@ class Workdir:
         self.metrics = self.path / run_files.METRICS
         self.summary = self.path / run_files.SUMMARY
         self._kept: dict[str, Any] = {"keep_last": keep_last, "keep_every": keep_every}
-        self._config: dict[str, Any] = {}
+        self.config: dict[str, Any] = {}
         self._lines: dict[int, str] | None = None  # of metrics.jsonl, only for a bucket
         self._told = ""  # the images without a line that were told
         self._states: Snapshots | None = None
@@ -117,112 +99,6 @@ class Workdir:
                     paths.remove(partial)
         return claim
 
-    # --- Config ---------------------------------------------------------------------
-
-    def settle_config(
-        self, config: ConfigDict, images_per_step: int, *, force: bool = False
-    ) -> None:
-        """Stores the config, or compares it with the stored one of the first start.
-
-        Args:
-          config: an `images_per_step` of 0 is replaced by the stored number or, at the
-            first start, by the argument.
-          images_per_step: for the first start.
-          force: resume with a config that changes the result. Keeps the previous config
-            as config.json.before_1 and so on.
-
-        Raises:
-          ValueError: keys that change the result differ; names them.
-        """
-        path = self.path / run_files.CONFIG
-        made = self.frozen.exists() or self.summary.exists()
-        # Else nothing was computed with another config.
-        first = not made and not run_files.numbered(self.states)
-        stored = {} if first else self.stored_config()
-        per_step = images_per_step if first else stored["images_per_step"]
-        config.images_per_step = config.images_per_step or per_step
-        changed = "; ".join(
-            f"{key} was {stored.get(key)!r} and is {value!r}"
-            for key, value in config.items()
-            if not first and stored.get(key) != value and key not in FREE_KEYS
-        )
-        if changed and not force:
-            raise ValueError(
-                f"{self.path} holds a run with another config: {changed}; choose "
-                "another --workdir, or use the config of the first start, or --force "
-                "to resume with the new one"
-            )
-        if self.writes and changed:
-            self._keep(path, f"with another config: {changed}")
-        if self.writes and (first or changed):
-            self._write(path.name, _as_text(config.to_dict()))
-        self._config = config.to_dict()  # from now on, config.json must exist
-
-    def stored_config(self) -> dict[str, Any]:
-        """The config of the first start; if its file is damaged, from a state.
-
-        Raises:
-          ValueError: there is no state either.
-        """
-        path = self.path / run_files.CONFIG
-        try:
-            return run_files.read_json(path)
-        except (FileNotFoundError, ValueError) as error:
-            lost = isinstance(error, FileNotFoundError)
-            reason = f"{path} is missing" if lost else str(error)
-            newest = checkpoint.load_newest(self.states)
-            if newest is None:
-                raise ValueError(
-                    f"{reason} and no state holds what it said: put it back from a "
-                    "copy, or choose another --workdir"
-                ) from None
-            cli.warn(f"{reason}; it is written again from state {newest.path.name}")
-            if self.writes:
-                self._write(path.name, _as_text(newest.metadata["config"]))
-            return newest.metadata["config"]
-
-    def settle_photographs(
-        self,
-        photographs: Photographs,
-        *,
-        force: bool = False,
-    ) -> None:
-        """Stores the training list, or compares it with that of the first start.
-
-        Image k of a run is photograph k modulo their number, so another list changes
-        every image from now on. A file that was replaced under its name is only told.
-
-        Args:
-          photographs: name and stamp of each, see `inputs.stamps`.
-          force: resume with another list. Keeps the one before as
-            photographs.json.before_1 and so on.
-
-        Raises:
-          ValueError: another list, or the stored one is damaged; names the first
-            difference.
-        """
-        path = self.path / run_files.PHOTOGRAPHS
-        if self.frozen.exists() and path.exists():
-            listed, told = _changes(run_files.read_photographs(path), photographs)
-            if not told:
-                return
-            if listed and not force:
-                raise ValueError(
-                    f"{self.path} holds a run with {told}; choose another --workdir, "
-                    "or give the photographs of the first start, or --force to resume "
-                    "with these"
-                )
-            self._keep(path, f"with {told}")
-        self._write(path.name, run_files.photographs_text(photographs))
-
-    def _keep(self, path: AnyPath, told: str) -> None:
-        """Keeps a file of the start before under another name, and warns."""
-        number = 1
-        while (before := path.with_name(f"{path.name}.before_{number}")).exists():
-            number += 1
-        self._write(before.name, path.read_text())
-        cli.warn(f"{self.path} goes on {told}; the previous one is {before.name}")
-
     def check(self) -> None:
         """Refuses to write into a workdir that was lost or removed since the start.
 
@@ -235,7 +111,7 @@ class Workdir:
         self._owned().check()
         if paths.is_remote(self.path):
             return
-        settled = not self._config or (self.path / run_files.CONFIG).exists()
+        settled = not self.config or (self.path / run_files.CONFIG).exists()
         if not (self.path.is_dir() and settled):
             raise FileNotFoundError(
                 f"--workdir={self.path} was removed during the run: "
@@ -247,9 +123,14 @@ class Workdir:
             raise RuntimeError("this process must leave writing to process 0")
         return self.claim
 
-    def _write(self, name: str, content: str) -> None:
+    def write(self, name: str, content: str) -> None:
+        """Writes a small file of the workdir, whole or not at all."""
         self.check()
         self._owned().write(name, content)
+
+    def write_json(self, name: str, values: Mapping[str, Any]) -> None:
+        """Writes an object as JSON; as `write`."""
+        self.write(name, json.dumps(values, indent=2) + "\n")
 
     # --- States ---------------------------------------------------------------------
 
@@ -273,7 +154,7 @@ class Workdir:
         """
         self.check()
         self._sync_metrics()
-        values = {"config": self._config, "position": num_images}
+        values = {"config": self.config, "position": num_images}
         self._open_states().save(num_images, saved, {**(metadata or {}), **values})
 
     def load_state(self) -> checkpoint.Newest | None:
@@ -366,7 +247,7 @@ class Workdir:
         self._lines = kept if paths.is_remote(self.path) else None
         text = "".join(kept.values())
         if not self.metrics.exists() or self.metrics.read_bytes() != text.encode():
-            self._write(self.metrics.name, text)
+            self.write(self.metrics.name, text)
 
     def _read_lines(self) -> dict[int, str]:
         if self._lines is not None:
@@ -376,7 +257,7 @@ class Workdir:
     def _sync_metrics(self) -> None:
         """Makes the lines durable: no state may exist without the lines up to it."""
         if self._lines is not None:
-            self._write(self.metrics.name, "".join(self._lines.values()))
+            self.write(self.metrics.name, "".join(self._lines.values()))
         elif self.writes and not paths.is_remote(self.path) and self.metrics.exists():
             with _naming(self.metrics):
                 files.flush(Path(self.metrics))
@@ -423,7 +304,7 @@ class Workdir:
             self.rewind_metrics(values["images"])
         self._sync_metrics()
         self.wait()
-        self._write(self.summary.name, _as_text(values))
+        self.write_json(self.summary.name, values)
 
     def read_summary(self) -> dict[str, Any]:
         """What summary.json says; empty if it is missing or, with a warning, damaged.
@@ -437,29 +318,6 @@ class Workdir:
         except ValueError as error:
             cli.warn(f"{error}; it is written again")
             return {}
-
-
-def _as_text(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, indent=2) + "\n"
-
-
-def _changes(before: Photographs, now: Photographs) -> tuple[bool, str]:
-    """If two training lists differ, and in what; empty if not even a file does."""
-    pairs = itertools.zip_longest(before, now, fillvalue=("none", None))
-    different = [(k, was, new) for k, (was, new) in enumerate(pairs) if was != new]
-    for image, (was, _), (new, _) in different:
-        if was != new:
-            return True, (
-                f"other photographs: {len(before)} then, {len(now)} now (the first "
-                f"that differs: image {image} was {was} and is {new})"
-            )
-    if not different:
-        return False, ""
-    first = different[0][1][0]
-    return False, (
-        f"{len(different)} of {len(now)} photographs replaced under their names, by "
-        f"files of other sizes or times (the first is {first})"
-    )
 
 
 @contextmanager

@@ -2,28 +2,20 @@
 
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import bucket
 import convert
 from convert.files import writing
 from experiments import config as config_files
-from experiments import repair
 from experiments.run import inputs
-from experiments.run.workdir import Workdir
 from samples import read_state_dict
 from sinder_jax import checkpoint, families, param_tree, planted, vit
 from sinder_jax.data import listing
-
-PLAIN = vit.ViTConfig(64, 2, 1, "swiglu", img_size=28)
-REGISTERS = dataclasses.replace(
-    PLAIN, num_register_tokens=4, interpolate_antialias=True, interpolate_offset=0.0
-)
+from small_runs import PLAIN, REGISTERS, weights
 
 
 def config(name: str = "small.py", **changes):
@@ -32,34 +24,11 @@ def config(name: str = "small.py", **changes):
     return changed
 
 
-def weights(architecture: vit.ViTConfig, seed: int = 0):
-    rng = np.random.default_rng(seed)
-    shapes = param_tree.flatten(param_tree.shapes(architecture))
-    params = {p: rng.normal(size=x.shape).astype(np.float32) for p, x in shapes.items()}
-    return param_tree.unflatten(params)
-
-
 def assert_same(params, expected):
     params, expected = param_tree.flatten(params), param_tree.flatten(expected)
     assert params.keys() == expected.keys()
     for path in expected:
         np.testing.assert_array_equal(params[path], expected[path], err_msg=path)
-
-
-@pytest.fixture
-def photos(tmp_path) -> Path:
-    folder = tmp_path / "photos"
-    for i, name in enumerate(["a.png", "b.png", "c/d.png", "e.png", "f.png"]):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 20), (i, i, i)).save(folder / name)
-    return folder
-
-
-@pytest.fixture
-def small_hub(monkeypatch):
-    """Two hub names that mean models small enough to be written here."""
-    monkeypatch.setitem(vit.CONFIGS, "dinov2_vits14", PLAIN)
-    monkeypatch.setitem(vit.CONFIGS, "dinov2_vits14_reg", REGISTERS)
 
 
 # --- Photographs ----------------------------------------------------------------------
@@ -297,152 +266,6 @@ def test_planted_weights_go_through_a_file_in_hub_layout(seed, tmp_path):
 
 
 # --- Weights and photographs of a run that goes on ------------------------------------
-
-
-@pytest.fixture
-def begun(small_hub, photos, tmp_path) -> list[str]:
-    """The command of a run that was started on a small model.
-
-    The model is `tmp_path / "first"`, its weights are `weights(PLAIN)`.
-    """
-    checkpoint.save(tmp_path / "first", PLAIN, weights(PLAIN))
-    command = [
-        "--config=small.py",
-        f"--workdir={tmp_path / 'run'}",
-        f"--config.checkpoint={tmp_path / 'first'}",
-        f"--config.data={photos}",
-        "--config.image_size=28",
-        "--config.images_per_step=1",
-    ]
-    settings = config_files.load("small.py")
-    config_files.override(settings, command[2:])
-    with Workdir(tmp_path / "run") as workdir:
-        workdir.settle_config(settings, 1)
-        if hasattr(inputs, "stamps"):
-            train, _ = inputs.photographs(settings, say=print)
-            workdir.settle_photographs(inputs.stamps(train))
-        inputs.prepare(settings, workdir, print)
-    return command
-
-
-class GoesOn(Exception):
-    """A run has accepted what it was started with."""
-
-
-def resume(command: list[str], *arguments: str) -> str:
-    """Error of a start with the same command, plus arguments; empty if it goes on."""
-
-    def choose_devices(*_):
-        raise GoesOn
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(repair, "choose_devices", choose_devices)
-        try:
-            repair.main([*command, *arguments])
-        except GoesOn:
-            return ""
-        except (ValueError, OSError) as error:
-            assert "\n" not in str(error)
-            return str(error)
-    raise AssertionError("neither refused nor accepted")
-
-
-@pytest.mark.parametrize("same_path", [False, True])
-def test_other_weights_at_resume_are_refused_with_both_paths_and_digests(
-    same_path, begun, tmp_path
-):
-    other = tmp_path / ("first" if same_path else "second")
-    shutil.rmtree(other, ignore_errors=True)
-    checkpoint.save(other, PLAIN, weights(PLAIN, seed=1))
-    line = resume(begun, f"--config.checkpoint={other}")
-    digests = (param_tree.digest(weights(PLAIN, seed=seed))[:12] for seed in (0, 1))
-    assert line.startswith(
-        f"{tmp_path / 'run'} holds a run that started from other weights: "
-        f"{tmp_path / 'first'} with digest {next(digests)}, now {other} with digest "
-        f"{next(digests)}; choose another --workdir"
-    )
-    assert resume(begun, f"--config.checkpoint={other}", "--force") == line
-    assert not resume(begun, "--config.checkpoint=")
-
-
-def test_the_same_weights_may_lie_anywhere_or_be_gone_at_resume(
-    begun, tmp_path, capsys
-):
-    state = convert.to_torch(PLAIN, weights(PLAIN))
-    writing.write_state_dict(tmp_path / "same.safetensors", state)
-    assert not resume(begun)
-    assert not resume(begun, f"--config.checkpoint={tmp_path / 'same.safetensors'}")
-    assert capsys.readouterr().err == ""
-    shutil.rmtree(tmp_path / "first")
-    assert not resume(begun)
-    assert capsys.readouterr().err == (
-        f"warning: {tmp_path / 'first'} is gone: resuming with the model stored in "
-        f"{tmp_path / 'run' / 'frozen'}\n"
-    )
-    nowhere = f"--config.checkpoint={tmp_path / 'nowhere'}"
-    assert str(tmp_path / "nowhere") in resume(begun, nowhere)
-
-
-def test_other_photographs_at_resume_are_refused_until_forced(
-    begun, photos, tmp_path, capsys
-):
-    (photos / "b.png").rename(photos / "aa.png")
-    Image.new("RGB", (30, 20)).save(photos / "g.png")
-    line = resume(begun)
-    assert line.startswith(
-        f"{tmp_path / 'run'} holds a run with other photographs: 5 then, 6 now (the "
-        f"first that differs: image 1 was {photos / 'b.png'} and is "
-        f"{photos / 'aa.png'}); choose another --workdir"
-    )
-    assert resume(begun) == line
-    assert not resume(begun, "--force")
-    assert "other photographs: 5 then, 6 now" in capsys.readouterr().err
-    assert (tmp_path / "run" / "photographs.json.before_1").exists()
-    assert not resume(begun)
-    assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("more", [True, False])
-def test_a_longer_or_shorter_list_is_another_one(more, begun, photos):
-    if more:
-        Image.new("RGB", (30, 20)).save(photos / "g.png")
-        assert f"image 5 was none and is {photos / 'g.png'}" in resume(begun)
-    else:
-        (photos / "f.png").unlink()
-        assert f"image 4 was {photos / 'f.png'} and is none" in resume(begun)
-
-
-def test_a_photograph_replaced_under_its_name_is_told_once(begun, photos, capsys):
-    assert not resume(begun)
-    assert capsys.readouterr().err == ""
-    Image.new("RGB", (60, 40)).save(photos / "e.png")
-    os.utime(photos / "f.png", ns=(0, 0))
-    assert not resume(begun)
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert "2 of 5 photographs replaced under their names" in told
-    assert f"(the first is {photos / 'e.png'})" in told
-    assert not resume(begun)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_run_of_an_earlier_version_takes_the_photographs_that_are_there(
-    begun, tmp_path, capsys
-):
-    (tmp_path / "run" / "photographs.json").unlink()
-    assert not resume(begun)
-    assert capsys.readouterr().err == ""
-    assert (tmp_path / "run" / "photographs.json").exists()
-
-
-@pytest.mark.parametrize("content", ["", "{}", '{"photographs": [["a.png"]]}', "\0"])
-def test_a_damaged_list_of_photographs_is_one_line(content, begun, tmp_path):
-    file = tmp_path / "run" / "photographs.json"
-    file.write_text(content)
-    assert resume(begun).startswith(f"{file} is damaged (")
-
-
-# --- In a bucket ----------------------------------------------------------------------
 
 
 def test_a_checkpoint_may_lie_in_a_bucket_but_not_a_pytorch_file(

@@ -1,6 +1,5 @@
 """run/workdir.py: what a run stores, and what a second start makes of it."""
 
-import json
 import shutil
 import time
 from pathlib import Path
@@ -9,31 +8,12 @@ import numpy as np
 import pytest
 
 import bucket as buckets
-from experiments import config as config_files
-from experiments.run.workdir import FREE_KEYS, Workdir
+from experiments.run import first_start
+from experiments.run.workdir import Workdir
 from rows import STRANGE, line, row
 from sinder_jax import checkpoint
 from sinder_jax.storage import run_files
-
-
-def config(**changes):
-    changed = config_files.load("tiny.py")
-    changed.update(changes)
-    return changed
-
-
-def started(path: Path, **changes) -> Workdir:
-    """A workdir in which a run of tiny.py was started and its factors computed."""
-    workdir = Workdir(str(path))
-    workdir.settle_config(config(**changes), images_per_step=3)
-    workdir.frozen.mkdir()
-    return workdir
-
-
-def listing(folder: Path) -> list[str]:
-    """Names in a folder but `claims`, which `test_claim.py` tests."""
-    return sorted(path.name for path in folder.iterdir() if path.name != "claims")
-
+from small_runs import config, names, started
 
 # --- The folder -----------------------------------------------------------------------
 
@@ -63,113 +43,6 @@ def test_a_folder_that_takes_no_file_raises():
         Workdir("/proc/self")
 
 
-# --- The config -----------------------------------------------------------------------
-
-
-def test_the_first_start_stores_the_config_with_images_per_step(tmp_path):
-    first = config(images_per_step=0, lr=0.125)
-    Workdir(str(tmp_path)).settle_config(first, images_per_step=8)
-    assert first.images_per_step == 8
-    stored = json.loads((tmp_path / "config.json").read_text())
-    assert stored == first.to_dict()
-    assert listing(tmp_path) == ["config.json"]
-
-
-def test_images_per_step_of_the_config_goes_before_the_devices(tmp_path):
-    first = config(images_per_step=2)
-    Workdir(str(tmp_path)).settle_config(first, images_per_step=8)
-    assert first.images_per_step == 2
-
-
-def test_another_start_takes_images_per_step_from_the_first(tmp_path):
-    workdir = started(tmp_path, images_per_step=0)
-    again = config(images_per_step=0)
-    workdir.settle_config(again, images_per_step=8)  # on more devices
-    assert again.images_per_step == 3
-
-
-def test_a_changed_config_is_refused_with_all_differences(tmp_path):
-    workdir = started(tmp_path)
-    before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(ValueError) as caught:
-        workdir.settle_config(
-            config(lr=0.5, data="photos", log_every=7), images_per_step=3
-        )
-    assert str(caught.value) == (
-        f"{tmp_path} holds a run with another config: data was 'sample' and is "
-        "'photos'; lr was 0.02 and is 0.5; choose another --workdir, or use the "
-        "config of the first start, or --force to resume with the new one"
-    )
-    with pytest.raises(ValueError, match="images_per_step was 3 and is 2"):
-        workdir.settle_config(config(images_per_step=2), images_per_step=3)
-    assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_every_key_is_either_free_or_held(tmp_path):
-    """A key that changes the result must not slip through, nor a free one be held."""
-    workdir = started(tmp_path)
-    for key, value in config().items():
-        other = {bool: True, int: 77, float: 0.77, str: "other"}[type(value)]
-        other = not value if isinstance(value, bool) else other
-        changed = config(**{key: other})
-        if key in FREE_KEYS:
-            workdir.settle_config(changed, images_per_step=3)
-            continue
-        with pytest.raises(ValueError, match=f"{key} was .* and is "):
-            workdir.settle_config(changed, images_per_step=3)
-    assert set(FREE_KEYS) <= set(config().keys())
-
-
-def test_before_anything_is_computed_the_config_may_still_change(tmp_path):
-    """A first start that ended with an error must not tie the folder to its mistake."""
-    workdir = Workdir(str(tmp_path))
-    workdir.settle_config(config(model="dinov2_vits14"), images_per_step=1)
-    workdir.settle_config(config(lr=0.5), images_per_step=1)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    assert (stored["model"], stored["lr"]) == ("planted", 0.5)
-
-
-def test_force_goes_on_with_the_new_config_and_keeps_the_ones_before(tmp_path, capsys):
-    workdir = started(tmp_path)
-    first = (tmp_path / "config.json").read_bytes()
-    workdir.settle_config(config(), images_per_step=3, force=True)  # nothing changed
-    assert capsys.readouterr().err == ""
-    for lr in (0.5, 0.25):
-        Workdir(tmp_path).settle_config(config(lr=lr), images_per_step=3, force=True)
-    warned = capsys.readouterr().err.splitlines()
-    assert "lr was 0.02 and is 0.5" in warned[0] and "config.json.before_1" in warned[0]
-    assert "lr was 0.5 and is 0.25" in warned[1] and len(warned) == 2
-    assert json.loads((tmp_path / "config.json").read_text())["lr"] == 0.25
-    assert (tmp_path / "config.json.before_1").read_bytes() == first
-    before = json.loads((tmp_path / "config.json.before_2").read_text())
-    assert before["lr"] == 0.5
-    workdir.settle_config(config(lr=0.25), images_per_step=3)  # the one that holds now
-
-
-def test_a_process_that_does_not_write_settles_the_same_and_changes_nothing(tmp_path):
-    reader = Workdir(tmp_path, writes=False)
-    first = config(images_per_step=0)
-    reader.settle_config(first, images_per_step=3)
-    assert first.images_per_step == 3 and listing(tmp_path) == []
-    started(tmp_path)
-    before = (tmp_path / "config.json").read_bytes()
-    again = config(images_per_step=0)
-    reader.settle_config(again, images_per_step=8)
-    assert again.images_per_step == 3
-    with pytest.raises(ValueError, match="lr was 0.02 and is 0.5"):
-        reader.settle_config(config(lr=0.5), images_per_step=3)
-    reader.settle_config(config(lr=0.5), images_per_step=3, force=True)
-    assert (tmp_path / "config.json").read_bytes() == before
-    assert listing(tmp_path) == ["config.json", "frozen"]
-
-
-def test_a_damaged_config_is_named(tmp_path):
-    workdir = started(tmp_path)
-    (tmp_path / "config.json").write_text('{"lr"')
-    with pytest.raises(ValueError, match="config.json is damaged"):
-        workdir.settle_config(config(), images_per_step=3)
-
-
 # --- States ---------------------------------------------------------------------------
 
 
@@ -180,7 +53,7 @@ def test_states_come_back_and_only_the_last_two_are_kept(tmp_path):
         saved = {"eps": {"attn": {"v": np.full((2, 3), position, np.float32)}}}
         workdir.save_state(position, saved)
     loaded = workdir.load_state().tree
-    assert listing(tmp_path / "states") == ["00000020", "00000100"]
+    assert names(tmp_path / "states") == ["00000020", "00000100"]
     np.testing.assert_array_equal(loaded["eps"]["attn"]["v"], np.full((2, 3), 100.0))
     assert loaded["eps"]["attn"]["v"].dtype == np.float32
 
@@ -219,23 +92,23 @@ def test_a_damaged_state_is_set_aside_with_a_warning(tmp_path, capsys):
         assert workdir.load_state().tree["x"][0] == 5
     (warning,) = capsys.readouterr().err.splitlines()
     assert "00000006.damaged, going on from the one before, 00000005" in warning
-    assert listing(tmp_path / "states") == ["00000005", "00000006.damaged"]
+    assert names(tmp_path / "states") == ["00000005", "00000006.damaged"]
 
 
 def test_more_states_are_kept_where_asked(tmp_path):
     with Workdir(tmp_path, keep_last=1, keep_every=4) as workdir:
         for position in range(2, 12, 2):
             workdir.save_state(position, {"x": np.zeros(1)})
-    assert listing(tmp_path / "states") == ["00000004", "00000008", "00000010"]
+    assert names(tmp_path / "states") == ["00000004", "00000008", "00000010"]
 
 
 def test_what_a_kill_left_of_the_frozen_model_is_removed(tmp_path):
     (tmp_path / ".frozen.abc" / "frozen" / "arrays_0").mkdir(parents=True)
     (tmp_path / "frozen").mkdir()
     Workdir(tmp_path, writes=False)
-    assert listing(tmp_path) == [".frozen.abc", "frozen"]
+    assert names(tmp_path) == [".frozen.abc", "frozen"]
     Workdir(tmp_path)
-    assert listing(tmp_path) == ["frozen"]
+    assert names(tmp_path) == ["frozen"]
 
 
 def test_a_process_that_does_not_write_makes_nothing(tmp_path):
@@ -252,7 +125,7 @@ def test_a_process_that_does_not_write_makes_nothing(tmp_path):
         with pytest.raises(RuntimeError, match="leave writing"):
             write()
     reader.close()
-    assert listing(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_a_workdir_that_was_removed_is_not_made_anew(tmp_path):
@@ -275,7 +148,7 @@ def test_a_workdir_that_was_removed_is_not_made_anew(tmp_path):
                 write()
             assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     workdir.close()
-    assert listing(path) == ["states"] and listing(path / "states") == []
+    assert names(path) == ["states"] and names(path / "states") == []
 
 
 def test_a_state_that_could_not_be_written_is_told_with_the_next_lines(
@@ -401,7 +274,7 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # nothing is to appear in a folder of this name
     place = "gs://b/runs/one"
     with Workdir(place) as workdir:
-        workdir.settle_config(config(lr=0.5), images_per_step=3)
+        first_start.settle_config(workdir, config(lr=0.5), images_per_step=3)
         assert not workdir.frozen.exists()
         checkpoint.save_tree(workdir.frozen, {"x": np.ones(3)}, {})
         for image in range(8):
@@ -417,9 +290,9 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
         bucket.stop_after(None)
 
     again = Workdir(place)
-    again.settle_config(config(lr=0.5), images_per_step=1)
+    first_start.settle_config(again, config(lr=0.5), images_per_step=1)
     with pytest.raises(ValueError, match="lr was 0.5 and is 0.25"):
-        again.settle_config(config(lr=0.25), images_per_step=1)
+        first_start.settle_config(again, config(lr=0.25), images_per_step=1)
     assert again.load_state().tree["x"][0] == 6
     again.append_metrics([row(6), row(7)])
     again.rewind_metrics(6)
@@ -451,7 +324,7 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     }
     assert bucket.place(f"{place}/pictures/a.png").read_bytes() == b"png"
     assert bucket.place(f"{place}/repaired/weights").read_bytes() == b"1"
-    assert listing(tmp_path) == ["cloud"]
+    assert names(tmp_path) == ["cloud"]
 
 
 def test_a_bucket_that_takes_nothing_is_told(bucket, monkeypatch):
