@@ -1,7 +1,7 @@
 """A damaged run goes on to the same results, or is refused in one line.
 
 On copies of a run of twelve steps that was stopped after seven, and of the same run at
-its end. `benchmarks/power_loss.py` damages runs that were killed.
+its end. `benchmarks/faults/power_loss.py` damages runs that were killed.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import convert
-from benchmarks.power_loss import COUNTS, FAULTS, inflict
+from benchmarks.faults.power_loss import COUNTS, FAULTS, inflict
 from convert.__main__ import main as convert_main
 from experiments import repair, status
 from experiments.run import results

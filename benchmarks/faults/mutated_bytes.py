@@ -1,4 +1,4 @@
-"""Mutations of the bytes of any file, for `benchmarks.mutations`.
+"""Mutations of the bytes of any file, for `mutations`.
 
 rng, bytes of a file --a function of ANY--> other bytes
 """

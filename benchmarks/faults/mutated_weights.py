@@ -1,4 +1,4 @@
-"""Mutated files of weights: what both formats share, for `benchmarks.mutations`.
+"""Mutated files of weights: what both formats share, for `mutations`.
 
     a small model --mutate--> FILE --to-jax--> params, compared with what FILE says now
 
@@ -18,7 +18,7 @@ import safetensors.numpy
 import torch
 
 import convert
-from benchmarks.mutations import Trial
+from benchmarks.faults.mutations import Trial
 from convert.__main__ import main
 from sinder_jax import checkpoint, param_tree, vit
 

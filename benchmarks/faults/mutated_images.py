@@ -1,4 +1,4 @@
-"""Mutated photographs in every format that is decoded, for `benchmarks.mutations`.
+"""Mutated photographs in every format that is decoded, for `mutations`.
 
     a photograph, encoded --mutate--> FILE --visualize--> picture, or refused
 
@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import mutated_bytes
-from benchmarks.mutated_weights import CONFIG
-from benchmarks.mutations import Trial
+from benchmarks.faults import mutated_bytes
+from benchmarks.faults.mutated_weights import CONFIG
+from benchmarks.faults.mutations import Trial
 from experiments import visualize
 from sinder_jax import checkpoint, param_tree
 from sinder_jax.data import decode

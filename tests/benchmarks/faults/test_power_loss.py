@@ -1,4 +1,4 @@
-"""benchmarks/power_loss.py: what it damages, and what it calls right."""
+"""benchmarks/faults/power_loss.py: what it damages, and what it calls right."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import power_loss
+from benchmarks.faults import power_loss
 from sinder_jax import checkpoint, planted
 
 

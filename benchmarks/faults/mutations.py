@@ -1,7 +1,7 @@
 """Damaged and hostile input: is every piece taken rightly, or refused in one line?
 
-    python -m benchmarks.mutations [--seed=0] [--only=safetensors,pth] [--count=N]
-        [--keep=FOLDER]
+    python -m benchmarks.faults.mutations [--seed=0] [--only=safetensors,pth]
+        [--count=N] [--keep=FOLDER]
 
     kind --trials--> command lines --run in a watched process--> verdicts, counted
 
@@ -81,7 +81,7 @@ class Kind(NamedTuple):
 
 def kinds() -> dict[str, Kind]:
     """All kinds of input by name; imported here, so that a worker need not."""
-    from benchmarks import (
+    from benchmarks.faults import (
         mutated_config,
         mutated_images,
         mutated_pth,
@@ -147,7 +147,7 @@ class _Worker:
 
     def __init__(self, module: str):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.mutations", "--worker", module],
+            [sys.executable, "-m", "benchmarks.faults.mutations", "--worker", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-"""benchmarks/mutations.py: mutated input is taken rightly or refused in one line."""
+"""benchmarks/faults/mutations.py: mutated input is taken rightly or refused."""
 
 import collections
 import os
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import places
-from benchmarks import mutations
+from benchmarks.faults import mutations
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

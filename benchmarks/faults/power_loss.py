@@ -1,6 +1,6 @@
 """Power losses: does a run go on to the same results, or is it refused in one line?
 
-    python -m benchmarks.power_loss [--seed=0] [--losses=60] [--keep=FOLDER]
+    python -m benchmarks.faults.power_loss [--seed=0] [--losses=60] [--keep=FOLDER]
 
     a run --SIGKILL at a random moment of a phase--> workdir
     files of its last two seconds --emptied | cut | holes | removed--> started again

@@ -1,4 +1,4 @@
-"""Random values of every key of a repair's config, for `benchmarks.mutations`.
+"""Random values of every key of a repair's config, for `mutations`.
 
 key, value --`--config.KEY=VALUE` of a tiny run--> finished, or refused
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.mutations import Trial
+from benchmarks.faults.mutations import Trial
 from experiments import config as config_files
 from sinder_jax.storage import run_files
 

@@ -1,4 +1,4 @@
-"""benchmarks/double_starts.py: the real processes, a few times each."""
+"""benchmarks/faults/double_starts.py: the real processes, a few times each."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ import places
 
 @pytest.mark.slow
 def test_of_two_runs_one_goes_on_and_a_woken_one_writes_nothing():
-    command = [sys.executable, "-m", "benchmarks.double_starts"]
+    command = [sys.executable, "-m", "benchmarks.faults.double_starts"]
     command += ["--starts=3", "--resumes=1", "--pauses=2"]
     done = subprocess.run(command, cwd=places.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

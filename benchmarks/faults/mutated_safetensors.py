@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from benchmarks import mutated_weights
-from benchmarks.mutated_bytes import ANY, Random
-from benchmarks.mutations import Trial
+from benchmarks.faults import mutated_weights
+from benchmarks.faults.mutated_bytes import ANY, Random
+from benchmarks.faults.mutations import Trial
 
 
 def trials(folder: Path, rng: Random) -> Iterator[Trial]:

@@ -1,6 +1,6 @@
 """Two runs in one workdir: started at once, or one suspended while the other goes on.
 
-    python -m benchmarks.double_starts [--seed=0] [--starts=100] [--resumes=20]
+    python -m benchmarks.faults.double_starts [--seed=0] [--starts=100] [--resumes=20]
         [--pauses=10] [--keep=DIR]
 
 A double start is two processes of `experiments.repair`, at the same moment or up to

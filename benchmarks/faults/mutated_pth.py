@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import mutated_weights
-from benchmarks.mutated_bytes import ANY, Random, bit_flip
-from benchmarks.mutations import Trial
+from benchmarks.faults import mutated_weights
+from benchmarks.faults.mutated_bytes import ANY, Random, bit_flip
+from benchmarks.faults.mutations import Trial
 
 
 def trials(folder: Path, rng: Random) -> Iterator[Trial]:
