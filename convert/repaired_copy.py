@@ -39,6 +39,20 @@ class Repaired(NamedTuple):
     digest: str
 
 
+def check_holds(path: Path, model: Model) -> None:
+    """Refuses a file of another format that cannot hold all of the base.
+
+    Raises:
+      ValueError: names what stands beside the tensors.
+    """
+    state = model.torch.state
+    if path.suffix == ".safetensors" and state.left_out:
+        raise ValueError(
+            f"{state.files[0]} holds entries beside the tensors, which a {path.suffix} "
+            f"file cannot: {infer.listing(state.left_out, limit=3)}; write a .pth file"
+        )
+
+
 def of(model: Model, repair: Callable[[str, np.ndarray], np.ndarray]) -> Repaired:
     """Repairs a model leaf by leaf.
 
@@ -92,7 +106,6 @@ def write(path: Path, model: Model, repaired: Repaired) -> Iterator[str]:
     """Writes a file, or a directory if the model is one; yields what was left out.
 
     Raises:
-      ValueError: a file of another format that cannot hold all of the base.
       As `writing.write_state_dict` and `writing.directory`.
     """
     state, base = model.torch.state, Path(model.path or "")
@@ -121,11 +134,6 @@ def _write_file(path: Path, suffix: str, state: StateDict, repaired: Repaired) -
     if state.whole is not None and suffix != ".safetensors":
         writing_pth.write_whole(path, _with(state.whole, state.nest, here), texts)
         return
-    if state.left_out:
-        raise ValueError(
-            f"{state.files[0]} holds entries beside the tensors, which a {suffix} file "
-            f"cannot: {infer.listing(state.left_out, limit=3)}; write a .pth file"
-        )
     tensors = ((key, here[key] if key in here else state[key]) for key in state)
     writing.WRITERS[suffix](path, state.specs, tensors, lambda: texts)
 

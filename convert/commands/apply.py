@@ -40,6 +40,7 @@ def apply(
     repair, _ = delta_file.load(delta_path)
     model = opening.open_model(base, num_heads)
     if model.torch:
+        repaired_copy.check_holds(destination, model)
         lines.print_notes(lines.passed_through(model))
     if different := models.differences(repair.config, model.config):
         raise ValueError(f"the architectures differ in {different}")

@@ -68,7 +68,8 @@ def _config_claims(
     yield from config.claims("hidden_size", "embed_dim", integer)
     yield from config.claims("num_hidden_layers", "depth", integer)
     yield from config.claims("num_attention_heads", "num_heads", integer)
-    if "num_attention_heads" not in config.values and "model_type" in config.values:
+    told = "num_attention_heads" in config.values or "hidden_size" not in config.values
+    if not told and width % DEFAULT_HEADS == 0:
         words = f"no num_attention_heads in {CONFIG}, for which transformers takes"
         yield Claim("num_heads", DEFAULT_HEADS, f"{words} {DEFAULT_HEADS}")
     yield from config.claims("head_dim", "num_heads", lambda x: width // side(x))
