@@ -92,6 +92,8 @@ def _preprocessor_claims(contents: Contents) -> Iterator[Claim]:
     told = Told(PREPROCESSOR, contents.get(PREPROCESSOR, {}))
     for key in ("do_normalize", "do_rescale"):
         told.require(key, True)
+    for key in ("do_flip_channel_order", "do_grayscale", "offset", "rescale_offset"):
+        told.require(key, False, None)
     if "rescale_factor" in told.values:
         factor = told.read("rescale_factor", number)
         if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
@@ -116,6 +118,9 @@ def _hidden(width: int, ratio: float | int, ffn_layer: str) -> int:
 def extras(contents: Contents) -> dict[str, dict[str, Any]]:
     """The keys that no `ViTConfig` holds and that are not as in DINOv2's own files.
 
+    Of a preprocessor all of them, if any differs or is lacking: what is not there means
+    the default of its image processor.
+
     Raises:
       ValueError: NaN or infinity, which no checkpoint can store; names file and key.
     """
@@ -124,12 +129,13 @@ def extras(contents: Contents) -> dict[str, dict[str, Any]]:
     usual, found = _usual(vit.CONFIGS["dinov2_vits14"]), {}
     for name, values in contents.items():
         told = Told(name, values)
-        rest = [
-            key
-            for key, value in values.items()
-            if key not in FIELDS[name] and value != usual[name].get(key)
-        ]
-        found[name] = {key: told.read(key, finite) for key in rest}
+        rest = {
+            key: told.read(key, finite) for key in values if key not in FIELDS[name]
+        }
+        dinov2 = {key: usual[name][key] for key in usual[name].keys() - FIELDS[name]}
+        if name == CONFIG:
+            rest = {k: value for k, value in rest.items() if value != dinov2.get(k)}
+        found[name] = {} if rest == dinov2 else rest
     return {name: values for name, values in found.items() if values}
 
 
@@ -160,7 +166,10 @@ def contents(
     """
     made = _usual(config)
     for name, fields in FIELDS.items():
-        for key, value in (extras or {}).get(name, {}).items():
+        own = (extras or {}).get(name, {})
+        if own and name == PREPROCESSOR:
+            made[name] = {key: made[name][key] for key in fields}
+        for key, value in own.items():
             if key not in fields:
                 made[name][key] = "float32" if key == "dtype" else value
     return made

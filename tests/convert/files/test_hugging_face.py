@@ -254,6 +254,31 @@ def test_statistics_go_through_every_file(directory):
         assert (told["resample"], told["crop_pct"]) == (2, 0.9)
 
 
+PROCESSORS = {
+    "vit": {"image_processor_type": "ViTImageProcessor", "do_resize": True},
+    "bit": {"image_processor_type": "BitImageProcessor", "do_center_crop": False},
+    "no-type": {},
+}
+
+
+@pytest.mark.parametrize("case", PROCESSORS)
+def test_a_preprocessor_comes_back_without_keys_of_another(case, directory):
+    size = {"height": 518, "width": 518}
+    preprocess(directory, size=size, **PROCESSORS[case])
+    folder = directory.parent
+    run("to-jax", directory, folder / "jax")
+    run("to-torch", folder / "jax", folder / "back", "--layout=hf")
+    name = "preprocessor_config.json"
+    assert read(folder / "back", name) == read(directory, name)
+
+
+def test_dinov2_s_own_preprocessor_is_no_extra(directory):
+    config = convert.open_model(directory).config
+    for name, values in hugging_face.contents(config).items():
+        (directory / name).write_text(json.dumps(values))
+    assert "contents" not in convert.open_model(directory).provenance
+
+
 def test_a_picture_is_normalized_as_by_transformers(directory):
     preprocess(directory, image_processor_type="BitImageProcessor")
     with verify._quiet():
@@ -282,6 +307,8 @@ def test_statistics_are_no_other_architecture(directory):
         {"do_rescale": False},
         {"rescale_factor": 1 / 127.5},
         {"rescale_factor": "1/255"},
+        {"do_flip_channel_order": True},
+        {"offset": True},
         {"image_mean": ...},
         {"image_std": [0.2, 0.2]},
         {"image_std": [0.2, 0.2, 0.0]},
