@@ -56,7 +56,7 @@ def open_model(
     path = paths.as_path(path)
     if reading.is_torch_source(path):
         return _open_torch(Path(path), name or path.name, overrides)
-    if (path / run_files.FROZEN).exists():
+    if any((path / name).exists() for name in (run_files.FROZEN, run_files.REPAIRED)):
         path = path / run_files.REPAIRED
         if not path.exists():
             raise ValueError(

@@ -92,9 +92,7 @@ def settle_config(
       ValueError: keys that change the result differ; names them.
     """
     path = workdir.path / run_files.CONFIG
-    made = workdir.frozen.exists() or workdir.summary.exists()
-    # Else nothing was computed with another config.
-    first = not made and not run_files.numbered(workdir.states)
+    first = _is_first(workdir)
     stored = {} if first else stored_config(workdir)
     per_step = images_per_step if first else stored["images_per_step"]
     config.images_per_step = config.images_per_step or per_step
@@ -116,6 +114,12 @@ def settle_config(
     if workdir.writes and (first or changed):
         workdir.write_json(path.name, config.to_dict())
     workdir.config = config.to_dict()
+
+
+def _is_first(workdir: Workdir) -> bool:
+    """True if nothing was computed yet, with another config or other photographs."""
+    made = workdir.frozen.exists() or workdir.summary.exists()
+    return not made and not run_files.numbered(workdir.states)
 
 
 def stored_config(workdir: Workdir) -> dict[str, Any]:
@@ -164,7 +168,10 @@ def settle_photographs(
         difference.
     """
     path = workdir.path / run_files.PHOTOGRAPHS
-    if workdir.frozen.exists() and path.exists():
+    first = _is_first(workdir)
+    if not (first or path.exists()):
+        cli.warn(f"{path} is missing: the photographs may be others than before")
+    elif not first:
         listed, told = _changes(run_files.read_photographs(path), photographs)
         if not told:
             return

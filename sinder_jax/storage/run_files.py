@@ -106,7 +106,7 @@ def read_photographs(path: AnyPath) -> Photographs:
     try:
         return [
             (str(name), None if size is None else (size, changed))
-            for name, size, changed in read_json(path)["photographs"]
+            for name, size, changed in json.loads(path.read_text())["photographs"]
         ]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

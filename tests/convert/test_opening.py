@@ -36,6 +36,9 @@ def test_a_workdir_is_opened_as_its_repaired_model(tmp_path):
     opened = convert.open_model(tmp_path)
     assert opened.digest == param_tree.digest(repaired)
     assert opened.path == tmp_path / run_files.REPAIRED
+    (tmp_path / run_files.FROZEN).rmdir()  # to save space
+    (tmp_path / "planted.safetensors").touch()
+    assert convert.open_model(tmp_path).digest == opened.digest
 
 
 def test_a_directory_of_nothing_is_refused_by_name(tmp_path):

@@ -270,20 +270,31 @@ def test_a_photograph_replaced_under_its_name_is_told_once(begun, photos, capsys
     assert capsys.readouterr().err == ""
 
 
-def test_a_run_of_an_earlier_version_takes_the_photographs_that_are_there(
+def test_a_run_without_a_list_takes_the_photographs_that_are_there_and_says_so(
     begun, tmp_path, capsys
 ):
-    (tmp_path / "run" / "photographs.json").unlink()
+    file = tmp_path / "run" / "photographs.json"
+    file.unlink()
+    assert not resume(begun)
+    assert f"warning: {file} is missing: the photo" in capsys.readouterr().err
+    assert file.exists()
     assert not resume(begun)
     assert capsys.readouterr().err == ""
-    assert (tmp_path / "run" / "photographs.json").exists()
+
+
+def test_photographs_are_compared_where_only_a_state_is_left(begun, photos, tmp_path):
+    (tmp_path / "run" / "states" / "00000002").mkdir(parents=True)
+    shutil.rmtree(tmp_path / "run" / "frozen")
+    (photos / "b.png").rename(photos / "aa.png")
+    assert "holds a run with other photographs" in resume(begun)
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"photographs": [["a.png"]]}', "\0"])
 def test_a_damaged_list_of_photographs_is_one_line(content, begun, tmp_path):
     file = tmp_path / "run" / "photographs.json"
     file.write_text(content)
-    assert resume(begun).startswith(f"{file} is damaged (")
+    line = resume(begun)
+    assert line.startswith(f"{file} is damaged (") and line.count(str(file)) == 1
 
 
 # --- In a bucket ----------------------------------------------------------------------
