@@ -43,7 +43,7 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
 # An honest photograph has a byte for every few pixels. A file that promises far more is
 # damaged or a decompression bomb, and is refused before memory is taken for it.
-SMALL = 8_000_000  # pixels that any file may hold
+SMALL = 6_000_000  # pixels that any file may hold
 MOST_PIXELS_PER_BYTE = 64
 
 BAND = 256  # rows that are put on white at a time

@@ -25,8 +25,8 @@ def test_twenty_mutated_inputs_are_right_or_refused(kind):
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", mutations.kinds())
-def test_all_mutated_inputs_are_right_or_refused(kind, capsys):
-    outcomes = mutations.run(kind)
+def test_more_mutated_inputs_are_right_or_refused(kind, capsys):
+    outcomes = mutations.run(kind, seed=1, count=30 if kind == "config" else 100)
     with capsys.disabled():
         print(f"\n{kind}: {collections.Counter(x.verdict for x in outcomes)}")
     assert not [x for x in outcomes if x.verdict not in mutations.ACCEPTED]
