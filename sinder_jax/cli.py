@@ -23,7 +23,7 @@ USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
 TRACEBACK = "SINDER_TRACEBACK"
 
 # Exit codes. 75 is EX_TEMPFAIL of sysexits.h: not finished, start me again.
-USER_ERROR, TRY_AGAIN, INTERRUPTED = 2, 75, 130
+USER_ERROR, TRY_AGAIN, INTERRUPTED = 2, 75, launch.INTERRUPTED
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -75,6 +75,11 @@ def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a full disk, which was told; at exit Python would try again
+        os._exit(code or USER_ERROR)
     sys.exit(code)
 
 

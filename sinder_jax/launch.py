@@ -12,6 +12,8 @@ import sys
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+INTERRUPTED = 130  # exit code after Ctrl-C, also before `cli` is imported
+
 # JAX's switches that stop a program or change its bits, and what every program has.
 # Others that people set were tried: they change no bit (tests/sinder_jax/test_launch).
 SWITCHES = {
@@ -53,12 +55,10 @@ def end_on_interrupt() -> None:
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    from sinder_jax import cli
-
     try:
         os.write(2, b"interrupted\n")
     finally:
-        os._exit(cli.INTERRUPTED)
+        os._exit(INTERRUPTED)
 
 
 def _show(

@@ -175,3 +175,11 @@ def test_what_is_printed_to_nobody_is_dropped(kind):
 def test_a_full_disk_is_not_taken_for_a_reader_that_is_gone():
     with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space"):
         cli._Output(full.fileno()).write(b"step 1200")
+
+
+def test_a_full_disk_behind_stdout_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    call = [sys.executable, "-m", "experiments.status", str(tmp_path)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")

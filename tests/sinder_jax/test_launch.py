@@ -187,6 +187,15 @@ def test_ctrl_c_while_a_program_imports_is_one_line(module, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_while_the_command_line_s_own_module_is_imported_is_one_line():
+    code = (
+        "import sys; from sinder_jax import launch; "
+        "sys.modules['sinder_jax.cli'] = None; launch._end(2, None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
 @pytest.mark.slow
 def test_ctrl_c_at_random_moments_of_the_first_seconds_is_one_line(tmp_path):
     moments = random.Random(0)
