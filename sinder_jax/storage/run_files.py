@@ -163,7 +163,7 @@ def lacking(found: Iterable[int], images: int) -> str:
 def _row(line: bytes) -> dict[str, Any] | None:
     """A line as the row of an image; None if it is not exactly that."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode())  # of bytes, json takes other encodings, too
     except (ValueError, RecursionError):
         return None
     if not isinstance(row, dict) or not ROW.keys() <= row.keys():

@@ -26,6 +26,7 @@ def line(image: int, **changes) -> bytes:
 
 # What a line may be after a fault, by name; none of it is the row of an image.
 STRANGE = {
+    "byte order mark": b"\xef\xbb\xbf" + line(2),
     "cut": line(2)[:40] + b"\n",
     "zeros": b"\0" * 200 + b"\n",
     "zeros inside": line(2).replace(b"photos", b"\0\0\0\0\0\0"),
