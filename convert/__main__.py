@@ -167,4 +167,4 @@ def _parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.exit_on_error(main)
+    launch.exit_on_error(main)

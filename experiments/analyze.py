@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
       ValueError, OSError, ImportError, FloatingPointError: errors for
-        `cli.exit_on_error` to show.
+        `launch.exit_on_error` to show.
     """
     began = time.monotonic()
     args, overrides = _parser().parse_known_args(argv)
@@ -272,4 +272,4 @@ def write_figure(out: Path, one: figures.Drawn) -> None:
 
 
 if __name__ == "__main__":
-    cli.exit_on_error(main)
+    launch.exit_on_error(main)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, or 75 for a run that was asked to stop.
 
     Raises:
-      ValueError, OSError, FloatingPointError: what `cli.exit_on_error` shows the user.
+      ValueError, OSError, FloatingPointError: for `launch.exit_on_error` to show.
     """
     # Config. All that can be checked is checked before the long part begins.
     began = time.monotonic()
@@ -355,4 +355,4 @@ def _parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.exit_on_error(main)
+    launch.exit_on_error(main)

@@ -16,9 +16,9 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from experiments.run import heartbeat
+from experiments.run.alive import ENDS, SILENT, judge
 from experiments.run.progress import duration
-from sinder_jax import cli
+from sinder_jax import cli, launch
 from sinder_jax.storage import run_files
 from sinder_jax.storage.paths import AnyPath, as_path
 
@@ -123,7 +123,7 @@ def _life(alive: Row, finished: bool, now: float) -> dict[str, Any]:
     life = running = None
     try:
         if alive:
-            life = heartbeat.judge(alive, now=now)
+            life = judge(alive, now=now)
             end = now if life.alive and not finished else alive["time"]
             running = max(0.0, end - alive["started"])
     except (KeyError, TypeError, AttributeError):  # written by another version
@@ -239,10 +239,10 @@ def _state(now: SimpleNamespace) -> str:
     seen = f"last sign of life {duration(ago)} ago"
     where = f"process {now.pid} on {now.host}"
     if now.alive:
-        silent = ", silent but there" if ago > heartbeat.SILENT else ""
+        silent = ", silent but there" if ago > SILENT else ""
         running = duration(now.running_seconds)
         return f"alive{silent}: {now.phase}; {where} for {running}, {seen}"
-    if now.phase.startswith(heartbeat.ENDS):
+    if now.phase.startswith(ENDS):
         return f"not running: {now.phase}; {seen}"
     gone = "is gone" if now.process_was_looked_for else "is silent"
     return f"DEAD while {now.phase}: {where} {gone}, {seen}"
@@ -282,4 +282,4 @@ def _list(before: str, names: Sequence[str]) -> str:
 
 
 if __name__ == "__main__":
-    cli.exit_on_error(main)
+    launch.exit_on_error(main)

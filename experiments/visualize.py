@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit code: 0, or 2 if no image could be read.
 
     Raises:
-      ValueError, OSError, FloatingPointError: errors for `cli.exit_on_error` to show.
+      ValueError, OSError, FloatingPointError: for `launch.exit_on_error` to show.
     """
     args = _parser().parse_args(argv)
 
@@ -174,4 +174,4 @@ def observer(
 
 
 if __name__ == "__main__":
-    cli.exit_on_error(main)
+    launch.exit_on_error(main)

@@ -6,15 +6,10 @@ Nothing here imports JAX: `--help` answers at once.
 """
 
 import argparse
-import errno
-import io
 import os
 import sys
-import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
-
-from sinder_jax import launch
 
 # What our code raises for users; anything else is a bug and shows its traceback.
 # ImportError: an optional package is missing, such as torch for a .pth file.
@@ -23,7 +18,7 @@ USER_ERRORS = (ValueError, KeyError, OSError, FloatingPointError, ImportError)
 TRACEBACK = "SINDER_TRACEBACK"
 
 # Exit codes. 75 is EX_TEMPFAIL of sysexits.h: not finished, start me again.
-USER_ERROR, TRY_AGAIN, INTERRUPTED = 2, 75, launch.INTERRUPTED
+USER_ERROR, TRY_AGAIN, INTERRUPTED = 2, 75, 130
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -49,73 +44,6 @@ def is_for_user(error: BaseException) -> bool:
     """True for an error that one line tells, False for one whose traceback is shown."""
     wanted = os.environ.get(TRACEBACK) == "1"
     return isinstance(error, (*USER_ERRORS, KeyboardInterrupt)) and not wanted
-
-
-def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
-    """Runs `main` as `run` does and ends the process with its exit code.
-
-    What is printed to a pipe that nobody reads any more (`| head -1`, a `tee` that was
-    killed) is dropped: the results of a command are its files and its exit code.
-    """
-    for name in ("stdout", "stderr"):
-        output = getattr(sys, name)
-        if output is not None and output is getattr(sys, f"__{name}__"):
-            setattr(sys, name, _outlasting_its_reader(output))
-    try:
-        code = run(main)
-    except BaseException:
-        if not _is_connected():
-            raise
-        traceback.print_exc()
-        code = 1
-    launch.end_on_interrupt()
-    if (code == INTERRUPTED and launch.is_ours()) or (code and _is_connected()):
-        # At exit JAX would wait for the other processes, which wait for this one; and
-        # what was interrupted may still be running in other threads.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError:  # a full disk, which was told; at exit Python would try again
-        os._exit(code or USER_ERROR)
-    sys.exit(code)
-
-
-class _Output(io.FileIO):
-    """Standard output or error, which takes everything once its reader is gone."""
-
-    def __init__(self, number: int):
-        super().__init__(number, "w", closefd=False)
-        # A pipe breaks; a terminal that was closed answers with an input/output error.
-        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)
-
-    def write(self, data: Any) -> int:
-        try:
-            return super().write(data)
-        except OSError as error:
-            if error.errno not in self._gone:
-                raise
-            return len(data)
-
-
-def _outlasting_its_reader(output: Any) -> io.TextIOWrapper:
-    output.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Output(output.fileno())),
-        encoding=output.encoding,
-        # Escapes a file name that the terminal's encoding lacks. By lines: what a pipe
-        # or log shows keeps the order of stdout and stderr.
-        errors="backslashreplace",
-        line_buffering=True,
-    )
-
-
-def _is_connected() -> bool:
-    """True if JAX in this process is connected to the other processes of a run."""
-    jax = sys.modules.get("jax")
-    return jax is not None and jax.distributed.is_initialized()
 
 
 def one_line(error: BaseException) -> str:

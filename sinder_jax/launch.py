@@ -1,4 +1,4 @@
-"""The start of a program: Ctrl-C and errors while it imports, then JAX's devices.
+"""The start and the end of a program, from its first import to its exit code.
 
     python -m package.module --guard--> Ctrl-C ends at once, an error is one line
     arguments parsed --start_jax--> devices are there, Ctrl-C raises KeyboardInterrupt
@@ -6,13 +6,14 @@
 Imports next to nothing, so that it is there before Ctrl-C is.
 """
 
+import errno
+import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
-
-INTERRUPTED = 130  # exit code after Ctrl-C, also before `cli` is imported
 
 # JAX's switches that stop a program or change its bits, and what every program has.
 # Others that people set were tried: they change no bit (tests/sinder_jax/test_launch).
@@ -58,7 +59,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     try:
         os.write(2, b"interrupted\n")
     finally:
-        os._exit(INTERRUPTED)
+        os._exit(128 + number)  # `cli.INTERRUPTED`, perhaps not imported yet
 
 
 def _show(
@@ -123,3 +124,77 @@ def start_jax() -> None:
         ) from None
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# --- The end --------------------------------------------------------------------------
+
+
+def exit_on_error(main: Callable[[], int | None]) -> NoReturn:
+    """Runs `main` as `cli.run` does and ends the process with its exit code.
+
+    What is printed to a pipe that nobody reads any more (`| head -1`, a `tee` that was
+    killed) is dropped: the results of a command are its files and its exit code.
+    """
+    from sinder_jax import cli
+
+    for name in ("stdout", "stderr"):
+        output = getattr(sys, name)
+        if output is not None and output is getattr(sys, f"__{name}__"):
+            setattr(sys, name, _outlasting_its_reader(output))
+    try:
+        code = cli.run(main)
+    except BaseException:
+        if not _is_connected():
+            raise
+        import traceback
+
+        traceback.print_exc()
+        code = 1
+    end_on_interrupt()
+    if (code == cli.INTERRUPTED and is_ours()) or (code and _is_connected()):
+        # At exit JAX would wait for the other processes, which wait for this one; and
+        # what was interrupted may still be running in other threads.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:  # a full disk, which was told; at exit Python would try again
+        os._exit(code or cli.USER_ERROR)
+    sys.exit(code)
+
+
+class _Output(io.FileIO):
+    """Standard output or error, which takes everything once its reader is gone."""
+
+    def __init__(self, number: int):
+        super().__init__(number, "w", closefd=False)
+        # A pipe breaks; a terminal that was closed answers with an input/output error.
+        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in self._gone:
+                raise
+            return len(data)
+
+
+def _outlasting_its_reader(output: Any) -> io.TextIOWrapper:
+    output.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(output.fileno())),
+        encoding=output.encoding,
+        # Escapes a file name that the terminal's encoding lacks. By lines: what a pipe
+        # or log shows keeps the order of stdout and stderr.
+        errors="backslashreplace",
+        line_buffering=True,
+    )
+
+
+def _is_connected() -> bool:
+    """True if JAX in this process is connected to the other processes of a run."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()

@@ -78,14 +78,14 @@ def repair(arguments: list[str], told: Path, away: bool) -> None:
     for name, number in (("stdout", 1), ("stderr", 2)):
         os.dup2(os.open(told / name, os.O_WRONLY | os.O_CREAT), number)
     from experiments import repair
-    from experiments.run import heartbeat
-    from sinder_jax import cli
+    from experiments.run import alive
+    from sinder_jax import launch
 
     if away:
         name = socket.gethostname()
         socket.gethostname = lambda: f"not-{name}"  # type: ignore[assignment]
-        heartbeat.SILENT = SILENT
-    cli.exit_on_error(lambda: repair.main(arguments))
+        alive.SILENT = SILENT
+    launch.exit_on_error(lambda: repair.main(arguments))
 
 
 def results(workdir: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmarks.faults.mutations import Trial
+from benchmarks.faults.trial import Trial
 from experiments import config as config_files
 from sinder_jax.storage import run_files
 

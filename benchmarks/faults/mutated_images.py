@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks.faults import mutated_bytes
 from benchmarks.faults.mutated_weights import CONFIG
-from benchmarks.faults.mutations import Trial
+from benchmarks.faults.trial import Trial
 from experiments import visualize
 from sinder_jax import checkpoint, param_tree
 from sinder_jax.data import decode

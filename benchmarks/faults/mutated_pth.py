@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.faults import mutated_weights
 from benchmarks.faults.mutated_bytes import ANY, Random, bit_flip
-from benchmarks.faults.mutations import Trial
+from benchmarks.faults.trial import Trial
 
 
 def trials(folder: Path, rng: Random) -> Iterator[Trial]:

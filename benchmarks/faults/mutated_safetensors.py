@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from benchmarks.faults import mutated_weights
 from benchmarks.faults.mutated_bytes import ANY, Random
-from benchmarks.faults.mutations import Trial
+from benchmarks.faults.trial import Trial
 
 
 def trials(folder: Path, rng: Random) -> Iterator[Trial]:

@@ -18,7 +18,7 @@ import safetensors.numpy
 import torch
 
 import convert
-from benchmarks.faults.mutations import Trial
+from benchmarks.faults.trial import Trial
 from convert.__main__ import main
 from sinder_jax import checkpoint, param_tree, vit
 

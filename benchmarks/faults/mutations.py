@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.faults.trial import Trial
 from sinder_jax import cli
 
 SECONDS = 10.0
@@ -40,24 +41,6 @@ SPARE = 64 * 2**20  # bytes of memory, beside twice the input
 ACCEPTED = ("right", "as stored", "refused")
 REFUSALS = ("error: ", "skipped, unreadable: ")  # the second of a photograph
 VERDICTS = (*ACCEPTED, "wrong", "traceback", "hang", "memory", "crash")
-
-
-class Trial(NamedTuple):
-    """One input, and how a run on it is judged.
-
-    Attributes:
-      what: the mutation, in words.
-      arguments: of the program's `main`; `OUT` stands for a path where nothing is.
-      input: the mutated file; None if there is none.
-      judge: called with that path after exit code 0; "right" if the result is that of
-        the input before the mutation, "as stored" if the input is valid and means
-        something else now, "wrong" otherwise.
-    """
-
-    what: str
-    arguments: list[str]
-    input: Path | None
-    judge: Callable[[Path], str]
 
 
 class Kind(NamedTuple):

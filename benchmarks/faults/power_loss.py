@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 from experiments import repair
-from sinder_jax import checkpoint, cli
+from sinder_jax import checkpoint, launch
 
 YOUNG = 2.0  # seconds
 LONGEST = 180.0  # seconds that a start may take
@@ -146,7 +146,7 @@ def _run(workdir: Path, cache: Path) -> None:
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, descriptor)
     arguments = [*RUN, f"--workdir={workdir}", f"--compilation-cache={cache}"]
-    cli.exit_on_error(lambda: repair.main(arguments))
+    launch.exit_on_error(lambda: repair.main(arguments))
 
 
 def told(workdir: Path) -> Path:

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from experiments.run import heartbeat
+from experiments.run import alive
 from sinder_jax.storage import files, paths, run_files
 from sinder_jax.storage.paths import AnyPath
 
@@ -62,9 +62,9 @@ class Claim:
         self._released = False
         self._folder.mkdir(exist_ok=True)
         newest = max(self._numbers(), default=0)
-        heartbeat.refuse_if_alive(workdir, self._owner(newest))
+        alive.refuse_if_alive(workdir, self._owner(newest))
         self.number = newest + 1
-        self._facts = heartbeat.this_process()
+        self._facts = alive.this_process()
         self._facts |= {"claim": self.number, "phase": "starting"}
         try:
             files.create(self._path(self.number), json.dumps(self._facts) + "\n")

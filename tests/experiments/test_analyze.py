@@ -27,7 +27,7 @@ from experiments.study.options import Options
 from experiments.study.photos import Photo, read_photos
 from loading import loaded
 from photos import crop, normalize
-from sinder_jax import checkpoint, cli, param_tree, planted, vit
+from sinder_jax import checkpoint, launch, param_tree, planted, vit
 from sinder_jax.analysis import spectra
 from sinder_jax.analysis.defective import detect
 from sinder_jax.data import decode, listing
@@ -86,7 +86,7 @@ def refusal(capsys, *arguments):
     """The one line of a command that ends with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
-        cli.exit_on_error(lambda: analyze.main([str(each) for each in arguments]))
+        launch.exit_on_error(lambda: analyze.main([str(each) for each in arguments]))
     assert caught.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1

@@ -26,7 +26,7 @@ from experiments import repair, status
 from experiments.run import inputs, results
 from photos import save_noise
 from samples import read_state_dict
-from sinder_jax import checkpoint, cli, kernels, model, planted, vit
+from sinder_jax import checkpoint, kernels, launch, model, planted, vit
 from sinder_jax.data import listing
 from sinder_jax.model import Model
 
@@ -594,7 +594,7 @@ def failure(capsys, *arguments: object, workdir: Path | None = None) -> str:
     call = [str(argument) for argument in arguments]
     call += [] if workdir is None else [f"--workdir={workdir}"]
     with pytest.raises(SystemExit) as caught:
-        cli.exit_on_error(lambda: repair.main(call))
+        launch.exit_on_error(lambda: repair.main(call))
     assert caught.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.endswith("\n")

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from experiments import status
-from experiments.run import heartbeat
+from experiments.run import alive as judged
 from loading import loaded
 
 CONFIG = {
@@ -181,7 +181,7 @@ def test_a_dead_run_says_how_to_go_on(tmp_path):
 
 
 def test_a_dead_process_of_this_host_is_seen_at_once(tmp_path):
-    own = heartbeat._process(os.getpid())
+    own = judged._process(os.getpid())
     if own is None:
         pytest.skip("no /proc here")
     gone = sign(host=socket.gethostname(), process=own | {"start": "1"}, time=999.0)

@@ -24,7 +24,7 @@ import bucket
 import places
 from experiments import repair, status
 from experiments.run import compiled
-from sinder_jax import checkpoint, cli, param_tree
+from sinder_jax import checkpoint, cli, launch, param_tree
 
 STEPS = 12
 # A run of twelve steps, saved after every third image.
@@ -196,7 +196,7 @@ def failure(workdir, capsys, *arguments):
     """What a run says on stderr that ends with exit code 2; one line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
-        cli.exit_on_error(
+        launch.exit_on_error(
             lambda: repair.main([*SHORT, *arguments, f"--workdir={workdir}"])
         )
     assert ending.value.code == cli.USER_ERROR

@@ -16,7 +16,7 @@ from PIL import Image
 
 from experiments import visualize
 from loading import loaded
-from sinder_jax import checkpoint, cli, defects, families, loss, param_tree, vit
+from sinder_jax import checkpoint, defects, families, launch, loss, param_tree, vit
 from sinder_jax.data import decode
 from sinder_jax.model import Model
 
@@ -69,7 +69,7 @@ def run(*arguments) -> int:
 def exit_code(*arguments) -> int:
     """Runs as the command line does: errors become one line and a code."""
     with pytest.raises(SystemExit) as caught:
-        cli.exit_on_error(lambda: run(*arguments))
+        launch.exit_on_error(lambda: run(*arguments))
     return caught.value.code
 
 
@@ -307,19 +307,19 @@ def test_errors_for_users_become_one_line_and_code_2(error, line, capsys, monkey
         raise error
 
     with pytest.raises(SystemExit) as caught:
-        cli.exit_on_error(main)
+        launch.exit_on_error(main)
     assert caught.value.code == 2
     assert capsys.readouterr().err == f"error: {line}\n"
 
     monkeypatch.setenv("SINDER_TRACEBACK", "1")
     with pytest.raises(type(error)):
-        cli.exit_on_error(main)
+        launch.exit_on_error(main)
 
 
 @pytest.mark.parametrize("result, code", [(None, 0), (0, 0), (2, 2), (75, 75)])
 def test_the_result_of_main_is_the_exit_code(result, code):
     with pytest.raises(SystemExit) as caught:
-        cli.exit_on_error(lambda: result)
+        launch.exit_on_error(lambda: result)
     assert caught.value.code == code
 
 
@@ -328,17 +328,17 @@ def test_ctrl_c_is_130_and_a_bug_keeps_its_traceback(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as caught:
-        cli.exit_on_error(interrupted)
+        launch.exit_on_error(interrupted)
     assert caught.value.code == 130
     assert capsys.readouterr().err == "interrupted\n"
     with pytest.raises(ZeroDivisionError):
-        cli.exit_on_error(lambda: 1 // 0)
+        launch.exit_on_error(lambda: 1 // 0)
 
 
 def test_a_file_name_no_encoding_covers_is_printed_escaped(tmp_path):
     code = (
-        "from sinder_jax import cli; import os\n"
-        "cli.exit_on_error(lambda: print(os.fsdecode(b'\\xff.jpg')))"
+        "from sinder_jax import launch; import os\n"
+        "launch.exit_on_error(lambda: print(os.fsdecode(b'\\xff.jpg')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert (done.returncode, done.stdout) == (0, b"\\udcff.jpg\n")

@@ -14,7 +14,7 @@ import pytest
 
 from convert import __main__ as main_of_convert
 from experiments import analyze, repair, visualize
-from sinder_jax import cli
+from sinder_jax import cli, launch
 
 
 def parser() -> cli.Parser:
@@ -61,7 +61,7 @@ def test_a_missing_optional_package_is_for_the_user(capsys):
         raise ImportError("model.pth: needs PyTorch,\n  pip install it")
 
     with pytest.raises(SystemExit) as caught:
-        cli.exit_on_error(main)
+        launch.exit_on_error(main)
     assert caught.value.code == 2
     assert (
         capsys.readouterr().err == "error: model.pth: needs PyTorch, pip install it\n"
@@ -163,10 +163,10 @@ def test_what_is_printed_to_nobody_is_dropped(kind):
     """A run goes on when the `tee` of its progress, or its terminal, is gone."""
     if kind == "pipe":
         writer = end_of_a_pipe_without_a_reader()
-        output = cli._Output(writer)
+        output = launch._Output(writer)
     else:
         reader, writer = pty.openpty()
-        output = cli._Output(writer)
+        output = launch._Output(writer)
         os.close(reader)
     assert output.write(b"step 1200") == 9
     os.close(writer)
@@ -174,7 +174,7 @@ def test_what_is_printed_to_nobody_is_dropped(kind):
 
 def test_a_full_disk_is_not_taken_for_a_reader_that_is_gone():
     with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space"):
-        cli._Output(full.fileno()).write(b"step 1200")
+        launch._Output(full.fileno()).write(b"step 1200")
 
 
 def test_a_full_disk_behind_stdout_is_one_line(tmp_path):

@@ -8,7 +8,7 @@ import signal
 import sys
 
 from experiments import repair
-from sinder_jax import cli
+from sinder_jax import launch
 
 step = repair.Runner.step
 sent = []
@@ -23,4 +23,4 @@ def interrupted(self, batch):
 
 if __name__ == "__main__":
     repair.Runner.step = interrupted
-    cli.exit_on_error(lambda: repair.main(sys.argv[2:]))
+    launch.exit_on_error(lambda: repair.main(sys.argv[2:]))

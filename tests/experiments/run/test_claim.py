@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import bucket as buckets
+from experiments.run import alive, sinks
 from experiments.run import claim as claims
-from experiments.run import heartbeat, sinks
 from experiments.run.claim import Claim, LostError
 from experiments.run.heartbeat import Heartbeat
 from experiments.run.workdir import Workdir
@@ -39,9 +39,9 @@ def contents(folder):
 
 def elsewhere(monkeypatch, host="another"):
     """This process as another machine sees it: only its signs of life count."""
-    facts = heartbeat.this_process() | {"host": host, "process": None}
-    monkeypatch.setattr(heartbeat, "this_process", lambda: {**facts})
-    monkeypatch.setattr(heartbeat, "SILENT", -1.0)  # and are too old at once
+    facts = alive.this_process() | {"host": host, "process": None}
+    monkeypatch.setattr(alive, "this_process", lambda: {**facts})
+    monkeypatch.setattr(alive, "SILENT", -1.0)  # and are too old at once
 
 
 def taken(workdir) -> Claim:
@@ -59,7 +59,7 @@ def test_of_many_starts_at_the_same_moment_one_goes_on(number, workdir, monkeypa
     """All find out that nobody is alive before the first one claims the workdir."""
     count = 8
     barrier = threading.Barrier(count)
-    monkeypatch.setattr(heartbeat, "refuse_if_alive", lambda *_: barrier.wait(30))
+    monkeypatch.setattr(alive, "refuse_if_alive", lambda *_: barrier.wait(30))
 
     def start(_):
         try:
@@ -122,7 +122,7 @@ def test_a_run_that_has_ended_is_followed_at_once_also_from_elsewhere(
     first = taken(workdir)
     first.release()
     elsewhere(monkeypatch)
-    monkeypatch.setattr(heartbeat, "SILENT", 1e9)  # only its own word counts
+    monkeypatch.setattr(alive, "SILENT", 1e9)  # only its own word counts
     assert taken(workdir).number == 2
     assert paths.names(workdir / "claims") == ["00000002"]  # nothing is left of it
 
@@ -139,8 +139,8 @@ def test_a_start_that_writes_nothing_leaves_nothing(workdir, tmp_path):
 
 def test_a_sign_of_life_of_the_owner_counts_that_of_an_earlier_run_does_not(tmp_path):
     earlier = taken(tmp_path)
-    with Heartbeat(tmp_path, claim=earlier) as alive:
-        alive.phase("repairing")
+    with Heartbeat(tmp_path, claim=earlier) as beating:
+        beating.phase("repairing")
         while not (tmp_path / "alive.json").exists():
             time.sleep(0.01)
     sign = json.loads((tmp_path / "alive.json").read_text())
@@ -148,10 +148,10 @@ def test_a_sign_of_life_of_the_owner_counts_that_of_an_earlier_run_does_not(tmp_
     later = taken(tmp_path)
     facts = later._facts | {"pid": 1, "host": "another", "process": None}
     (tmp_path / "claims" / "00000002").write_text(json.dumps(facts))
-    newest = heartbeat._newest_sign(tmp_path, facts)
+    newest = alive._newest_sign(tmp_path, facts)
     assert newest["host"] == "another"  # alive.json is of claim 1
     (tmp_path / "alive.json").write_text(json.dumps(sign | {"claim": 2}))
-    assert heartbeat._newest_sign(tmp_path, facts)["phase"] == "finished"
+    assert alive._newest_sign(tmp_path, facts)["phase"] == "finished"
 
 
 @pytest.mark.parametrize("left", [b"", b"\0" * 90, b'{"host": "a', b"{}", b"[]"])
@@ -188,8 +188,8 @@ def test_a_run_that_was_taken_over_writes_nothing_more(workdir, tmp_path, monkey
         owner = f"another pid {os.getpid()}, started 20"
         assert str(caught.value).startswith(f"this run lost {workdir} to {owner}")
         assert str(caught.value).endswith(": nothing more is written here")
-    with Heartbeat(workdir, claim=first.claim) as alive:
-        alive.phase("repairing")
+    with Heartbeat(workdir, claim=first.claim) as beating:
+        beating.phase("repairing")
     with contextlib.suppress(LostError):
         first.__exit__(None, None, None)
     assert contents(tmp_path) == before

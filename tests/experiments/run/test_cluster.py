@@ -155,9 +155,9 @@ WAITS = """
 import sys
 from experiments import repair
 from experiments.run import cluster
-from sinder_jax import cli
+from sinder_jax import launch
 cluster.CONNECT_SECONDS = int(sys.argv[1])
-cli.exit_on_error(lambda: repair.main(sys.argv[2:]))
+launch.exit_on_error(lambda: repair.main(sys.argv[2:]))
 """
 
 
