@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 import convert
 from experiments.run.workdir import Workdir
-from sinder_jax import checkpoint, cli
+from sinder_jax import checkpoint, cli, families, vit
 from sinder_jax.data.listing import Photograph
 from sinder_jax.storage import original, paths, run_files
 from sinder_jax.storage.errors import DamagedError
@@ -62,10 +62,19 @@ def check_weights(workdir: Workdir, config: ConfigDict) -> None:
         cli.warn(f"{path} is gone: resuming with the model stored in {workdir.frozen}")
         return
     try:
-        known = original.model_digest(workdir.frozen)
+        known_config, known = original.describe_model(workdir.frozen)
     except DamagedError:
         return  # `inputs.prepare` makes it again, and compares
-    found = convert.open_model(path).digest
+    given = convert.open_model(path)
+    found = given.digest
+    now = _function(given.config)
+    for name, value in _function(known_config).items():
+        if found == known and now[name] != value:
+            raise ValueError(
+                f"{workdir.path} holds a run of {before} with {name} {value}, now "
+                f"{path} with {now[name]}; choose another --workdir, or "
+                "--config.checkpoint= to resume with the model stored in the workdir"
+            )
     if found != known:
         raise ValueError(
             f"{workdir.path} holds a run that started from other weights: {before} "
@@ -73,6 +82,12 @@ def check_weights(workdir: Workdir, config: ConfigDict) -> None:
             "another --workdir, or give the weights of the first start, or "
             "--config.checkpoint= to resume with the model stored in the workdir"
         )
+
+
+def _function(config: vit.ViTConfig) -> dict[str, Any]:
+    """What no tensor tells of a model's function, by name."""
+    own = {name: getattr(families.of(config), name) for name in vit.OWN}
+    return {"num_heads": config.num_heads, **own}
 
 
 def settle_config(

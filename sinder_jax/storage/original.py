@@ -111,11 +111,12 @@ def other_basis(path: StrPath, reason: str) -> ValueError:
     )
 
 
-def model_digest(path: StrPath) -> str:
-    """Digest of the model that `save` wrote, without reading its arrays.
+def describe_model(path: StrPath) -> tuple[ViTConfig, str]:
+    """Config and digest of the model that `save` wrote, without reading its arrays.
 
     Raises:
       As `checkpoint.load_tree`.
     """
-    stated = array_store.Reader(path).metadata.get("digest")
-    return stated or load(path).model.digest  # of a run of an earlier version
+    header = array_store.Reader(path).metadata
+    digest = header.get("digest") or load(path).model.digest  # of an earlier version
+    return ViTConfig(**header["config"]), digest

@@ -1,5 +1,6 @@
 """run/first_start.py: what a later start has in common with the first one."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -225,6 +226,18 @@ def test_the_same_weights_may_lie_anywhere_or_be_gone_at_resume(
     )
     nowhere = f"--config.checkpoint={tmp_path / 'nowhere'}"
     assert str(tmp_path / "nowhere") in resume(begun, nowhere)
+
+
+@pytest.mark.parametrize(
+    "own", [{"norm_epsilon": 1e-3}, {"statistics": ((0.5,) * 3, (0.2,) * 3)}], ids=str
+)
+def test_the_same_tensors_with_another_function_are_refused(own, begun, tmp_path):
+    other = dataclasses.replace(PLAIN, **own)
+    checkpoint.save(tmp_path / "second", other, weights(PLAIN))
+    line = resume(begun, f"--config.checkpoint={tmp_path / 'second'}")
+    (name,) = own
+    assert f"{tmp_path / 'first'} with {name} " in line
+    assert f", now {tmp_path / 'second'} with " in line
 
 
 def test_other_photographs_at_resume_are_refused_until_forced(
