@@ -1,7 +1,7 @@
 """Which layout and which architecture the tensors of a state dict have.
 
     names and shapes --backbone_keys--> names of a bare DINOv2 --layout_of--> "hf", ...
-    and the files beside them --claims_of--> fields of a ViTConfig, and who says each
+    and the files beside them --statements_of--> fields of a ViTConfig, who says each
     --config_from--> ViTConfig, from which a whole table is made and compared
 
 Of the tensors only names and shapes are used; the numbers may still be in a file.
@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import layouts
-from convert.claims import RESAMPLING, Claim, claim, settle
 from convert.files import hugging_face
+from convert.statements import RESAMPLING, Statement, settle, statement
 from sinder_jax import families, vit
 from sinder_jax.model import differences
 
@@ -142,37 +142,38 @@ def config_of(
 ) -> vit.ViTConfig:
     """The architecture closest to a state dict that nothing stands beside.
 
-    Arguments and errors as for `claims_of`.
+    Arguments and errors as for `statements_of`.
     """
-    claims = claims_of(layout, seen, num_heads, overrides)
-    check_heads(claims)
-    return config_from(claims)
+    statements = statements_of(layout, seen, num_heads, overrides)
+    check_heads(statements)
+    return config_from(statements)
 
 
-def config_from(claims: Mapping[str, Claim]) -> vit.ViTConfig:
-    """The config whose fields were claimed; with one head if nothing tells how many."""
-    values = {name: claim.value for name, claim in claims.items()}
+def config_from(statements: Mapping[str, Statement]) -> vit.ViTConfig:
+    """The config whose fields were stated; with one head if nothing tells how many."""
+    values = {name: statement.value for name, statement in statements.items()}
     return vit.ViTConfig(**({"num_heads": 1} | values))
 
 
-def check_heads(claims: Mapping[str, Claim]) -> None:
+def check_heads(statements: Mapping[str, Statement]) -> None:
     """Raises ValueError if nothing tells the number of heads."""
-    if "num_heads" not in claims:
+    if "num_heads" not in statements:
         raise ValueError(
             "nothing tells the number of attention heads of a model of width "
-            f"{claims['embed_dim'].value}, which is none of DINOv2's; pass num_heads "
+            f"{statements['embed_dim'].value}, which is none of DINOv2's; pass "
+            "num_heads "
             "(python -m convert to-jax SRC DST --num-heads=N)"
         )
 
 
-def claims_of(
+def statements_of(
     layout: str,
     seen: Mapping[str, Shape],
     num_heads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     contents: hugging_face.Contents | None = None,
-    stated: Sequence[Claim] = (),
-) -> dict[str, Claim]:
+    stated: Sequence[Statement] = (),
+) -> dict[str, Statement]:
     """The fields of the architecture closest to a state dict, and who says each.
 
     What a missing or misshapen tensor would tell is taken from others or from the hub
@@ -182,36 +183,43 @@ def claims_of(
       layout: from `layout_of`.
       seen: shapes by bare name.
       num_heads: None: what the files say, or that of the family's model of this width,
-        or heads of 64 in a model narrower than all of them; else there is no claim.
+        or heads of 64 in a model narrower than all of them; else there is no statement.
       overrides: fields of `vit.ViTConfig` that tensors do not determine.
       contents: the JSON objects of the files beside the tensors, by file name.
       stated: what the file of the tensors says itself.
 
     Raises:
       ValueError: no tensor determines the width; an unknown override; a file that
-        describes a model which this program does not compute; or two claims that
+        describes a model which this program does not compute; or two statements that
         contradict each other.
     """
     overrides = dict(overrides or {})
     _check_overrides(overrides)
     if num_heads is not None:
         overrides["num_heads"] = num_heads
-    arguments = [claim(*item, "the arguments") for item in overrides.items()]
+    arguments = [statement(*item, "the arguments") for item in overrides.items()]
     family = DEFAULT_FAMILY
     for one in (*stated, *arguments):
         if one.field == "family":
             family = families.named(one.value)
     inferred = _inferred(layout, seen, family)
     variant = family.variant(inferred["num_register_tokens"])
-    beside = hugging_face.claims(
+    beside = hugging_face.statements(
         contents or {},
         inferred,
         has_mask_token=any("mask_token" in key for key in seen),
     )
     settled = settle(
         [
-            *(claim(*x, "the tensors") for x in inferred.items() if x[1] is not None),
-            *(claim(name, getattr(variant, name), "the hub") for name in RESAMPLING),
+            *(
+                statement(*x, "the tensors")
+                for x in inferred.items()
+                if x[1] is not None
+            ),
+            *(
+                statement(name, getattr(variant, name), "the hub")
+                for name in RESAMPLING
+            ),
             *beside,
             *stated,
             *arguments,
@@ -222,14 +230,16 @@ def claims_of(
     return settled
 
 
-def _usual_heads(family: families.Family, inferred: Mapping[str, Any]) -> Claim | None:
+def _usual_heads(
+    family: families.Family, inferred: Mapping[str, Any]
+) -> Statement | None:
     """The heads of the family's model of this width, or of a model for tests."""
     width = inferred["embed_dim"]
     if heads := family.num_heads(width):
-        return Claim("num_heads", heads, USUAL_HEADS)
+        return Statement("num_heads", heads, USUAL_HEADS)
     narrowest = min(size.embed_dim for size in family.sizes.values())
     if width < narrowest and width % HEAD_WIDTH == 0:
-        return Claim("num_heads", width // HEAD_WIDTH, NARROW_HEADS)
+        return Statement("num_heads", width // HEAD_WIDTH, NARROW_HEADS)
     return None
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from convert.claims import RESAMPLING, claim
 from convert.files import hugging_face, reading, sha256, strangers
 from convert.state_dict import TorchModel
+from convert.statements import RESAMPLING, statement
 from sinder_jax import cli, vit
 from sinder_jax import model as models
 from sinder_jax.model import Model
@@ -77,13 +77,15 @@ def _open_torch(path: Path, name: str, overrides: Mapping[str, Any]) -> Model:
     verified = sha256.check(path)
     state = reading.open_state_dict(path)
     stated = _description(path, state.metadata)
-    claims = []
+    statements = []
     if stated:
         known = {field: getattr(stated.config, field) for field in STATED}
         # None is the family's value, which the files beside the tensors may replace.
-        claims = [claim(*x, "its metadata") for x in known.items() if x[1] is not None]
+        statements = [
+            statement(*x, "its metadata") for x in known.items() if x[1] is not None
+        ]
     with _naming(path):
-        torch = TorchModel(state, stated=claims, **overrides)
+        torch = TorchModel(state, stated=statements, **overrides)
         extras = hugging_face.extras(state.contents)
 
     def leaf(path_of_leaf: str) -> np.ndarray:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from convert import infer, layouts
-from convert.claims import Claim
 from convert.files.tensors import StateDict
 from convert.layouts import table as tables
+from convert.statements import Statement
 from sinder_jax import param_tree, vit
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -34,7 +34,7 @@ class TorchModel:
     Attributes:
       layout: a key of `layouts.LAYOUTS`.
       config: the architecture.
-      claims: its fields, and who says each.
+      statements: its fields, and who says each.
       specs: shape and number format of every tensor, by bare name.
       table: slots of the tensors that exist, by bare name.
       shapes: of the leaves, by flat name.
@@ -55,7 +55,7 @@ class TorchModel:
         state_dict: Mapping[str, Any],
         num_heads: int | None = None,
         *,
-        stated: Sequence[Claim] = (),
+        stated: Sequence[Statement] = (),
         **overrides: Any,
     ):
         self.state = StateDict.of(state_dict)
@@ -65,10 +65,10 @@ class TorchModel:
         self.specs = {key: self.state.specs[x] for key, x in self.names.items()}
         seen = {key: spec.shape for key, spec in self.specs.items()}
         self.layout = infer.layout_of(seen)
-        self.claims = infer.claims_of(
+        self.statements = infer.statements_of(
             self.layout, seen, num_heads, overrides, self.contents, stated
         )
-        self.config = infer.config_from(self.claims)
+        self.config = infer.config_from(self.statements)
         table = layouts.table_of(self.layout, self.config)
         self.table = {
             key: slot
@@ -85,7 +85,7 @@ class TorchModel:
                 f"{layouts.LAYOUTS[self.layout].owner} layout: "
                 f"{infer.listing_by_kind(misfits | self._not_finite())}"
             )
-        infer.check_heads(self.claims)
+        infer.check_heads(self.statements)
 
     def leaf(self, path: str) -> np.ndarray:
         """One leaf of the params, float32, in its own memory.

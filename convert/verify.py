@@ -125,7 +125,7 @@ def print_verdict(
         raise ValueError(f"{jax_side} and {torch_side} differ in {different}")
     check(comparison)
     print(f"verify: {comparison}.")
-    told = theirs.torch.claims["num_heads"]
+    told = theirs.torch.statements["num_heads"]
     if told.words in infer.GUESSES:
         print(
             f"verify: not checked: the number of attention heads, {told.value} on both "

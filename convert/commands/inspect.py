@@ -37,7 +37,9 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     fields = {
         "architecture": infer.describe(config),
         "width": f"{width}, {heads} heads of {width // heads}",
-        "heads from": torch.claims["num_heads"].words if torch else "its own config",
+        "heads from": torch.statements["num_heads"].words
+        if torch
+        else "its own config",
         "blocks": f"{config.depth}, FFN {config.ffn_layer}, hidden {config.hidden_dim}",
         "LayerNorm": f"epsilon {family.norm_epsilon:g}",
         "pixels": f"mean {_numbers(family.statistics.mean)}, standard deviation "

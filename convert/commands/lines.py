@@ -43,7 +43,7 @@ def notes(model: Model) -> Iterator[str]:
     """What a PyTorch model lacks, or what is read differently than it is stored."""
     if model.torch is None:
         return
-    heads = model.torch.claims["num_heads"]
+    heads = model.torch.statements["num_heads"]
     if heads.words == infer.NARROW_HEADS:
         yield f"heads are {heads.words}: give --num-heads=N if that is wrong."
     if converted := [name for name in model.torch.formats if name != "float32"]:

@@ -1,6 +1,6 @@
 """The JSON files beside the weights in a Hugging Face directory, in both directions.
 
-config.json, preprocessor_config.json --claims--> fields of a ViTConfig
+config.json, preprocessor_config.json --statements--> fields of a ViTConfig
                                       `-extras--> the keys that are no fields
 ViTConfig, extras --contents--> config.json, preprocessor_config.json
 """
@@ -9,9 +9,17 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convert.claims import Claim, Told, finite, integer, number, side, statistics
 from convert.files import timm
 from convert.files.reading import CONFIG, PREPROCESSOR
+from convert.statements import (
+    Statement,
+    Told,
+    finite,
+    integer,
+    number,
+    side,
+    statistics,
+)
 from sinder_jax import families, vit
 
 Contents = Mapping[str, Mapping[str, Any]]  # JSON objects by file name
@@ -31,9 +39,9 @@ FIELDS = {
 # --- Reading ----------------------------------------------------------------------
 
 
-def claims(
+def statements(
     contents: Contents, inferred: Mapping[str, Any], *, has_mask_token: bool
-) -> Iterator[Claim]:
+) -> Iterator[Statement]:
     """What the JSON files beside the tensors say, those of timm included.
 
     Args:
@@ -47,15 +55,15 @@ def claims(
     """
     config = contents.get(CONFIG, {})
     if timm.is_config(config):
-        yield from timm.claims(config, inferred)
+        yield from timm.statements(config, inferred)
     else:
-        yield from _config_claims(Told(CONFIG, config), inferred, has_mask_token)
-    yield from _preprocessor_claims(contents)
+        yield from _config_statements(Told(CONFIG, config), inferred, has_mask_token)
+    yield from _preprocessor_statements(contents)
 
 
-def _config_claims(
+def _config_statements(
     config: Told, inferred: Mapping[str, Any], has_mask_token: bool
-) -> Iterator[Claim]:
+) -> Iterator[Statement]:
     width, ffn_layer = inferred["embed_dim"], inferred["ffn_layer"]
     patch = inferred["patch_size"]
     config.require("model_type", *TYPES)
@@ -65,30 +73,32 @@ def _config_claims(
         config.require("hidden_act", "gelu")
     if has_mask_token:
         config.require("use_mask_token", True)
-    yield from config.claims("hidden_size", "embed_dim", integer)
-    yield from config.claims("num_hidden_layers", "depth", integer)
-    yield from config.claims("num_attention_heads", "num_heads", integer)
+    yield from config.statements("hidden_size", "embed_dim", integer)
+    yield from config.statements("num_hidden_layers", "depth", integer)
+    yield from config.statements("num_attention_heads", "num_heads", integer)
     told = "num_attention_heads" in config.values or "hidden_size" not in config.values
     if not told and width % DEFAULT_HEADS == 0:
         words = f"no num_attention_heads in {CONFIG}, for which transformers takes"
-        yield Claim("num_heads", DEFAULT_HEADS, f"{words} {DEFAULT_HEADS}")
-    yield from config.claims("head_dim", "num_heads", lambda x: width // side(x))
-    yield from config.claims("patch_size", "patch_size", side)
-    yield from config.claims(
+        yield Statement("num_heads", DEFAULT_HEADS, f"{words} {DEFAULT_HEADS}")
+    yield from config.statements("head_dim", "num_heads", lambda x: width // side(x))
+    yield from config.statements("patch_size", "patch_size", side)
+    yield from config.statements(
         "image_size", "img_size", lambda x: side(x) // patch * patch
     )
-    yield from config.claims("use_swiglu_ffn", "ffn_layer", _ffn_layer)
-    yield from config.claims(
+    yield from config.statements("use_swiglu_ffn", "ffn_layer", _ffn_layer)
+    yield from config.statements(
         "mlp_ratio", "hidden_width", lambda x: _hidden(width, number(x), ffn_layer)
     )
-    yield from config.claims("layer_norm_eps", "norm_epsilon", number)
+    yield from config.statements("layer_norm_eps", "norm_epsilon", number)
     if config.values.get("model_type") == "dinov2":
-        yield from config.claims("model_type", "num_register_tokens", lambda _: 0)
+        yield from config.statements("model_type", "num_register_tokens", lambda _: 0)
     else:
-        yield from config.claims("num_register_tokens", "num_register_tokens", integer)
+        yield from config.statements(
+            "num_register_tokens", "num_register_tokens", integer
+        )
 
 
-def _preprocessor_claims(contents: Contents) -> Iterator[Claim]:
+def _preprocessor_statements(contents: Contents) -> Iterator[Statement]:
     told = Told(PREPROCESSOR, contents.get(PREPROCESSOR, {}))
     for key in ("do_normalize", "do_rescale"):
         told.require(key, True)

@@ -1,14 +1,14 @@
 """timm's config.json: what it says of a model beyond the tensors.
 
-{"architecture", "model_args", "pretrained_cfg"} --claims--> fields of a ViTConfig
+{"architecture", "model_args", "pretrained_cfg"} --statements--> fields of a ViTConfig
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from convert.claims import Claim, Told, integer, number, side, statistics
 from convert.files.reading import CONFIG
+from convert.statements import Statement, Told, integer, number, side, statistics
 
 # Width and heads of timm's architectures, which only their names tell.
 HEADS = {"small": (384, 6), "base": (768, 12), "large": (1024, 16), "huge": (1280, 16)}
@@ -22,7 +22,9 @@ def is_config(config: Mapping[str, Any]) -> bool:
     return named and model_type == "timm_wrapper"
 
 
-def claims(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> Iterator[Claim]:
+def statements(
+    config: Mapping[str, Any], inferred: Mapping[str, Any]
+) -> Iterator[Statement]:
     """What a config.json of timm says.
 
     Args:
@@ -50,13 +52,15 @@ def claims(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> Iterator[C
         args.require(key, False)
     for key in ("attn_layer", "block_fn", "embed_layer", "embed_norm_layer"):
         args.require(key, None)
-    yield from args.claims("embed_dim", "embed_dim", integer)
-    yield from args.claims("depth", "depth", integer)
-    yield from args.claims("num_heads", "num_heads", integer)
-    yield from args.claims("patch_size", "patch_size", side)
-    yield from args.claims("img_size", "img_size", lambda x: side(x) // patch * patch)
-    yield from args.claims("reg_tokens", "num_register_tokens", integer)
-    yield from args.claims(
+    yield from args.statements("embed_dim", "embed_dim", integer)
+    yield from args.statements("depth", "depth", integer)
+    yield from args.statements("num_heads", "num_heads", integer)
+    yield from args.statements("patch_size", "patch_size", side)
+    yield from args.statements(
+        "img_size", "img_size", lambda x: side(x) // patch * patch
+    )
+    yield from args.statements("reg_tokens", "num_register_tokens", integer)
+    yield from args.statements(
         "mlp_ratio", "hidden_width", lambda x: int(width * number(x)) // packed
     )
     if "num_heads" not in given:
@@ -67,13 +71,13 @@ def claims(config: Mapping[str, Any], inferred: Mapping[str, Any]) -> Iterator[C
         yield statistics(pretrained, "mean", "std")
 
 
-def _named(config: Mapping[str, Any], width: int) -> Iterator[Claim]:
+def _named(config: Mapping[str, Any], width: int) -> Iterator[Statement]:
     """The number of heads, where the name of the architecture tells it."""
     name = str(config.get("architecture"))
     if found := re.match(r"vit_(\w+?)_patch\d+_", name):
         known = (DINOV2_HEADS if "dinov2" in name else HEADS).get(found[1], (0, 0))
         if known[0] == width:
-            yield Claim("num_heads", known[1], f"architecture={name!r} in {CONFIG}")
+            yield Statement("num_heads", known[1], f"architecture={name!r} in {CONFIG}")
 
 
 def _object(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:

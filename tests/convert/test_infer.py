@@ -127,7 +127,7 @@ def test_heads_are_told_for_dinov2_s_widths_and_for_narrower_models(width):
     state = random_state(vit.ViTConfig(width, 1, width // 64, "mlp", img_size=14))
     model = TorchModel(state)
     assert model.config.num_heads == width // 64
-    assert model.claims["num_heads"].words in infer.GUESSES
+    assert model.statements["num_heads"].words in infer.GUESSES
 
 
 @pytest.mark.parametrize("width", [448, 512, 1280, 100])

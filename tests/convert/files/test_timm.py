@@ -134,5 +134,5 @@ def test_values_of_wrong_types_are_refused_by_name(told, tmp_path, capsys):
 )
 def test_the_name_of_an_architecture_tells_its_heads(name, width, heads):
     inferred = {"embed_dim": width, "patch_size": 14, "ffn_layer": "mlp"}
-    found = list(timm.claims({"architecture": name}, inferred))
-    assert [claim.value for claim in found] == ([heads] if heads else [])
+    found = list(timm.statements({"architecture": name}, inferred))
+    assert [statement.value for statement in found] == ([heads] if heads else [])

@@ -1,7 +1,7 @@
 """Who says what of a model: its tensors, the files beside them, the user.
 
-{"num_attention_heads": 16} --Told--> Claim("num_heads", 16, who says it)
-claims --settle--> one claim for each field; a contradiction names both sides
+{"num_attention_heads": 16} --Told--> Statement("num_heads", 16, who says it)
+statements --settle--> one statement for each field; a contradiction names both sides
 """
 
 import json
@@ -15,7 +15,7 @@ LARGEST = 10**9  # of any number in a config; also refuses NaN and infinity
 SHOWN = 80  # characters of a strange value in a message
 
 
-class Claim(NamedTuple):
+class Statement(NamedTuple):
     """The value that somebody gives for a field of `vit.ViTConfig`.
 
     Attributes:
@@ -29,22 +29,22 @@ class Claim(NamedTuple):
     words: str
 
 
-def claim(field: str, value: Any, where: str) -> Claim:
-    """A claim in the words of `vit.ViTConfig`."""
-    return Claim(field, value, f"{field}={value!r} in {where}")
+def statement(field: str, value: Any, where: str) -> Statement:
+    """A statement in the words of `vit.ViTConfig`."""
+    return Statement(field, value, f"{field}={value!r} in {where}")
 
 
-def settle(claims: Iterable[Claim]) -> dict[str, Claim]:
-    """The first claim about each field, with which all others must agree.
+def settle(statements: Iterable[Statement]) -> dict[str, Statement]:
+    """The first statement about each field, with which all others must agree.
 
-    How the position embedding is resampled is a choice, not a fact: the last claim
+    How the position embedding is resampled is a choice, not a fact: the last statement
     counts.
 
     Raises:
-      ValueError: two claims differ; quotes both.
+      ValueError: two statements differ; quotes both.
     """
-    settled: dict[str, Claim] = {}
-    for one in claims:
+    settled: dict[str, Statement] = {}
+    for one in statements:
         known = settled.setdefault(one.field, one)
         if one.field in RESAMPLING:
             settled[one.field] = one
@@ -80,11 +80,11 @@ class Told(NamedTuple):
         except ValueError as error:
             raise ValueError(f"{self.quote(key)}, expected {error}") from None
 
-    def claims(self, key: str, field: str, read: Read) -> Iterator[Claim]:
-        """The claim of a key about a field; none if the key is missing."""
+    def statements(self, key: str, field: str, read: Read) -> Iterator[Statement]:
+        """The statement of a key about a field; none if the key is missing."""
         if key in self.values:
             words = f"{key}={self._shown(key)} in {self.name}"
-            yield Claim(field, self.read(key, read), words)
+            yield Statement(field, self.read(key, read), words)
 
     def require(self, key: str, *allowed: Any) -> None:
         """Refuses a value that makes another function than this program computes.
@@ -110,8 +110,8 @@ class Told(NamedTuple):
         return repr(self.values[key])[:SHOWN]
 
 
-def statistics(told: Told, mean: str, std: str) -> Claim:
-    """The claim of two keys about the image statistics.
+def statistics(told: Told, mean: str, std: str) -> Statement:
+    """The statement of two keys about the image statistics.
 
     Raises:
       ValueError: one of them is missing, or holds anything but three numbers.
@@ -122,7 +122,7 @@ def statistics(told: Told, mean: str, std: str) -> Claim:
     except ValueError as error:
         raise ValueError(f"{told.name}: {mean} and {std}: {error}") from None
     words = f"{mean}={pair[0]} and {std}={pair[1]} in {told.name}"
-    return Claim("statistics", value, words)
+    return Statement("statistics", value, words)
 
 
 def finite(value: Any) -> Any:
