@@ -43,6 +43,7 @@ def statements(
     packed = 2 if inferred["ffn_layer"] == "swiglu" else 1
     act_layers = ("silu", "swish") if packed == 2 else ("gelu",)
     args.require("in_chans", 3)
+    args.require("pos_embed", "learn")
     args.require("act_layer", *act_layers)
     args.require("norm_layer", "layernorm", "LayerNorm")
     args.require("mlp_layer", *(("SwiGLUPacked",) if packed == 2 else ("Mlp",)))

@@ -86,6 +86,7 @@ def test_every_field_is_checked_and_statistics_are_obeyed(tmp_path, capsys):
         "mlp_layer": "GluMlp",
         "attn_layer": "diff",
         "qk_norm": True,
+        "pos_embed": "none",
     }.items():
         stored(folder, CONFIG, **told, model_args=args | {key: value})
         assert key in refusal(capsys, "inspect", folder) or key == "num_heads"
