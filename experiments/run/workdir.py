@@ -232,13 +232,16 @@ class Workdir:
         """Keeps one line for each image that the run has passed, in their order.
 
         Drops the lines of images that the run will see again, and what is no line of an
-        image. Warns, once, if lines of images before are lacking.
+        image. Warns, once, if lines of images before are lacking; and if there are
+        lines but no state, so that the run starts again.
 
         Args:
           num_images: images passed, as the state says.
         """
         lines = self._read_lines()
         kept = {image: line for image, line in lines.items() if image < num_images}
+        if lines and not num_images:
+            cli.warn(f"{self.path} holds no state: starting again from image 0")
         lacking = run_files.lacking(kept, num_images)
         images = lacking.rpartition(":")[2]
         if images not in ("", self._told):

@@ -335,3 +335,14 @@ def test_a_bucket_that_takes_nothing_is_told(bucket, monkeypatch):
     with pytest.raises(OSError, match="--workdir=gs://b/run cannot be written") as e:
         Workdir("gs://b/run")
     assert "may not write" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_run_that_lost_its_states_says_that_it_starts_again(tmp_path, capsys):
+    with Workdir(tmp_path) as workdir:
+        workdir.rewind_metrics(0)
+        workdir.append_metrics([row(0), row(1)])
+        assert capsys.readouterr().err == ""
+        workdir.rewind_metrics(0)
+    line = f"warning: {tmp_path} holds no state: starting again from image 0\n"
+    assert capsys.readouterr().err == line
+    assert not run_files.read_metrics(tmp_path)
