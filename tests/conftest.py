@@ -5,6 +5,7 @@ it. pyproject.toml turns warnings into errors.
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -28,6 +29,10 @@ if DEVICES not in os.environ.get("XLA_FLAGS", ""):
 # whichever copy is installed, and the modules that the tests share.
 paths = [str(TESTS.parent), str(TESTS / "support"), os.environ.get("PYTHONPATH", "")]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+
+# A shell has its jobs in the background ignore Ctrl-C, and all that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402  (reads JAX_PLATFORMS and XLA_FLAGS)
 

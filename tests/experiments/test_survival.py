@@ -62,7 +62,7 @@ def assert_same(one, two):
 def begun(workdir, like):
     """A workdir whose frozen model is computed already: a second less for each test."""
     workdir.mkdir()
-    for name in ("frozen", "config.json", "planted.safetensors"):
+    for name in ("frozen", "config.json", "photographs.json", "planted.safetensors"):
         source = like / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, workdir / name)
