@@ -134,21 +134,6 @@ def _is_folded(seen: Mapping[str, Shape]) -> bool:
 # --- Architecture -----------------------------------------------------------------
 
 
-def config_of(
-    layout: str,
-    seen: Mapping[str, Shape],
-    num_heads: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> vit.ViTConfig:
-    """The architecture closest to a state dict that nothing stands beside.
-
-    Arguments and errors as for `statements_of`.
-    """
-    statements = statements_of(layout, seen, num_heads, overrides)
-    check_heads(statements)
-    return config_from(statements)
-
-
 def config_from(statements: Mapping[str, Statement]) -> vit.ViTConfig:
     """The config whose fields were stated; with one head if nothing tells how many."""
     values = {name: statement.value for name, statement in statements.items()}

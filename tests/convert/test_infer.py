@@ -27,7 +27,7 @@ def test_hub_architecture_is_inferred_from_its_shapes(name, layout):
     }
     seen = {key: x.shape for key, x in state.items()}
     assert infer.layout_of(seen) == layout
-    assert infer.config_of(layout, seen) == config
+    assert infer.config_from(infer.statements_of(layout, seen)) == config
     assert infer.hub_name(config) == name
 
 
