@@ -8,11 +8,12 @@ number of processes. A run that is asked to stop saves its state and ends with e
 75.
 """
 
+import argparse
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -36,8 +37,10 @@ from experiments.run.runner import Runner, choose_devices, on_host
 from experiments.run.stopping import Stopping
 from experiments.run.workdir import Workdir
 from sinder_jax import cli, families, launch, repair
+from sinder_jax.checkpoint import Newest
 from sinder_jax.data import batches
-from sinder_jax.storage import original as stored
+from sinder_jax.data.listing import Photograph
+from sinder_jax.storage.original import BASIS, Original
 from sinder_jax.storage.run_files import read_metrics
 
 EXAMPLE = """\
@@ -52,6 +55,49 @@ docs/pods.md has the lines for TPU pods and clusters. Exit codes: 0 finished, 2 
 reported in one line, 75 stopped and saved: start it again, 130 a second Ctrl-C.
 SINDER_TRACEBACK=1 in the environment shows where an error comes from.
 """
+
+
+class Run(NamedTuple):
+    """What a start has settled before the long part.
+
+    Attributes:
+      config: of the run; `images_per_step` is that of its first start.
+      processes: of the run; only the first one writes and prints.
+      stopping: hears that this start is to stop.
+      train, held_out: the photographs to repair on, and the others.
+      workdir: where everything is written.
+      lost: files of a finished run that have to be made again; None before its end.
+      devices: of all processes, those that share the images of a step.
+      heartbeat: shows others what this start is doing.
+    """
+
+    config: ConfigDict
+    processes: cluster.Cluster
+    stopping: Stopping
+    train: list[Photograph]
+    held_out: list[Photograph]
+    workdir: Workdir
+    lost: list[str] | None
+    devices: tuple[jax.Device, ...]
+    heartbeat: Heartbeat
+
+
+class Start(NamedTuple):
+    """Where a start goes on.
+
+    Attributes:
+      original: model, factors and directions before the repair.
+      runner: holds the state, on the devices.
+      observer: compares the repaired model with the original.
+      counts: of the images before; the loop goes on counting.
+      done: True if the stopping rule holds already.
+    """
+
+    original: Original
+    runner: Runner
+    observer: results.Observer
+    counts: Counts
+    done: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,240 +124,232 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.compilation_cache:
         compiled.keep(args.compilation_cache)
     with ExitStack() as stack:
-        stopping = stack.enter_context(Stopping())
-
-        # Data, then the workdir: one list, one config, one folder for all processes.
-        processes = stack.enter_context(cluster.start(args))
-        launch.start_jax()
-        first, say = processes.is_first, processes.say
-        train, held_out = inputs.photographs(config, say=say)
-        workdir = stack.enter_context(
-            Workdir(
-                args.workdir,
-                writes=first,
-                keep_last=config.keep_states,
-                keep_every=config.keep_every,
-            )
-        )
-        processes.check_same("configs", config.to_json(sort_keys=True))
-        processes.check_same("photographs", "\n".join(photo.name for photo in train))
-        processes.check_shared(workdir.path)
-        # images_per_step is part of the result; devices only divide its images.
-
-        def settle() -> None:
-            first_start.check_weights(workdir, config)
-            first_start.settle_config(
-                workdir, config, jax.device_count(), force=args.force
-            )
-            stamped = first_start.stamps(train)
-            first_start.settle_photographs(workdir, stamped, force=args.force)
-
-        processes.in_first(settle)
-        batch = int(processes.from_first(np.array(config.images_per_step)))
-        if not first:
-            first_start.settle_config(workdir, config, batch, force=args.force)
-        batches.check_resize(config.resize, batch)
-        devices = choose_devices(batch, processes.processes)
-        told = workdir.read_summary() if first else {}
-        finished = told.get("finished") is True
-        lost = results.damaged(workdir, told) if finished else []
-        if finished:
-            workdir.rewind_metrics(told["images"])
-        if processes.from_first(np.array(finished and not lost)):
-            say(f"{workdir.path} is finished: see {workdir.summary}")
+        # Processes, photographs, workdir, devices.
+        run = settle(args, config, stack)
+        if run is None:
             return 0
-
-        # Devices: those of all processes that share the images of a step.
-        used = f"{len(devices)} x {devices[0].device_kind}"
-        heartbeat = stack.enter_context(
-            Heartbeat(
-                workdir.path,
-                used,
-                processes.processes,
-                writes=first,
-                claim=workdir.claim,
-            )
-        )
-        say(
-            f"{len(train)} photographs to repair on, {len(held_out)} others held out\n"
-            f"{batch} image{'s' * (batch > 1)} per step on {used}"
-        )
+        first, workdir = run.processes.is_first, run.workdir
 
         # Model, factors and directions: computed once, read by every start and process.
         newest = workdir.load_state() if first else None
-        if lost:
-            results.check_can_be_made(workdir, lost, newest)
-        original = inputs.stored_original(workdir, newest) if first else None
-        processes.barrier()  # a damaged one is out of the way
-        if first and original is None:
-            inputs.prepare(config, workdir, heartbeat.phase)
-        while not workdir.frozen.exists():  # not in a collective, which may time out
-            time.sleep(1.0)
-        processes.barrier()
-        heartbeat.phase("loading")
-        original = original or stored.load(workdir.frozen)
-        if newest is not None:
-            stored.check_basis(workdir.frozen, original, newest.metadata)
-        model, params = original.model.config, original.model.params
-        with on_host():  # the runner copies to each device, or splits over them
-            frozen, state = repair.init(
-                model, params, options, original.directions, original.factors
-            )
-
-        # Resume: process 0 has read the newest good state and sends it to the others.
-        if processes.from_first(np.array(newest is not None)):
-            saved = newest.tree if newest else repair.to_saved(state)
-            saved = processes.from_first(saved)
-            state = repair.from_saved(model, params, frozen, saved)
-            say(f"resuming after {int(state.num_images)} images")
-        start = position = int(state.num_images)
-        counts = Counts()
-        if first:
-            workdir.rewind_metrics(position)
-        if newest:
-            counts = Counts.stored(newest.metadata, read_metrics(workdir.path))
-
-        # Step: the frozen arrays and the state on the devices.
-        done = bool(repair.is_done(options, state))
-        observer = results.Observer(model, params, frozen.directions[-1], config)
-        runner = Runner(
-            model, options, frozen, state, devices, split=config.split_model
+        if run.lost:
+            results.check_can_be_made(workdir, run.lost, newest)
+        original = inputs.original_of_all(
+            run.processes, config, workdir, newest, run.heartbeat.phase
         )
 
-        # Loop. A step's metrics are read after the next step is dispatched, so that the
-        # device never waits; once the run is done, that next step changes nothing.
-        heartbeat.phase("repairing")
-        stopping.finish_steps()
-        vote = Vote(processes, devices)
-        stream = batches.stream(
-            train,
-            config.image_size,
-            patch_size=model.patch_size,
-            statistics=families.of(model).statistics,
-            start=position,
-            batch_size=batch,
-            part=(processes.process, processes.processes),
-            num_threads=config.read_threads,
-            num_workers=config.read_workers,
-            resize=config.resize,
-        )
-        boards = sinks.Sinks()
-        if first:
-            boards = sinks.open_sinks(config, workdir.path, start=start)
-        with (
-            closing(stream),
-            boards,
-            LiveLine(config, start=start, shown=first) as live,
-            tracing.Tracer(span if first else None, workdir.path) as tracer,
-        ):
-            journal = Journal(
-                config, train, workdir, live, boards, heartbeat, counts, done
-            )
-            pending: Dispatched | None = None
-            while not (journal.done or journal.stop):
-                images = next(stream)
-                for message in images.errors:
-                    live.print(f"skipped, unreadable: {message}")
-                if first:
-                    workdir.check()
-                tracer.at(position, pending)
-                metrics = runner.step(images)
-                newer = Dispatched(position, metrics, vote(stopping.asked is not None))
-                position += batch
-                if pending is not None:
-                    journal.read(pending)
-                pending = newer
-                # A process that runs alone need not ask the others.
-                due = passes(config.checkpoint_every, position, batch)
-                if due or newer.vote is True:
-                    journal.read(pending)
-                    pending = None
-                    save(workdir, runner, counts, original.digest)
-                if passes(config.picture_every, position, batch) and not journal.done:
-                    now = runner.params()
-                    if first:
-                        picture = observer.picture(results.spread(train, 1), now)
-                        name = f"pictures/image_{position:08d}.png"
-                        with workdir.output(name) as path:
-                            results.save_png(path, picture)
-                        boards.picture("tokens", picture, position)
-            if pending is not None:
-                journal.read(pending)
-        save(workdir, runner, counts, original.digest)
-        if journal.stop:
-            stopped_by = stopping.asked or "a signal to another process"
+        # Loop, from the newest state until the stopping rule holds.
+        start = resume(run, options, original, newest)
+        run.heartbeat.phase("repairing")
+        run.stopping.finish_steps()
+        if loop(run, start, span if first else None):
+            stopped_by = run.stopping.asked or "a signal to another process"
             if first:
-                write_stopped(workdir, config, counts, stopped_by)
-            heartbeat.phase(f"stopped: {stopped_by}")
+                write_stopped(run, start.counts, stopped_by)
+            run.heartbeat.phase(f"stopped: {stopped_by}")
             return cli.TRY_AGAIN
 
         # Finish: files of the repaired model, measures, the summary.
-        stopping.finish_steps(False)  # all that follows can be done again
-        heartbeat.phase("exporting")
-        saved, repaired = runner.saved(), runner.params()
-        if not first:
-            return 0
-        sets = {"repaired_on": train, "held_out": held_out}
-        written = results.write(
-            workdir, config, original, observer, sets, saved, repaired
-        )
-        write_finished(workdir, config, counts, written, time.monotonic() - began)
+        run.stopping.finish_steps(False)  # all that follows can be done again
+        run.heartbeat.phase("exporting")
+        saved, repaired = start.runner.saved(), start.runner.params()
+        if first:
+            sets = {"repaired_on": run.train, "held_out": run.held_out}
+            written = results.write(
+                workdir, config, original, start.observer, sets, saved, repaired
+            )
+            write_finished(run, start.counts, written, time.monotonic() - began)
         return 0
     return cli.TRY_AGAIN  # told to stop where nothing had to be saved
 
 
-def save(workdir: Workdir, runner: Runner, counts: Counts, basis: str) -> None:
-    """Starts to save the state and the counts up to it, if this process writes.
+def settle(
+    args: argparse.Namespace, config: ConfigDict, stack: ExitStack
+) -> Run | None:
+    """Settles what the long part needs; returns None if the run is finished.
 
-    `basis` is the digest of the factors that its ε belongs to.
+    Args:
+      args: the command line.
+      config: its `images_per_step` becomes that of the first start.
+      stack: closes what is opened here.
     """
+    stopping = stack.enter_context(Stopping())
+    processes = stack.enter_context(cluster.start(args))
+    launch.start_jax()
+    first, say = processes.is_first, processes.say
+    train, held_out = inputs.photographs(config, say=say)
+    workdir = stack.enter_context(
+        Workdir(
+            args.workdir,
+            first,
+            keep_last=config.keep_states,
+            keep_every=config.keep_every,
+        )
+    )
+    first_start.settle(processes, workdir, config, train, force=args.force)
+    batch = config.images_per_step  # part of the result; devices only divide them
+    devices = choose_devices(batch, processes.processes)
+    lost = results.lost(workdir) if first else None
+    if processes.from_first(np.array(lost == [])):
+        say(f"{workdir.path} is finished: see {workdir.summary}")
+        return None
+    used = f"{len(devices)} x {devices[0].device_kind}"
+    heartbeat = stack.enter_context(
+        Heartbeat(
+            workdir.path, used, processes.processes, writes=first, claim=workdir.claim
+        )
+    )
+    say(
+        f"{len(train)} photographs to repair on, {len(held_out)} others held out\n"
+        f"{batch} image{'s' * (batch > 1)} per step on {used}"
+    )
+    return Run(
+        config, processes, stopping, train, held_out, workdir, lost, devices, heartbeat
+    )
+
+
+def resume(
+    run: Run, options: repair.RepairOptions, original: Original, newest: Newest | None
+) -> Start:
+    """Puts the newest state, or that before the first image, on the devices.
+
+    Args:
+      run: as settled.
+      options: of the step.
+      original: model, factors and directions.
+      newest: the newest state; None on a first start, and in all processes but one.
+    """
+    processes, workdir = run.processes, run.workdir
+    model, params = original.model.config, original.model.params
+    with on_host():  # the runner copies to each device, or splits over them
+        frozen, state = repair.init(
+            model, params, options, original.directions, original.factors
+        )
+    # Process 0 has read the newest good state and sends it to the others.
+    if processes.from_first(np.array(newest is not None)):
+        saved = newest.tree if newest else repair.to_saved(state)
+        saved = processes.from_first(saved)
+        state = repair.from_saved(model, params, frozen, saved)
+        processes.say(f"resuming after {int(state.num_images)} images")
+    counts = Counts(images=int(state.num_images))
+    if processes.is_first:
+        workdir.rewind_metrics(counts.images)
+    if newest:
+        counts = Counts.stored(newest.metadata, read_metrics(workdir.path))
+    done = bool(repair.is_done(options, state))
+    observer = results.Observer(model, params, frozen.directions[-1], run.config)
+    split = run.config.split_model
+    runner = Runner(model, options, frozen, state, run.devices, split=split)
+    return Start(original, runner, observer, counts, done)
+
+
+def loop(run: Run, start: Start, span: tracing.Span | None) -> bool:
+    """Repairs until the stopping rule holds; returns True if told to stop before.
+
+    A step's metrics are read after the next step is dispatched, so that the device
+    never waits; once the run is done, that next step changes nothing.
+
+    Args:
+      run: as settled.
+      start: where to begin.
+      span: of images to trace.
+    """
+    config, workdir, counts = run.config, run.workdir, start.counts
+    position, batch = counts.images, config.images_per_step
+    vote = Vote(run.processes, run.devices)
+    boards = sinks.Sinks()
     if workdir.writes:
-        saved = runner.saved()
-        metadata = {"counts": dataclasses.asdict(counts), stored.BASIS: basis}
+        boards = sinks.open_sinks(config, workdir.path, start=position)
+    with (
+        closing(stream(run, start)) as batches_of_images,
+        boards,
+        LiveLine(config, start=position, shown=workdir.writes) as live,
+        tracing.Tracer(span, workdir.path) as tracer,
+    ):
+        journal = Journal(
+            config, run.train, workdir, live, boards, run.heartbeat, counts, start.done
+        )
+        pending: Dispatched | None = None
+        while not (journal.done or journal.stop):
+            images = next(batches_of_images)
+            for message in images.errors:
+                live.print(f"skipped, unreadable: {message}")
+            if workdir.writes:
+                workdir.check()
+            tracer.at(position, pending)
+            metrics = start.runner.step(images)
+            newer = Dispatched(position, metrics, vote(run.stopping.asked is not None))
+            position += batch
+            if pending is not None:
+                journal.read(pending)
+            pending = newer
+            # A process that runs alone need not ask the others.
+            due = passes(config.checkpoint_every, position, batch)
+            if due or newer.vote is True:
+                journal.read(pending)
+                pending = None
+                save(workdir, start)
+            if passes(config.picture_every, position, batch) and not journal.done:
+                now = start.runner.params()  # of all processes, if they split the model
+                if workdir.writes:
+                    picture = start.observer.picture(results.spread(run.train, 1), now)
+                    name = f"pictures/image_{position:08d}.png"
+                    with workdir.output(name) as path:
+                        results.save_png(path, picture)
+                    boards.picture("tokens", picture, position)
+        if pending is not None:
+            journal.read(pending)
+    save(workdir, start)
+    return journal.stop
+
+
+def stream(run: Run, start: Start) -> Generator[batches.Batch, None, None]:
+    """This process's part of the images of each step, from the start on."""
+    config, model = run.config, start.original.model.config
+    return batches.stream(
+        run.train,
+        config.image_size,
+        patch_size=model.patch_size,
+        statistics=families.of(model).statistics,
+        start=start.counts.images,
+        batch_size=config.images_per_step,
+        part=(run.processes.process, run.processes.processes),
+        num_threads=config.read_threads,
+        num_workers=config.read_workers,
+        resize=config.resize,
+    )
+
+
+def save(workdir: Workdir, start: Start) -> None:
+    """Starts to save the state and the counts up to it, if this process writes."""
+    if workdir.writes:
+        saved, counts = start.runner.saved(), dataclasses.asdict(start.counts)
+        metadata = {"counts": counts, BASIS: start.original.digest}
         workdir.save_state(int(saved["num_images"]), saved, metadata)
 
 
-def write_stopped(
-    workdir: Workdir, config: ConfigDict, counts: Counts, stopped_by: str
-) -> None:
+def write_stopped(run: Run, counts: Counts, stopped_by: str) -> None:
     """Writes the summary of a run that will go on, and says so."""
-    workdir.write_summary(
-        {
-            "finished": False,
-            "model": config.model,
-            "stopped_by": stopped_by,
-            "go_on": own_command(),
-            **dataclasses.asdict(counts),
-        }
-    )
+    told = {"finished": False, "model": run.config.model, "stopped_by": stopped_by}
+    told["go_on"] = own_command()
+    run.workdir.write_summary(told | dataclasses.asdict(counts))
     print(
-        f"stopped after {counts.images} images, all saved in {workdir.path}: run the "
-        "same command to resume"
+        f"stopped after {counts.images} images, all saved in {run.workdir.path}: run "
+        "the same command to resume"
     )
 
 
 def write_finished(
-    workdir: Workdir,
-    config: ConfigDict,
-    counts: Counts,
-    written: Mapping[str, Any],
-    seconds: float,
+    run: Run, counts: Counts, written: Mapping[str, Any], seconds: float
 ) -> None:
     """Writes the summary of a finished run, with what `results.write` returned."""
-    workdir.write_summary(
-        {
-            "finished": True,
-            "model": config.model,
-            **dataclasses.asdict(counts),
-            **written,
-            "seconds": round(seconds, 1),
-        }
-    )
+    told = {"finished": True, "model": run.config.model, **dataclasses.asdict(counts)}
+    run.workdir.write_summary({**told, **written, "seconds": round(seconds, 1)})
     unreadable = len(counts.unreadable_files)
     skipped = f", {unreadable} unreadable files skipped" if unreadable else ""
     print(
         f"finished after {counts.images} images{skipped} in {duration(seconds)}: "
-        f"{workdir.summary}"
+        f"{run.workdir.summary}"
     )
 
 

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 import convert
+from experiments.run.cluster import Cluster
 from experiments.run.workdir import Workdir
 from sinder_jax import checkpoint, cli, families, vit
 from sinder_jax.data.listing import Photograph
@@ -40,6 +43,41 @@ FREE_KEYS = (
 )
 # Keys that made the stored model, factors and directions: even --force holds them.
 FROZEN_KEYS = ("model", "method", "num_probes", "seed", "interpolate_antialias")
+
+
+def settle(
+    processes: Cluster,
+    workdir: Workdir,
+    config: ConfigDict,
+    train: Sequence[Photograph],
+    *,
+    force: bool = False,
+) -> None:
+    """Holds all processes of a start to each other, and the start to the first one.
+
+    Args:
+      processes: of the run.
+      workdir: of the run; must be the same folder for all of them.
+      config: sets its `images_per_step`; by default one for each device.
+      train: the training list.
+      force: as for `settle_config` and `settle_photographs`.
+
+    Raises:
+      ValueError: as these and `check_weights`, or the processes differ.
+    """
+    processes.check_same("configs", config.to_json(sort_keys=True))
+    processes.check_same("photographs", "\n".join(photo.name for photo in train))
+    processes.check_shared(workdir.path)
+
+    def in_first() -> None:
+        check_weights(workdir, config)
+        settle_config(workdir, config, jax.device_count(), force=force)
+        settle_photographs(workdir, stamps(train), force=force)
+
+    processes.in_first(in_first)
+    per_step = int(processes.from_first(np.array(config.images_per_step)))
+    if not processes.is_first:
+        settle_config(workdir, config, per_step, force=force)
 
 
 def check_weights(workdir: Workdir, config: ConfigDict) -> None:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 import convert
 from convert import fetch
 from convert.files import writing
+from experiments.run.cluster import Cluster
 from experiments.run.progress import duration
 from experiments.run.workdir import Workdir
 from sinder_jax import cli, defects, factor, families, planted, repair, vit
@@ -227,6 +228,40 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
         model.config, interpolate_antialias=config.interpolate_antialias
     )
     return dataclasses.replace(model, config=resampled)
+
+
+def original_of_all(
+    processes: Cluster,
+    config: ConfigDict,
+    workdir: Workdir,
+    newest: Newest | None,
+    show_phase: Callable[[str], None],
+) -> Original:
+    """Loads model, factors and directions, made by process 0 where there are none yet.
+
+    Args:
+      processes: of the run.
+      config: of the run.
+      workdir: where they are stored.
+      newest: the state that the run goes on from, if any.
+      show_phase: called with the name of each phase.
+
+    Raises:
+      ValueError: as `stored_original` and `load_model`, or the state belongs to other
+        factors.
+    """
+    found = stored_original(workdir, newest) if processes.is_first else None
+    processes.barrier()  # a damaged one is out of the way
+    if processes.is_first and found is None:
+        prepare(config, workdir, show_phase)
+    while not workdir.frozen.exists():  # not in a collective, which may time out
+        time.sleep(1.0)
+    processes.barrier()
+    show_phase("loading")
+    found = found or original.load(workdir.frozen)
+    if newest is not None:
+        original.check_basis(workdir.frozen, found, newest.metadata)
+    return found
 
 
 def stored_original(workdir: Workdir, newest: Newest | None) -> Original | None:

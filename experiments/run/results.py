@@ -101,10 +101,18 @@ def digests(workdir: Workdir, names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def damaged(workdir: Workdir, summary: Mapping[str, Any]) -> list[str]:
-    """Names of a finished run's files that are missing or not as its summary says."""
+def lost(workdir: Workdir) -> list[str] | None:
+    """Names of a finished run's files that are missing or not as its summary says.
+
+    Drops what is no line of an image from the metrics. Returns None if the run is not
+    finished.
+    """
+    summary = workdir.read_summary()
+    if summary.get("finished") is not True:
+        return None
     stated = summary.get("sha256", {})  # a bucket's, and an earlier version's, has none
     found = digests(workdir, summary["files"]) if stated else {}
+    workdir.rewind_metrics(summary["images"])
     return [
         name
         for name in dict.fromkeys([*summary["files"], *stated])
