@@ -252,22 +252,49 @@ def bench_memory(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_features(rounds: int, quick: bool) -> Numbers:
-    """Compares the forward pass with PyTorch's, which uses its fused attention."""
+    """Compares the forward pass with PyTorch's, which uses its fused attention.
+
+    On a CPU: ViT-L, one image. On a GPU: S, L and g, 16 images, in both precisions.
+    """
+    on_cpu = jax.default_backend() == "cpu"
+    names = ["dinov2_vitl14"] if on_cpu else [f"dinov2_vit{x}14" for x in "slg"]
+    precisions = ("highest",) if on_cpu else ("highest", "high")
+    if quick:
+        names = ["dinov2_vits14"]
+    return {
+        f"{name}, {precision}": _features(
+            dataclasses.replace(vit.CONFIGS[name], img_size=112 if quick else 518),
+            rounds,
+            1 if on_cpu else 16,
+            precision,
+        )
+        for name in names
+        for precision in precisions
+    }
+
+
+def _features(
+    config: vit.ViTConfig, rounds: int, images: int, precision: str
+) -> Numbers:
     import torch
 
     import convert
+    from benchmarks import torch_baseline
     from convert import torch_vit
 
-    size = 112 if quick else 518
-    model = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitl14"]
-    config = dataclasses.replace(model, img_size=size)
+    torch_baseline.set_device(jax.default_backend() == "cpu")
+    torch_baseline.set_precision(precision)
     params = synthetic.random_params(config)
+    device = torch.get_default_device()
     arrays = convert.to_torch(config, params)
-    state = {key: torch.from_numpy(array) for key, array in arrays.items()}
-    image = np.random.default_rng(1).standard_normal((1, size, size, 3))
+    state = {key: torch.from_numpy(x).to(device) for key, x in arrays.items()}
+    size = config.img_size
+    image = np.random.default_rng(1).standard_normal((images, size, size, 3))
     image = image.astype(np.float32)
-    pixels = torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, 3, 1)))
-    apply = jax.jit(lambda params, x: vit.ViT(config).apply({"params": params}, x))
+    channels_first = np.ascontiguousarray(np.moveaxis(image, 3, 1))
+    pixels = torch.from_numpy(channels_first).to(device)
+    model = vit.ViT(config, precision=precision)
+    apply = jax.jit(lambda params, x: model.apply({"params": params}, x))
     params, x = jax.tree.map(jnp.asarray, params), jnp.asarray(image)
 
     def theirs() -> None:
@@ -278,12 +305,13 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
                 num_heads=config.num_heads,
                 norm_epsilon=families.of(config).norm_epsilon,
             )
+        torch_baseline.wait()
 
     seconds = in_turn(
         rounds, PyTorch=theirs, ours=lambda: jax.block_until_ready(apply(params, x))
     )
     numbers = summary(seconds, "PyTorch")
-    numbers["images/s"] = {k: 1 / x for k, x in numbers["seconds"].items()}
+    numbers["images/s"] = {k: images / x for k, x in numbers["seconds"].items()}
     return numbers
 
 

@@ -317,8 +317,26 @@ def count_operations(rebuild: Rebuild = rebuild_dense) -> dict[str, float]:
     }
 
 
+def set_device(cpu: bool) -> None:
+    """Puts what follows on the CPU or on the GPU."""
+    torch.set_default_device("cpu" if cpu else "cuda")
+
+
+def wait() -> None:
+    """Waits until the default device has done all that it was given."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
+def set_precision(precision: str) -> None:
+    """Makes float32 products TF32 on a GPU for "high", and exact for "highest"."""
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
+
+
 def _tensor(array: Any) -> torch.Tensor:
-    return torch.from_numpy(np.array(array, np.float32))
+    array = np.array(array, np.float32)
+    return torch.as_tensor(array, device=torch.get_default_device())
 
 
 def _as_torch(tree: Any) -> Any:
