@@ -258,23 +258,26 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
     """
     on_cpu = jax.default_backend() == "cpu"
     names = ["dinov2_vitl14"] if on_cpu else [f"dinov2_vit{x}14" for x in "slg"]
-    precisions = ("highest",) if on_cpu else ("highest", "high")
     if quick:
         names = ["dinov2_vits14"]
-    return {
-        f"{name}, {precision}": _features(
-            dataclasses.replace(vit.CONFIGS[name], img_size=112 if quick else 518),
-            rounds,
-            1 if on_cpu else 16,
-            precision,
-        )
-        for name in names
-        for precision in precisions
-    }
+    numbers: Numbers = {}
+    for name in names:
+        config = dataclasses.replace(vit.CONFIGS[name], img_size=112 if quick else 518)
+        params = synthetic.random_params(config)
+        for precision in ("highest",) if on_cpu else ("highest", "high"):
+            numbers[f"{name}, {precision}"] = _features(
+                config, params, rounds, 1 if on_cpu else 16, precision
+            )
+            print(name, precision, numbers[f"{name}, {precision}"], flush=True)
+    return numbers
 
 
 def _features(
-    config: vit.ViTConfig, rounds: int, images: int, precision: str
+    config: vit.ViTConfig,
+    params: dict[str, Any],
+    rounds: int,
+    images: int,
+    precision: str,
 ) -> Numbers:
     import torch
 
@@ -284,7 +287,6 @@ def _features(
 
     torch_baseline.set_device(jax.default_backend() == "cpu")
     torch_baseline.set_precision(precision)
-    params = synthetic.random_params(config)
     device = torch.get_default_device()
     arrays = convert.to_torch(config, params)
     state = {key: torch.from_numpy(x).to(device) for key, x in arrays.items()}

@@ -2,16 +2,18 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from benchmarks import giant_step
 
 
 @pytest.mark.slow
-def test_benchmark_of_a_whole_step_reaches_the_last_block(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["giant_step", "--model=dinov2_vits14"])
+def test_both_steps_reach_the_block_and_agree(monkeypatch, capsys):
+    pytest.importorskip("torch")
+    arguments = ["--model=dinov2_vits14", "--size=224", "--blocks=11", "--steps=1"]
+    monkeypatch.setattr("sys.argv", ["giant_step", *arguments, "--authors"])
     giant_step.main()
-    numbers = json.loads(capsys.readouterr().out)
-    assert numbers["layer"] == 11 and numbers["outliers"] >= 3
-    assert np.isfinite(numbers["loss"])
+    _, ours, authors = map(json.loads, capsys.readouterr().out.splitlines())
+    assert ours["block"] == authors["block"] == 11 and ours["outliers"] >= 3
+    assert ours["first loss"] == pytest.approx(authors["first loss"], rel=1e-4)
+    assert ours["GFLOP"] < authors["GFLOP"]
