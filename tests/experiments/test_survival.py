@@ -125,7 +125,9 @@ def test_stopped_before_its_first_step_it_has_nothing_to_save(
     workdir = begun(tmp_path / "run", whole)
     with monkeypatch.context() as patched:
         patched.setattr(
-            repair.stored, "load", lambda _: os.kill(os.getpid(), signal.SIGTERM)
+            repair.inputs.original,
+            "load",
+            lambda _: os.kill(os.getpid(), signal.SIGTERM),
         )
         run(workdir, *SHORT, code=cli.TRY_AGAIN)
     assert (
