@@ -17,15 +17,8 @@ from experiments.study import token_figures, weight_figures
 from experiments.study.cache import Arrays
 from experiments.study.numbers import HIGHEST, NUM_RANDOM, Study, Subject
 from experiments.study.photos import Photo
-from sinder_jax.analysis import tokens
-from sinder_jax.analysis.defective import (
-    LARGE_NORM,
-    is_defective,
-    large_norms,
-    norm_ratio,
-)
-
-NOWHERE = -1
+from sinder_jax.analysis import diagnosis, tokens
+from sinder_jax.analysis.defective import LARGE_NORM, large_norms
 
 Numbers = dict[str, Any]
 
@@ -91,59 +84,52 @@ def _of_forecast(found: Arrays) -> Numbers:
 def _of_photo(study: Study, subject: Subject, photo: Photo) -> Numbers:
     """The numbers of one photograph, by the tokens that `is_defective` marks."""
     look = study.cache(study.look(subject, photo))
-    norms, angles, detected = look["norms"], look["angles"], study.detected(look)
-    large = np.asarray(large_norms(norms))
-    counts = np.asarray(is_defective(norms, angles, detected)).sum(axis=(1, 2))
-    start, end = longest_run(counts >= study.options.min_outliers)
-    ratios = np.asarray(norm_ratio(norms))
-    random = [tokens.separation(x, large[-1]) for x in look["cosines"]]
+    seen = _sighting(study, subject, photo)
+    large = np.asarray(large_norms(look["norms"][-1]))
+    random = [tokens.separation(x, large) for x in look["cosines"]]
     return {
         "file": str(photo.path),
-        "patches": norms[0].size,
-        "block": start,
-        "last_block": end,
-        "detected": int(detected[-1].sum()),
-        "large": int(large[-1].sum()),
-        "defective": int(counts[-1]),
-        "defective_share": float(counts[-1] / norms[-1].size),
-        "norm_ratio": float(ratios[-1]),
-        "largest_norm_ratio": float(ratios.max()),
-        "auc": tokens.separation(-angles[-1], large[-1]),
+        "patches": seen.patches,
+        "block": seen.block,
+        "last_block": seen.last_block,
+        "detected": seen.outliers[-1],
+        "large": seen.large[-1],
+        "defective": seen.defective[-1],
+        "defective_share": seen.defective[-1] / seen.patches,
+        "norm_ratio": seen.norm_ratio[-1],
+        "largest_norm_ratio": seen.norm_ratio.max(),
+        "auc": tokens.separation(-look["angles"][-1], large),
         "random_auc": float(np.mean(random)),
         "random_auc_deviation": float(np.std(random)),
     }
 
 
-def longest_run(there: np.ndarray) -> tuple[int, int]:
-    """Returns first and last index of the longest run of True; (-1, -1) if none."""
-    best, start = (NOWHERE, NOWHERE), 0
-    for i, yes in enumerate(there):
-        if not yes:
-            start = i + 1
-        elif best[0] == NOWHERE or i - start > best[1] - best[0]:
-            best = (start, i)
-    return best
+def _sighting(study: Study, subject: Subject, photo: Photo) -> diagnosis.Sighting:
+    look = study.cache(study.look(subject, photo))
+    found = diagnosis.Look(look["norms"], look["angles"], study.detected(look))
+    return diagnosis.sighting(found, min_outliers=study.options.min_outliers)
 
 
 def _overall(study: Study, subject: Subject, photos: dict[str, Numbers]) -> Numbers:
     each = list(photos.values())
-    with_defect = [one["block"] for one in each if one["block"] != NOWHERE]
+    seen = diagnosis.over_all(
+        [_sighting(study, subject, photo) for photo in study.photos]
+    )
     measured = token_figures.measured_directions(study, subject)
 
     def mean(name: str) -> float:
         values = [one[name] for one in each if np.isfinite(one[name])]
         return float(np.mean(values)) if values else float("nan")
 
-    blocks, counts = np.unique(with_defect, return_counts=True)
     return {
-        "photographs": len(each),
-        "with_defect": len(with_defect),
-        "block": int(blocks[counts.argmax()]) if with_defect else NOWHERE,
+        "photographs": seen.photographs,
+        "with_defect": seen.with_defect,
+        "block": seen.block,
         "defective_share": mean("defective_share"),
         "detected": mean("detected"),
         "large": mean("large"),
-        "norm_ratio": max(one["norm_ratio"] for one in each),
-        "largest_norm_ratio": max(one["largest_norm_ratio"] for one in each),
+        "norm_ratio": seen.norm_ratio[-1],
+        "largest_norm_ratio": seen.norm_ratio.max(),
         "angle_to_theory": float(measured["to_theory"][-1]),
         "spread": float(measured["spread"][-1]),
         "auc": mean("auc"),
@@ -183,19 +169,14 @@ def _plain(value: Any) -> Any:
 
 
 def condition(model: Numbers) -> str:
-    """Returns a model's condition: "defect", "traces" or "sound".
-
-    With photographs: a defect if at least half of them show it, traces if any does or
-    if a norm is large. Without: the forecast from the weights.
-    """
-    seen = model["overall"]
-    if seen is None:
-        return "defect" if model["forecast"]["has_defect"] else "sound"
-    if 2 * seen["with_defect"] >= seen["photographs"]:
-        return "defect"
-    if seen["with_defect"] or seen["norm_ratio"] > LARGE_NORM:
-        return "traces"
-    return "sound"
+    """Returns a model's condition, see `diagnosis.condition`."""
+    seen = model["overall"] or {"photographs": 0, "with_defect": 0, "norm_ratio": 1.0}
+    return diagnosis.condition(
+        model["forecast"]["has_defect"],
+        seen["photographs"],
+        seen["with_defect"],
+        seen["norm_ratio"],
+    )
 
 
 def headline(summary: Numbers) -> str:

@@ -140,6 +140,7 @@ def forecast(
     config: ViTConfig,
     params: Params,
     *,
+    found: defects.SingularDefects | None = None,
     count: int = 10,
     progress: Progress | None = None,
 ) -> Forecast:
@@ -148,6 +149,7 @@ def forecast(
     Args:
       config: the architecture.
       params: the params tree.
+      found: the directions, if they are known already; None: computed here.
       count: how many triplets to blame.
       progress: called as `progress(done, total)`, in blocks, from this thread.
 
@@ -160,7 +162,8 @@ def forecast(
       >>> found.blamed[0].kernel, found.blamed[0].index
       ('mlp/w3', 0)
     """
-    found = defects.singular_defects(config, params, progress=progress)
+    if found is None:
+        found = defects.singular_defects(config, params, progress=progress)
     nu, gap = found.directions, found.gaps
     cosine = np.abs(np.sum(nu[:-1] * nu[1:], axis=1))
     turns = np.append(np.degrees(np.arccos(np.minimum(cosine, 1.0))), 0.0)

@@ -487,14 +487,6 @@ def test_probes_of_the_authors_give_other_directions(models, photos, tmp_path):
     assert 0 < np.abs(probed - analytic).max() < 30
 
 
-@pytest.mark.parametrize(
-    ("there", "run_"),
-    [([], (-1, -1)), ([0, 0], (-1, -1)), ([1, 0, 1, 1], (2, 3)), ([1, 0, 1], (0, 0))],
-)
-def test_longest_run_is_the_first_of_the_longest(there, run_):
-    assert verdict.longest_run(np.array(there, bool)) == run_
-
-
 def test_ordinary_tokens_along_a_direction_are_no_defect(models, photos, tmp_path):
     """Two of 1,369 normal cosines pass for outliers: their norms tell them apart."""
     photo = photos / "a.png"

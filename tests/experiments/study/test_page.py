@@ -222,7 +222,8 @@ def test_headline_follows_from_the_numbers(models, want):
         ({"seen": (1, 2)}, "defect"),
         ({"seen": (1, 3)}, "traces"),
         ({"seen": (0, 3), "ratio": 3.1}, "traces"),
-        ({"seen": (0, 3), "ratio": 2.9}, "sound"),  # whatever the forecast says
+        ({"seen": (0, 3), "ratio": 2.9}, "traces"),  # the forecast says defect
+        ({"seen": (0, 3), "ratio": 2.9, "forecast": -1}, "sound"),
         ({"seen": (0, 0)}, "defect"),
         ({"seen": (0, 0), "forecast": -1}, "sound"),
     ],
