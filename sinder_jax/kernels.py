@@ -83,6 +83,11 @@ def layers(config: ViTConfig) -> tuple[str, str, str, str]:
     return (FUSED, *names(config)[1:])
 
 
+def in_block(name: str, block: int) -> str:
+    """A kernel, or a leaf, of one block, as messages name it."""
+    return f"{name} of block {block}"
+
+
 def place(config: ViTConfig, name: str) -> Place:
     """Where a kernel lives in the params.
 

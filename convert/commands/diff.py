@@ -1,6 +1,6 @@
 """`diff`: what a repair changed, as a delta.
 
-base, repaired --delta.extract--> delta        run --its ε--> delta
+base, repaired --difference.extract--> delta        run --its ε--> delta
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 
 from convert import opening
 from convert.commands import lines
-from sinder_jax import checkpoint, delta, param_tree
+from sinder_jax import checkpoint, delta, difference, param_tree
 from sinder_jax import model as models
 from sinder_jax.storage import array_store, delta_file, original, run_files
 from sinder_jax.storage import paths as storage_paths
@@ -19,7 +19,7 @@ def diff(
     paths: Sequence[Path],
     destination: Path,
     num_heads: int | None = None,
-    residual: float = delta.ROUNDING,
+    residual: float = difference.ROUNDING,
 ) -> None:
     """Writes what a repair changed; prints what was found.
 
@@ -60,7 +60,7 @@ def _between(
     both_have_mask_token = not any(
         model.torch and model.torch.fills_mask_token for model in (base, repaired)
     )
-    made, found = delta.extract(
+    made, found = difference.extract(
         base.config,
         base.params,
         repaired.params,

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 
-from sinder_jax import delta, factor, kernels, param_tree, vit
+from sinder_jax import delta, difference, factor, kernels, param_tree, vit
 
 SWIGLU = vit.ViTConfig(16, 5, 2, "swiglu", img_size=28)
 
@@ -70,7 +70,7 @@ def extracted(config):
     """(params, repaired params, delta, report) of a random repair."""
     params, factors = random_model(config)
     repaired = factor.merge(params, factors, random_eps(factors))
-    return params, repaired, *delta.extract(config, params, repaired)
+    return params, repaired, *difference.extract(config, params, repaired)
 
 
 def changed_copy(params, path, change):
@@ -79,6 +79,10 @@ def changed_copy(params, path, change):
     flat[path] = flat[path].copy()
     change(flat[path])
     return param_tree.unflatten(flat)
+
+
+def next_number(leaf):
+    leaf.flat[0] = np.nextafter(leaf.flat[0], np.float32(np.inf))
 
 
 def kernels_of(config, params):
