@@ -17,6 +17,7 @@ examples:
   python -m convert to-jax facebook/dinov2-base checkpoints/base --verify
   python -m convert to-torch checkpoints/giant giant.safetensors
   python -m convert to-torch checkpoints/giant giant_hf --layout=hf --verify
+  python -m convert to-torch repaired new.pth --into=depth_anything_v2_vitl.pth
   python -m convert inspect giant.safetensors
   python -m convert diff dinov2_vitg14_pretrain.pth repaired.pth giant.patch.safetensors
   python -m convert diff runs/giant giant.patch.safetensors
@@ -33,6 +34,11 @@ def true_or_false(text: str) -> bool:
     return bool(["false", "true"].index(text.lower()))
 
 
+def numbers(text: str) -> list[float]:
+    """Parses numbers with commas between them."""
+    return [float(number) for number in text.split(",")]
+
+
 class Argument(NamedTuple):
     """An argument of a command; its name is the parameter of the command's function."""
 
@@ -47,7 +53,21 @@ VERIFY = (
     "run a photograph through the JAX model and, where PyTorch is installed, through "
     "the PyTorch one, and print the largest difference"
 )
-# By command: its line in the help, and its arguments but --num-heads, which all have.
+TOLD = (
+    Argument(
+        "--num-heads",
+        "N",
+        "attention heads (default: what the files say, or DINOv2's for this width)",
+        int,
+    ),
+    Argument(
+        "--prefix",
+        "TEXT",
+        "of the backbone's names in a larger model (default: found by the tensors)",
+        str,
+    ),
+)
+# By command: its line in the help, and its arguments but those that all have.
 COMMANDS: dict[str, tuple[str, *tuple[Argument, ...]]] = {
     "to-jax": (
         "PyTorch model -> checkpoint directory",
@@ -73,6 +93,14 @@ COMMANDS: dict[str, tuple[str, *tuple[Argument, ...]]] = {
             "0 with registers, 0.1 without; transformers: 0)",
             float,
         ),
+        Argument(
+            "--mean",
+            "R,G,B",
+            "mean of the images that the model was trained on, for pixels in 0 to 1, "
+            "where no file says it (default: ImageNet's, as DINOv2)",
+            numbers,
+        ),
+        Argument("--std", "R,G,B", "their standard deviation; both or none", numbers),
     ),
     "to-torch": (
         "checkpoint directory -> PyTorch file or directory",
@@ -84,6 +112,12 @@ COMMANDS: dict[str, tuple[str, *tuple[Argument, ...]]] = {
         ),
         Argument(
             "--layout", "dinov2|hf|timm", "torch.hub (default), transformers, timm", str
+        ),
+        Argument(
+            "--into",
+            "FILE",
+            "copy this PyTorch file or directory, with SRC's backbone in place of its "
+            "own: heads, decoders, prefixes and number formats are FILE's",
         ),
     ),
     "inspect": (
@@ -136,6 +170,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = vars(_parser().parse_args(argv))
     name = arguments.pop("command").replace("-", "_")
+    pair = [arguments.pop(x, None) for x in ("mean", "std")]
+    if any(pair):
+        arguments["statistics"] = pair
 
     def call() -> None:
         # Imported only now: `--help` need not wait for JAX.
@@ -155,10 +192,9 @@ def _parser() -> cli.Parser:
     parsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     # argparse's own line would show the paths of diff twice.
     usages = {"diff": "%(prog)s [-h] [options] (BASE REPAIRED | RUN) DELTA"}
-    heads = "attention heads (default: what the files say, or DINOv2's for this width)"
     for name, (summary, *arguments) in COMMANDS.items():
         sub = parsers.add_parser(name, help=summary, usage=usages.get(name))
-        for argument in (*arguments, Argument("--num-heads", "N", heads, int)):
+        for argument in (*arguments, *TOLD):
             options = argument._asdict()
             sub.add_argument(options.pop("name"), **options)
         if name.startswith("to-"):

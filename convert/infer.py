@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from convert import layouts
-from convert.files import hugging_face
+from convert.files import hugging_face, timm
 from convert.statements import RESAMPLING, Statement, settle, statement
 from sinder_jax import families, vit
 from sinder_jax.model import differences
@@ -31,17 +31,22 @@ NARROW_HEADS = "64 wide like DINOv2's, for no file tells their number"
 GUESSES = (USUAL_HEADS, NARROW_HEADS)
 LISTED = 20  # names of one kind in an error; a wrong file misses hundreds
 
-# What wraps a backbone's names: training (DINOv2, DDP), the heads of transformers. If
-# any name has such a prefix, those names are the backbone.
-TRAINING = ("teacher", "model", "module", "backbone")
-PREFIXES = (*TRAINING, "dinov2", "dinov2_with_registers")
-# First parts of the names of a bare backbone. Beside a prefix anything else is a head,
-# a decoder or a loss.
-BARE = {
-    row.key.partition(".")[0]
+# Names by which a backbone is found inside another model: whatever comes before them is
+# its prefix. Beside a prefix anything else is a head, a decoder or a loss.
+ANCHORS = [
+    row.key
     for layout in layouts.LAYOUTS.values()
     for row in layout.rows
-}
+    if "{i}" not in row.key and "norm" not in row.key
+]
+TEACHER = "teacher"  # of two backbones trained together, the one that is published
+# First parts of names beside those of a backbone, with the same prefix or none, that
+# read its tokens and do not change them. Anything else may be a part of the backbone
+# that this program does not compute.
+HEADS = re.compile(
+    r"(\w*heads?|\w*classifier|decode\w*|fc|logit\w*|linear\w*|neck|attn_pool"
+    r"|projector|prototypes|\w*loss|(pixel_|image_)?(mean|std))\d*(\.|$)"
+)
 # What wraps single modules: activation checkpointing, FSDP, torch.compile.
 WRAPPER = re.compile(r"\b_(checkpoint_wrapped_module|fsdp_wrapped_module|orig_mod)\.")
 CHUNKED = re.compile(r"blocks\.\d+\.(\d+)\.")  # chunk, block: FSDP training
@@ -50,34 +55,62 @@ TOKENS = ("cls_token", "pos_embed", "mask_token")
 WIDE = (*TOKENS, "patch_embed/bias", "norm/scale", "norm/bias")
 
 
-def backbone_keys(names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Strips what training and classification wrap around the names of a backbone.
+def backbone_keys(
+    names: Sequence[str], prefix: str | None = None
+) -> tuple[dict[str, str], list[str]]:
+    """Finds the names of a backbone, and strips what is wrapped around them.
+
+    Args:
+      names: of all tensors.
+      prefix: of the backbone's names, such as "pretrained."; None finds it.
 
     Returns:
       Bare name -> name in the state dict, for the tensors of a bare DINOv2; and the
-      names that are not part of it, such as those of training heads.
+      names that are not part of it, such as those of heads and decoders.
 
     Raises:
-      ValueError: two names mean the same tensor.
+      ValueError: no name has the prefix, several backbones and no prefix, or two names
+        mean the same tensor.
     """
-    keys, left_out = _renamed({name: name for name in names}, WRAPPER, ""), []
-    while prefix := _prefix(keys):
-        # Names of the backbone without the prefix stay: they will be surplus.
-        beside = [
-            bare
-            for bare in keys
-            if not bare.startswith(prefix) and bare.partition(".")[0] not in BARE
-        ]
-        left_out += [keys.pop(bare) for bare in beside]
-        keys = {bare.removeprefix(prefix): name for bare, name in keys.items()}
-    return _renamed(keys, CHUNKED, r"blocks.\1."), left_out
+    keys = _renamed({name: name for name in names}, WRAPPER, "")
+    start = _prefix(keys, prefix)
+    bare = {
+        key.removeprefix(start): name
+        for key, name in keys.items()
+        if key.startswith(start) and not HEADS.match(key.removeprefix(start))
+    }
+    bare = bare or keys  # heads alone: named as what they are
+    inside = set(bare.values())
+    left_out = [name for name in names if name not in inside]
+    return _renamed(bare, CHUNKED, r"blocks.\1."), left_out
 
 
-def _prefix(keys: Mapping[str, str]) -> str | None:
-    """The prefix of the most names."""
-    counts = Counter(key.partition(".")[0] for key in keys if "." in key)
-    found = [prefix for prefix in PREFIXES if prefix in counts]
-    return f"{max(found, key=counts.__getitem__)}." if found else None
+def _prefix(keys: Mapping[str, str], given: str | None) -> str:
+    """The prefix of the backbone: the one given, or the one whose tensors are there."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        ends = [x for x in ANCHORS if key == x or key.endswith(f".{x}")]
+        if ends:
+            anchor = max(ends, key=len)
+            found.setdefault(key.removesuffix(anchor), []).append(anchor)
+    whole = {x for x, anchors in found.items() if any("patch" in y for y in anchors)}
+    shown = " or ".join(sorted(repr(x) for x in whole)) or "none"
+    if given is not None:
+        start = f"{given.rstrip('.')}." if given else ""
+        if not any(key.startswith(start) for key in keys):
+            raise ValueError(
+                f"got prefix {given!r}, and no tensor has it; found {shown}"
+            )
+        return start
+    if len(whole) > 1:
+        teachers = {x for x in whole if TEACHER in x.split(".")}
+        whole = teachers if len(teachers) == 1 else whole
+    if len(whole) > 1:
+        raise ValueError(
+            f"holds {len(whole)} backbones, with the prefixes {shown}; choose one by "
+            "--prefix=PREFIX"
+        )
+    return max(whole or found or [""], key=lambda x: len(found.get(x, [])))
 
 
 def _renamed(
@@ -128,7 +161,11 @@ def _is_packed(seen: Mapping[str, Shape]) -> bool:
 def _is_folded(seen: Mapping[str, Shape]) -> bool:
     """True if the position embedding lacks the row of the class token."""
     rows = seen.get("pos_embed", ())[1:2]
-    return bool(rows) and rows[0] > 1 and math.isqrt(rows[0]) ** 2 == rows[0]
+    return bool(rows) and rows[0] > 1 and _is_square(rows[0])
+
+
+def _is_square(count: int) -> bool:
+    return math.isqrt(count) ** 2 == count
 
 
 # --- Architecture -----------------------------------------------------------------
@@ -187,7 +224,8 @@ def statements_of(
     for one in (*stated, *arguments):
         if one.field == "family":
             family = families.named(one.value)
-    inferred = _inferred(layout, seen, family)
+    embeds_class = timm.embeds_class(contents or {})
+    inferred = _inferred(layout, seen, family, embeds_class)
     variant = family.variant(inferred["num_register_tokens"])
     beside = hugging_face.statements(
         contents or {},
@@ -229,7 +267,10 @@ def _usual_heads(
 
 
 def _inferred(
-    layout: str, seen: Mapping[str, Shape], family: families.Family
+    layout: str,
+    seen: Mapping[str, Shape],
+    family: families.Family,
+    embeds_class: bool | None,
 ) -> dict[str, Any]:
     """The fields of the config that the tensors determine."""
     rows = layouts.LAYOUTS[layout].rows
@@ -252,11 +293,15 @@ def _inferred(
     num_positions = positions[-2] if len(positions) > 1 else 1 + grid**2
     registers = leaves.get("register_tokens", ())
     num_registers = registers[-2] if len(registers) > 1 else len(registers)
-    if not (layout == "timm" and num_registers):
-        num_positions -= 1  # the class token's
+    where = "class"
+    if layout == "timm":
+        where = _positions(num_positions, num_registers, embeds_class)
+    if where != "patches":  # the class token's, and the registers'
+        num_positions -= 1 + num_registers * (where == "all")
     swiglu = any("/mlp/w" in path for path in leaves)
     if layout == "timm":
         swiglu = _is_packed(seen)
+    scaled = any(re.search(r"\.ls[12]\.gamma$", key) for key in seen)
     return {
         "embed_dim": widths.most_common(1)[0][0],
         "depth": _depth(seen),
@@ -265,7 +310,20 @@ def _inferred(
         "patch_size": patch_size,
         "num_register_tokens": num_registers,
         "hidden_width": _hidden_width(seen, swiglu),
+        "layer_scale": None if layouts.LAYOUTS[layout].layer_scale else scaled,
+        "positions": where if where == "all" or not num_registers else "class",
     }
+
+
+def _positions(rows: int, registers: int, embeds_class: bool | None) -> str:
+    """Which tokens have a row of a position embedding in timm's layout.
+
+    Without registers a grid of patches alone is taken for a misshapen one unless
+    config.json says so, since no published model has it.
+    """
+    if embeds_class is None:
+        embeds_class = not (registers and _is_square(rows))
+    return ("all" if registers else "class") if embeds_class else "patches"
 
 
 def _hidden_width(seen: Mapping[str, Shape], swiglu: bool) -> int | None:
@@ -332,6 +390,17 @@ def describe(config: vit.ViTConfig) -> str:
         f"{config.ffn_layer}, {config.num_register_tokens} registers, image size "
         f"{config.img_size}"
     )
+
+
+def same_shapes(config: vit.ViTConfig) -> list[str]:
+    """Names of all published models with this architecture, DINOv2's first."""
+    relatives = [
+        name
+        for name, relative in families.RELATIVES.items()
+        if not differences(vit.ViTConfig(**relative.fields), config)
+    ]
+    hub = hub_name(config)
+    return ([hub] if hub else []) + relatives
 
 
 def hub_name(config: vit.ViTConfig) -> str | None:

@@ -34,6 +34,7 @@ def open_model(
     num_heads: int | None = None,
     *,
     name: str | None = None,
+    prefix: str | None = None,
     **overrides: Any,
 ) -> Model:
     """Opens a model; checks files against their `.sha256` if there is one.
@@ -43,7 +44,8 @@ def open_model(
         a bucket; or a PyTorch file or Hugging Face directory on a disk.
       num_heads: None: what the files say, or as for `convert.from_torch`.
       name: source to record in the provenance; None: the name of `path`.
-      overrides: fields of `vit.ViTConfig`, see `convert.from_torch`.
+      prefix: as for `convert.from_torch`.
+      **overrides: fields of `vit.ViTConfig`, likewise.
 
     Raises:
       FileNotFoundError: nothing is at `path`.
@@ -55,7 +57,10 @@ def open_model(
         overrides["num_heads"] = num_heads
     path = paths.as_path(path)
     if reading.is_torch_source(path):
-        return _open_torch(Path(path), name or path.name, overrides)
+        given = {"prefix": prefix, **overrides}
+        return _open_torch(Path(path), name or path.name, given)
+    if prefix is not None:
+        raise ValueError(f"{path}: a prefix is for PyTorch files; leave it out")
     if any((path / name).exists() for name in (run_files.FROZEN, run_files.REPAIRED)):
         path = path / run_files.REPAIRED
         if not path.exists():

@@ -1,6 +1,6 @@
-"""A copy of PyTorch files in which a repair has changed some tensors, and nothing else.
+"""A copy of PyTorch files with a changed backbone, and nothing else changed.
 
-    Model, a repaired leaf by leaf --of--> names and arrays of what changed, digest
+    Model, its leaves one by one --of--> names and arrays of what changed, digest
     files, what changed --write--> the same files otherwise
 
 Whatever stands beside the backbone passes through: heads, buffers, prefixes, number
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from einops import rearrange
 
 from convert import infer, saving
 from convert.files import reading, sha256, writing, writing_pth
@@ -58,10 +57,11 @@ def of(model: Model, repair: Callable[[str, np.ndarray], np.ndarray]) -> Repaire
 
     Args:
       model: opened from PyTorch files.
-      repair: returns the repaired leaf, from its flat name and the leaf.
+      repair: returns the new leaf, from its flat name and the leaf; the leaf itself if
+        it stays as it is.
 
     Raises:
-      ValueError: a repaired number that the stored number format cannot hold.
+      ValueError: a new number that the stored number format cannot hold.
     """
     torch, found = model.torch, param_tree.ModelDigest()
     changed: dict[str, np.ndarray] = {}
@@ -72,33 +72,35 @@ def of(model: Model, repair: Callable[[str, np.ndarray], np.ndarray]) -> Repaire
     for path, old in model.leaves():
         new = repair(path, old)
         if new is not old:
-            for key, slot in torch.table.items():
-                if slot.path == path and np.any(_bits(old, slot) != _bits(new, slot)):
-                    changed[key] = _changed(torch.tensor(key), old, new, slot)
+            own = {k: slot for k, slot in torch.table.items() if slot.path == path}
+            leaves = {path: new}
+            for added in {slot.plus[0] for slot in own.values() if slot.plus}:
+                leaves[added] = repair(added, model.leaf(added))
+            for key, made in tables.to_tensors(own, leaves.__getitem__):
+                stored = torch.tensor(key)
+                if np.any(differs := _bits(stored) != _bits(made)):
+                    changed[key] = _changed(stored, made, differs)
             # As the files will hold it.
             new = tables.from_tensors(path, old.shape, torch.table, tensor)
             if not param_tree.is_finite(new):
                 formats = " and ".join(torch.formats)
-                raise ValueError(f"{path}: repaired, it does not fit into {formats}")
+                raise ValueError(f"{path}: changed, it does not fit into {formats}")
         found.add(path, new)
     digest = found.hexdigest()
     by_name = {torch.names[key]: array for key, array in changed.items()}
     return Repaired(by_name, saving.description(model, digest), digest)
 
 
-def _bits(leaf: np.ndarray, slot: tables.Slot) -> np.ndarray:
-    return leaf[slot.part].view(np.uint32)
+def _bits(tensor: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):  # a float64 too large becomes infinite
+        return np.ascontiguousarray(tensor, np.float32).view(np.uint32)
 
 
-def _changed(
-    stored: np.ndarray, old: np.ndarray, new: np.ndarray, slot: tables.Slot
-) -> np.ndarray:
+def _changed(stored: np.ndarray, new: np.ndarray, where: np.ndarray) -> np.ndarray:
     """A tensor with the changed numbers; a float64 keeps all bits of the others."""
-    axes = tables.inverse(slot.pattern)
-    where = rearrange(_bits(old, slot) != _bits(new, slot), axes)
     made = np.array(stored)
     with np.errstate(over="ignore"):  # refused by `of`
-        made[where] = rearrange(new[slot.part], axes)[where].astype(made.dtype)
+        made[where] = new[where].astype(made.dtype)
     return made
 
 

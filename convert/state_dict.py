@@ -17,6 +17,7 @@ from convert.files.tensors import StateDict
 from convert.layouts import table as tables
 from convert.statements import Statement
 from sinder_jax import param_tree, vit
+from sinder_jax.model import Model
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -28,7 +29,7 @@ class TorchModel:
       state_dict: NumPy arrays by PyTorch name in one of `layouts.LAYOUTS`, possibly
         with the prefixes and chunked block names of training; those of a `StateDict`
         are read only when their leaf is asked for.
-      num_heads, overrides: as for `from_torch`.
+      num_heads, prefix, overrides: as for `from_torch`.
       stated: what the file says of the model, beside its tensors.
 
     Attributes:
@@ -55,12 +56,13 @@ class TorchModel:
         state_dict: Mapping[str, Any],
         num_heads: int | None = None,
         *,
+        prefix: str | None = None,
         stated: Sequence[Statement] = (),
         **overrides: Any,
     ):
         self.state = StateDict.of(state_dict)
         self.files, self.contents = self.state.files, self.state.contents
-        self.names, left_out = infer.backbone_keys(list(self.state))
+        self.names, left_out = infer.backbone_keys(list(self.state), prefix)
         self.left_out = [*self.state.left_out, *left_out]
         self.specs = {key: self.state.specs[x] for key, x in self.names.items()}
         seen = {key: spec.shape for key, spec in self.specs.items()}
@@ -138,7 +140,11 @@ class TorchModel:
 
 
 def from_torch(
-    state_dict: Mapping[str, Any], num_heads: int | None = None, **overrides: Any
+    state_dict: Mapping[str, Any],
+    num_heads: int | None = None,
+    *,
+    prefix: str | None = None,
+    **overrides: Any,
 ) -> tuple[vit.ViTConfig, dict[str, Any]]:
     """Architecture and params of a PyTorch state dict in any layout.
 
@@ -149,7 +155,9 @@ def from_torch(
         missing mask token becomes zeros: only pre-training reads it.
       num_heads: None: that of the DINOv2 model of this width; heads of 64 in a model
         narrower than all of them; any other width needs it.
-      overrides: fields of `vit.ViTConfig` that the tensors do not determine:
+      prefix: of the backbone's names in a larger model, such as "pretrained."; None
+        finds the backbone by its tensors.
+      **overrides: fields of `vit.ViTConfig` that the tensors do not determine:
         `norm_epsilon` and `statistics`, DINOv2's if not given; and
         `interpolate_antialias` and `interpolate_offset`. Their default is the hub's,
         whatever the layout: False and 0.1, with registers True and 0.0. transformers
@@ -165,7 +173,7 @@ def from_torch(
         message names every missing, surplus and misshapen tensor and every tensor that
         is not finite.
     """
-    model = TorchModel(state_dict, num_heads, **overrides)
+    model = TorchModel(state_dict, num_heads, prefix=prefix, **overrides)
     return model.config, param_tree.unflatten(
         {path: model.leaf(path) for path in model.shapes}
     )
@@ -180,7 +188,8 @@ def to_torch(
       config: the architecture.
       params: float32 arrays, of NumPy or JAX, in the layout of `param_tree.shapes`.
       layout: "dinov2" (hub), "hf" (transformers) or "timm". timm's has no mask token,
-        and with registers its class token includes the position embedding.
+        and with registers its class token includes the position embedding; in the
+        others registers include theirs.
 
     Returns:
       Contiguous float32 arrays by PyTorch name, in the order of the PyTorch model; they
@@ -191,9 +200,9 @@ def to_torch(
     """
     layouts.check_name(layout, config)
     param_tree.check(config, params)
-    flat = param_tree.flatten(params)
-    table = layouts.table_of(layout, config)
-    tensors = dict(tables.to_tensors(table, lambda path: np.asarray(flat[path])))
+    model = layouts.fitted(Model.of(config, params), layout)
+    table = layouts.table_of(layout, model.config)
+    tensors = dict(tables.to_tensors(table, model.leaf))
     return {key: tensors[key] for key in table}
 
 

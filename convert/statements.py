@@ -134,6 +134,13 @@ def finite(value: Any) -> Any:
     return value
 
 
+def truth(value: Any) -> bool:
+    """True or False."""
+    if type(value) is bool:
+        return value
+    raise ValueError("true or false")
+
+
 def integer(value: Any) -> int:
     """A number of things, at least 0."""
     if type(value) is int and 0 <= value < LARGEST:

@@ -10,8 +10,9 @@ does so when there is something to compare.
 It reads the layouts of the torch.hub files and of timm, which differ in:
 
     registers       `register_tokens`, or timm's `reg_token`
-    pos_embed       1 + N rows; timm's register models have N, the class token's row
-                    being part of `cls_token` already
+    pos_embed       1 + N rows; N in timm's models whose class token has no position,
+                    or has it in `cls_token` already; 1 + R + N where registers have one
+    LayerScale      `ls1.gamma`, `ls2.gamma`, or none
     SwiGLU          `mlp.w12`, `mlp.w3`, or timm's `mlp.fc1`, `mlp.fc2` of those shapes
 """
 
@@ -63,14 +64,13 @@ def features(
 
 
 def _embed(state: State, patches: Float[torch.Tensor, "B N D"]) -> Tokens:
-    positions, cls = state["pos_embed"][0], state["cls_token"]
-    count = patches.shape[1]
-    if len(positions) == 1 + count:
-        cls = cls + positions[0]
+    positions, count = state["pos_embed"], patches.shape[1]
     registers = [state[x] for x in ("register_tokens", "reg_token") if x in state]
-    # Registers have no position.
-    parts = [cls, *registers, patches + positions[-count:]]
-    return torch.cat([part.expand(len(patches), -1, -1) for part in parts], dim=1)
+    own = torch.cat([state["cls_token"], *registers], dim=1)
+    # The first rows, if there are more than patches: of the class token, or of all.
+    own = own + F.pad(positions[:, :-count], (0, 0, 0, own.shape[1]))[:, : own.shape[1]]
+    parts = [own.expand(len(patches), -1, -1), patches + positions[:, -count:]]
+    return torch.cat(parts, dim=1)
 
 
 # --- Blocks -----------------------------------------------------------------------
@@ -90,12 +90,16 @@ class _Weights(NamedTuple):
         weight, bias = self.state[f"{name}.weight"], self.state[f"{name}.bias"]
         return F.layer_norm(x, x.shape[-1:], weight, bias, self.epsilon)
 
+    def scale(self, name: str, x: Tokens) -> Tokens:
+        has_layer_scale = "blocks.0.ls1.gamma" in self.state
+        return x * self.state[f"{name}.gamma"] if has_layer_scale else x
+
 
 def _block(weights: _Weights, block: str, x: Tokens) -> Tokens:
     attention = _attention(weights, block + "attn.", weights.norm(block + "norm1", x))
-    x = x + attention * weights.state[block + "ls1.gamma"]
+    x = x + weights.scale(block + "ls1", attention)
     ffn = _ffn(weights, block + "mlp.", weights.norm(block + "norm2", x))
-    return x + ffn * weights.state[block + "ls2.gamma"]
+    return x + weights.scale(block + "ls2", ffn)
 
 
 def _attention(weights: _Weights, name: str, x: Tokens) -> Tokens:

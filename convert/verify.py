@@ -88,9 +88,7 @@ class Comparison(NamedTuple):
 # --- The comparison ---------------------------------------------------------------
 
 
-def print_verdict(
-    jax_side: Path, torch_side: Path, *, made: Path, num_heads: int | None = None
-) -> None:
+def print_verdict(jax_side: Path, torch_side: Path, *, made: Path, **told: Any) -> None:
     """Opens two files of one model and prints how far JAX and PyTorch are apart.
 
     Also prints what this does not check: a number of heads that no file tells would be
@@ -100,13 +98,15 @@ def print_verdict(
       jax_side: the model that JAX computes, in any layout.
       torch_side: the PyTorch files.
       made: the side that was just written; removed if the two differ.
-      num_heads: what the user says of it.
+      **told: what the user says of it, as for `opening.open_model`.
 
     Raises:
       ValueError: they differ by more than rounding.
     """
-    ours = opening.open_model(jax_side, num_heads)
-    theirs = opening.open_model(torch_side, num_heads)
+    in_jax = {name: told[name] for name in told if name != "prefix"}
+    is_torch = reading.is_torch_source(jax_side)
+    ours = opening.open_model(jax_side, **(told if is_torch else in_jax))
+    theirs = opening.open_model(torch_side, **told)
     hugging_face = theirs.layout.startswith("hf")
     if hugging_face and not torch_side.is_dir():
         print("verify: transformers loads directories: not compared.")

@@ -163,6 +163,57 @@ FAMILIES: dict[str, Family] = {
 """All families by name; `ViTConfig.family` is a key."""
 
 
+class Relative(NamedTuple):
+    """A model of DINOv2's architecture that others trained.
+
+    Attributes:
+      size: its shape.
+      image_size, patch_size: in pixels.
+      num_register_tokens, positions: as in `ViTConfig`.
+      statistics: of its images, as its publishers state them.
+    """
+
+    size: Size
+    image_size: int
+    patch_size: int
+    num_register_tokens: int = 0
+    positions: str = "class"
+    statistics: Statistics = FAMILIES["dinov2"].statistics
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Those of its `ViTConfig` that its tensors tell, and the number of heads."""
+        return {
+            **self.size._asdict(),
+            "img_size": self.image_size,
+            "patch_size": self.patch_size,
+            "num_register_tokens": self.num_register_tokens,
+            "positions": self.positions,
+        }
+
+
+H_AND_E = Statistics((0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517))
+RADIOGRAPHS = Statistics((0.5307,) * 3, (0.2583,) * 3)
+RELATIVES = {
+    "H-optimus-0": Relative(
+        Size(1536, 40, 24, "swiglu"), 224, 14, 4, statistics=H_AND_E
+    ),
+    "H-optimus-1": Relative(
+        Size(1536, 40, 24, "swiglu"), 224, 14, 4, statistics=H_AND_E
+    ),
+    "H0-mini": Relative(Size(768, 12, 12, "swiglu"), 224, 14, 4, statistics=H_AND_E),
+    "UNI": Relative(Size(1024, 24, 16, "mlp"), 224, 16),
+    "UNI2-h": Relative(Size(1536, 24, 24, "swiglu"), 224, 14, 8),
+    "Virchow": Relative(Size(1280, 32, 16, "swiglu"), 224, 14),
+    "Virchow2": Relative(Size(1280, 32, 16, "swiglu"), 224, 14, 4, "all"),
+    "Prov-GigaPath": Relative(Size(1536, 40, 24, "swiglu"), 224, 16),
+    "GPFM": Relative(Size(1024, 24, 16, "mlp"), 224, 14),
+    "RAD-DINO": Relative(Size(768, 12, 12, "mlp"), 518, 14, statistics=RADIOGRAPHS),
+    "Phikon-v2": Relative(Size(1024, 24, 16, "mlp"), 224, 16),
+}
+"""Relatives by name, from their publishers' pages; no file of theirs was read here."""
+
+
 class Published(NamedTuple):
     """A model that can be fetched by name.
 

@@ -19,7 +19,7 @@ from sinder_jax import families, param_tree
 from sinder_jax.storage import array_store, errors
 from sinder_jax.storage.ahead import ahead
 from sinder_jax.storage.paths import AnyPath, StrPath, as_path
-from sinder_jax.vit import ViTConfig
+from sinder_jax.vit import OWN, ViTConfig
 
 OURS = "sinder_jax"  # the layout of a checkpoint directory
 
@@ -257,9 +257,9 @@ def differences(first: ViTConfig, second: ViTConfig, *, grid: bool = True) -> st
     ignored |= set() if grid else {"img_size"}
 
     def shown(config: ViTConfig, name: str) -> Any:
-        epsilon = families.of(config).norm_epsilon
-        usual = {"hidden_width": config.hidden_dim, "norm_epsilon": epsilon}
-        return usual.get(name, getattr(config, name))
+        if name == "hidden_width":
+            return config.hidden_dim
+        return getattr(families.of(config) if name in OWN else config, name)
 
     names = [field.name for field in dataclasses.fields(first)]
     return ", ".join(

@@ -23,7 +23,9 @@ from sinder_jax import attention, families, layers, pos_embed
 
 FFN_LAYERS = ("mlp", "swiglu")
 # Fields of a `ViTConfig` that stand in for the family's value.
-OWN = ("norm_epsilon", "statistics")
+OWN = ("norm_epsilon", "statistics", "layer_scale")
+# Tokens that have a position embedding of their own, beside the patches.
+POSITIONS = ("class", "patches", "all")
 Images = Float[Array, "B height width 3"]
 Tokens = Float[Array, "B T D"]
 
@@ -49,9 +51,15 @@ class ViTConfig:
         family's; `families.of(config)` has the value to use.
       statistics: mean and standard deviation of the images that the model was trained
         on, where they are not the family's; likewise. Becomes a `families.Statistics`.
+      layer_scale: False for a model without LayerScale, where the family has it;
+        likewise. The params then hold γ = 1.
+      positions: which tokens have a position embedding of their own: "class", the class
+        token and the patches; "all", the registers too; "patches", the patches alone:
+        the params then hold -0.0 for the class token, as they do for timm's models with
+        registers, whose files have the class token's part in the token itself.
 
-    The last three are None for most models: a value that equals the family's becomes
-    None, so that equal models have equal configs.
+    `hidden_width` to `layer_scale` are None for most models: a value that equals the
+    family's becomes None, so that equal models have equal configs.
 
     Raises:
       ValueError: a value that no model can have.
@@ -70,6 +78,8 @@ class ViTConfig:
     hidden_width: int | None = None
     norm_epsilon: float | None = None
     statistics: Sequence[Any] | None = None
+    layer_scale: bool | None = None
+    positions: str = "class"
 
     def __post_init__(self):
         family = families.named(self.family)
@@ -90,6 +100,11 @@ class ViTConfig:
                 f"img_size={self.img_size} must be a multiple of "
                 f"patch_size={self.patch_size}"
             )
+        if self.positions not in POSITIONS:
+            allowed = " or ".join(POSITIONS)
+            raise ValueError(f"positions must be {allowed}, got {self.positions!r}")
+        if (self.num_register_tokens > 0) != (self.positions == "all"):
+            object.__setattr__(self, "positions", "class")
         self._settle_own(family)
 
     def _settle_own(self, family: families.Family) -> None:
@@ -101,6 +116,9 @@ class ViTConfig:
             type(epsilon) in (int, float) and 0 <= epsilon < families.LARGEST
         ):
             raise ValueError(f"norm_epsilon must be at least 0, got {epsilon!r}")
+        if not isinstance(self.layer_scale, bool | None):
+            got = self.layer_scale
+            raise ValueError(f"layer_scale must be True, False or None, got {got!r}")
         if self.statistics is not None:
             statistics = families.Statistics.of(self.statistics)
             object.__setattr__(self, "statistics", statistics)
@@ -129,6 +147,11 @@ class ViTConfig:
         return self.img_size // self.patch_size
 
     @property
+    def num_own_positions(self) -> int:
+        """Rows of the position embedding before those of the patches."""
+        return 1 + self.num_register_tokens * (self.positions == "all")
+
+    @property
     def hidden_dim(self) -> int:
         """FFN width F."""
         usual = families.of(self).hidden_widths
@@ -143,6 +166,8 @@ class ViTConfig:
         fields = dataclasses.asdict(self)
         if self.family == families.DEFAULT:
             del fields["family"]
+        if self.positions == "class":
+            del fields["positions"]
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -358,7 +383,7 @@ class ViT(nn.Module):
         own = functools.partial(layers.weight, self, frozen=frozen)
         self.cls_token = own("cls_token", layers.NORMAL, (1, 1, width))
         self.mask_token = own("mask_token", layers.ZEROS, (1, width))
-        positions = 1 + config.grid_size**2
+        positions = config.num_own_positions + config.grid_size**2
         self.pos_embed = own("pos_embed", layers.NORMAL, (1, positions, width))
         if config.num_register_tokens:
             shape = (1, config.num_register_tokens, width)
@@ -385,10 +410,11 @@ class ViT(nn.Module):
         return Features(*split_tokens(self.config, self.norm(tokens), rows, columns))
 
     def embed(self, images: Images) -> Tokens:
-        """Tokens before the first block: registers carry no position embedding."""
+        """Tokens before the first block; most models' registers have no position."""
         rows, columns = patch_grid(self.config, *images.shape[1:3])
         patches = self.patch_embed(images)
-        cls_position, grid = self.pos_embed[:, :1], self.pos_embed[0, 1:]
+        count = self.config.num_own_positions
+        own, grid = self.pos_embed[:, :count], self.pos_embed[0, count:]
         grid = pos_embed.resample(
             rearrange(grid, "(M N) D -> M N D", M=self.config.grid_size),
             rows,
@@ -397,9 +423,10 @@ class ViT(nn.Module):
             offset=self.config.interpolate_offset,
         )
         patches = patches + rearrange(grid, "H W D -> 1 (H W) D")
-        extra = [self.cls_token + cls_position]
+        extra = [self.cls_token + own[:, :1]]
         if self.config.num_register_tokens:
-            extra.append(self.register_tokens)
+            registers = self.register_tokens
+            extra.append(registers + own[:, 1:] if count > 1 else registers)
         extra = [jnp.repeat(token, images.shape[0], axis=0) for token in extra]
         return jnp.concatenate([*extra, patches], axis=1)
 

@@ -5,6 +5,7 @@ base, delta --leaf by leaf--> the repaired model, all else as in the base
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def apply(
     delta_path: Path,
     destination: Path,
     scale: float = 1.0,
-    num_heads: int | None = None,
+    **told: Any,
 ) -> None:
     """Writes a repaired model in the layout of its base; prints what was checked.
 
@@ -30,7 +31,7 @@ def apply(
       delta_path: a file written by `diff`.
       destination: a file, or a directory if `base` is one, that does not exist.
       scale: the share of the change to apply, above 0 and at most 1.
-      num_heads: as for `convert.open_model`.
+      **told: what the files do not say, as for `convert.open_model`.
     """
     delta.check_scale(scale)
     if not base.exists():  # before its kind decides what the destination must be
@@ -38,7 +39,7 @@ def apply(
     paths.check_apart(destination, base, delta_path)
     saving.check_destination(destination, directory=base.is_dir())
     repair, _ = delta_file.load(delta_path)
-    model = opening.open_model(base, num_heads)
+    model = opening.open_model(base, **told)
     if model.torch:
         repaired_copy.check_holds(destination, model)
         lines.print_notes(lines.passed_through(model))

@@ -18,16 +18,16 @@ from sinder_jax.storage import paths as storage_paths
 def diff(
     paths: Sequence[Path],
     destination: Path,
-    num_heads: int | None = None,
     residual: float = difference.ROUNDING,
+    **told: Any,
 ) -> None:
     """Writes what a repair changed; prints what was found.
 
     Args:
       paths: a base and its repaired model, in any layout, or the workdir of a run.
       destination: a .safetensors file that does not exist.
-      num_heads: as for `convert.open_model`.
       residual: how much of a kernel may be left out, relative to its norm.
+      **told: what the files do not say, as for `convert.open_model`.
     """
     if len(paths) > 2:
         raise ValueError(
@@ -42,7 +42,7 @@ def diff(
     if len(paths) == 1:
         made, provenance = _of_run(paths[0])
     else:
-        made, provenance = _between(*paths, num_heads=num_heads, residual=residual)
+        made, provenance = _between(*paths, residual, told)
     delta_file.save(destination, made, provenance)
     print(lines.about_delta(made))
     size = destination.stat().st_size
@@ -50,10 +50,10 @@ def diff(
 
 
 def _between(
-    base_path: Path, repaired_path: Path, *, num_heads: int | None, residual: float
+    base_path: Path, repaired_path: Path, residual: float, told: Mapping[str, Any]
 ) -> tuple[delta.Delta, Mapping[str, Any]]:
     base, repaired = (
-        opening.open_model(path, num_heads) for path in (base_path, repaired_path)
+        opening.open_model(path, **told) for path in (base_path, repaired_path)
     )
     if different := models.differences(base.config, repaired.config):
         raise ValueError(f"the architectures differ in {different}")

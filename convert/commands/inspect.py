@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from convert import infer, layouts, opening
 from convert.commands import lines
@@ -11,17 +12,17 @@ from sinder_jax.model import Model
 from sinder_jax.storage import delta_file
 
 
-def inspect(path: Path, num_heads: int | None = None) -> None:
+def inspect(path: Path, **told: Any) -> None:
     """Describes a model or a delta and checks that its bytes are as written.
 
     Args:
       path: a model in any layout, or a delta.
-      num_heads: as for `convert.open_model`.
+      **told: what the files do not say, as for `convert.open_model`.
     """
     if _is_delta(path):
         _inspect_delta(path)
         return
-    model = opening.open_model(path, num_heads)
+    model = opening.open_model(path, **told)
     config, stated = model.config, model.known_digest is not None
     places = {name: kernels.place(config, name) for name in kernels.names(config)}
     tops: dict[str, list[float]] = {}
@@ -36,6 +37,8 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
     owner = f", {layouts.LAYOUTS[model.layout].owner}" if torch else " checkpoint"
     fields = {
         "architecture": infer.describe(config),
+        "family": f"{config.family}; the shapes are those of "
+        f"{' and '.join(infer.same_shapes(config)) or 'no published model known here'}",
         "width": f"{width}, {heads} heads of {width // heads}",
         "heads from": torch.statements["num_heads"].words
         if torch
@@ -47,6 +50,9 @@ def inspect(path: Path, num_heads: int | None = None) -> None:
         "registers": str(config.num_register_tokens),
         "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
         "resampling": f"antialias {antialias}, offset {offset}",
+        "not told": f"by any file: {'; '.join(lines.untold(model))}"
+        if torch
+        else "all of it is in its own config",
         "layout": model.layout + owner,
         "number format": ", ".join(torch.formats if torch else ["float32"]),
         "size": f"{model.num_tensors} tensors, {model.num_params:,} parameters; names, "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,14 @@ def notes(model: Model) -> Iterator[str]:
     if left_out := model.torch.left_out:
         yield (
             f"left out, not part of the backbone: {len(left_out)} entries, "
-            f"{infer.listing(left_out, limit=3)}."
+            f"{grouped(left_out)}; to-torch --into={cli.shown(model.path)} writes them "
+            "again."
+        )
+    from_hub = model.layout == "dinov2" and infer.hub_name(model.config)
+    if "statistics" not in model.torch.statements and not from_hub:
+        yield (
+            "no file tells mean and standard deviation of the images: ImageNet's are "
+            f"taken, as for DINOv2; else give --mean=R,G,B --std=R,G,B{_own(model)}."
         )
     plain = model.config.num_register_tokens == 0
     if model.layout.startswith("hf") and plain and model.config.interpolate_offset:
@@ -64,12 +72,51 @@ def notes(model: Model) -> Iterator[str]:
         )
 
 
+def _own(model: Model) -> str:
+    """The statistics of models of the same shapes that have their own."""
+    usual = families.of(model.config).statistics
+    return "".join(
+        f"; {name} has {_numbers(stated.mean)} and {_numbers(stated.std)}"
+        for name in infer.same_shapes(model.config)
+        if name in families.RELATIVES
+        and (stated := families.RELATIVES[name].statistics) != usual
+    )
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def grouped(names: Iterable[str]) -> str:
+    """Names by their first part, and how many begin with it: "head (2), loss"."""
+    counts = Counter(name.partition(".")[0] for name in names)
+    groups = [f"{name} ({n})" if n > 1 else name for name, n in counts.items()]
+    return infer.listing(groups)
+
+
+def untold(model: Model) -> Iterator[str]:
+    """What no file tells of a PyTorch model, and what is taken instead."""
+    config, statements = model.config, model.torch.statements
+    family = families.of(config)
+    taken = {
+        "statistics": "mean and standard deviation of the images (ImageNet's)",
+        "norm_epsilon": f"the LayerNorms' epsilon ({family.norm_epsilon:g})",
+    }
+    yield from (what for field, what in taken.items() if field not in statements)
+    if statements["num_heads"].words in infer.GUESSES:
+        yield f"the number of heads ({config.num_heads})"
+    if statements["interpolate_offset"].words.endswith("in the hub"):
+        yield "how positions are resampled (as by the hub)"
+    if model.layout == "timm" and config.ffn_layer == "swiglu":
+        yield "which half of fc1 is the gate (the first, as in SwiGLUPacked)"
+
+
 def passed_through(model: Model) -> Iterator[str]:
     """What `apply` copies from a PyTorch model, and how it rounds."""
     if others := model.torch.left_out:
         yield (
             f"not part of the backbone, written as they are: {len(others)} entries, "
-            f"{infer.listing(others, limit=3)}."
+            f"{grouped(others)}."
         )
     if short := [x for x in model.torch.formats if x in ("float16", "bfloat16")]:
         yield f"repaired kernels are rounded to {' and '.join(short)}, as in the base."
@@ -88,6 +135,13 @@ def unusual(config: vit.ViTConfig) -> Iterator[str]:
         )
     if "statistics" in own:
         yield "images are normalized by the model's own mean and standard deviation."
+    if "layer_scale" in own:
+        yield "there is no LayerScale; the params hold ones."
+    if config.positions == "all":
+        yield (
+            "registers have position embeddings; the layouts dinov2 and hf add them to "
+            "the registers for good."
+        )
 
 
 def losses(model: Model, layout: str) -> Iterator[str]:

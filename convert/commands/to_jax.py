@@ -19,22 +19,20 @@ from sinder_jax.storage import array_store, paths
 def to_jax(
     src: str,
     destination: Path,
-    num_heads: int | None = None,
     verify: bool = False,
-    **overrides: Any,
+    **told: Any,
 ) -> None:
     """Makes a checkpoint directory from a PyTorch model; prints what was checked.
 
     Args:
       src: a file, a Hugging Face directory, or the name of weights to download.
       destination: a directory that does not exist.
-      num_heads: as for `convert.from_torch`.
       verify: True compares JAX and PyTorch on a photograph.
-      **overrides: as for `convert.from_torch`.
+      **told: what the files do not say, as for `convert.open_model`.
     """
     paths.check_apart(destination, src)
     array_store.check_destination(destination)
-    model = open_source(src, num_heads, **overrides)
+    model = open_source(src, **told)
     if model.torch is None:
         raise ValueError(f"{model.path} is a checkpoint already")
     lines.print_notes(lines.notes(model))
@@ -42,17 +40,18 @@ def to_jax(
     digest = models.save(destination, converted)
     if verify:
         source = Path(model.path or src)
-        print_verdict(destination, source, made=destination, num_heads=num_heads)
+        known = {name: told[name] for name in ("num_heads", "prefix") if name in told}
+        print_verdict(destination, source, made=destination, **known)
     lines.print_proof(destination, model, model.num_tensors, digest)
 
 
-def open_source(src: str, num_heads: int | None = None, **overrides: Any) -> Model:
+def open_source(src: str, **told: Any) -> Model:
     """Opens a path or, if nothing is there, downloads the weights of that name."""
     mistyped = not Path(src).exists() and re.fullmatch(r"dinov2_\w+", src)
     if not (fetch.is_name(src) or mistyped):
-        return opening.open_model(Path(src), num_heads, **overrides)
+        return opening.open_model(Path(src), **told)
     path = fetch.fetch(src)
-    model = opening.open_model(path, num_heads, name=src, **overrides)
+    model = opening.open_model(path, name=src, **told)
     hub_model = fetch.MODELS.get(src)
     if hub_model and models.differences(model.config, vit.CONFIGS[hub_model.name]):
         raise ValueError(

@@ -19,6 +19,7 @@ from convert.statements import (
     number,
     side,
     statistics,
+    truth,
 )
 from sinder_jax import families, vit
 
@@ -85,7 +86,9 @@ def _config_statements(
     yield from config.statements(
         "image_size", "img_size", lambda x: side(x) // patch * patch
     )
-    yield from config.statements("use_swiglu_ffn", "ffn_layer", _ffn_layer)
+    yield from config.statements(
+        "use_swiglu_ffn", "ffn_layer", lambda x: "swiglu" if truth(x) else "mlp"
+    )
     yield from config.statements(
         "mlp_ratio", "hidden_width", lambda x: _hidden(width, number(x), ffn_layer)
     )
@@ -111,12 +114,6 @@ def _preprocessor_statements(contents: Contents) -> Iterator[Statement]:
     # A processor that is named has statistics of its own where the file has none.
     if PROCESSING & told.values.keys():
         yield statistics(told, "image_mean", "image_std")
-
-
-def _ffn_layer(value: Any) -> str:
-    if type(value) is bool:
-        return "swiglu" if value else "mlp"
-    raise ValueError("true or false")
 
 
 def _hidden(width: int, ratio: float | int, ffn_layer: str) -> int:

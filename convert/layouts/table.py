@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from einops import rearrange
 
-from sinder_jax import families, kernels, param_tree, vit
+from sinder_jax import kernels, param_tree, vit
 from sinder_jax.storage.ahead import ahead
 
 Index = tuple[Any, ...]
@@ -41,7 +41,7 @@ STRIP = 32  # columns; 16 to 64 were equally fast on 1536 x 8192
 # The leaf for which a layout may have no tensor, since only pre-training reads it. It
 # becomes zeros.
 OPTIONAL = "mask_token"
-# No layout has tensors for these if the family has no LayerScale. They become ones.
+# Files of a model without LayerScale have no tensors for these. They become ones.
 LAYER_SCALES = ("blocks/ls1/gamma", "blocks/ls2/gamma")
 
 
@@ -57,7 +57,8 @@ class Row(NamedTuple):
       pattern: einops pattern, PyTorch's axes -> axes of the leaf (of one block).
       part: which part of the leaf, a key of `PARTS`.
       plus: (path, part) of what this layout adds to the tensor.
-      registers: True or False limits the row to models with or without registers.
+      folded: True or False limits the row to models for which timm adds the class
+        token's position embedding to it, or to the others; see `is_folded`.
     """
 
     key: str
@@ -65,7 +66,7 @@ class Row(NamedTuple):
     pattern: str
     part: str = "all"
     plus: tuple[str, str] | None = None
-    registers: bool | None = None
+    folded: bool | None = None
 
 
 def linear(key: str, path: str, part: str = "all") -> tuple[Row, Row]:
@@ -105,17 +106,30 @@ class Slot(NamedTuple):
 Table = dict[str, Slot]
 
 
-def slots(rows: tuple[Row, ...], config: vit.ViTConfig) -> Table:
-    """The slot of every tensor of a model by PyTorch name, in the order of the rows."""
+def is_folded(config: vit.ViTConfig) -> bool:
+    """True for models whose file in timm's layout has position rows of patches only."""
+    registers = config.num_register_tokens > 0
+    return config.positions == ("class" if registers else "patches")
+
+
+def slots(
+    rows: tuple[Row, ...], config: vit.ViTConfig, *, layer_scale: bool = True
+) -> Table:
+    """The slot of every tensor of a model by PyTorch name, in the order of the rows.
+
+    Args:
+      rows: of the layout.
+      config: the architecture.
+      layer_scale: False if there are no tensors for LayerScale.
+    """
     shapes = param_tree.leaf_shapes(config)
-    has_registers = config.num_register_tokens > 0
-    absent = () if families.of(config).layer_scale else LAYER_SCALES
+    absent = () if layer_scale else LAYER_SCALES
     rows = tuple(
         row
         for row in rows
         if row.path in shapes
         and row.path not in absent
-        and row.registers in (None, has_registers)
+        and row.folded in (None, is_folded(config))
     )
     uncovered = shapes.keys() - {row.path for row in rows} - {OPTIONAL, *absent}
     assert not uncovered, f"no row of the layout makes {sorted(uncovered)}"

@@ -88,7 +88,7 @@ def test_other_float_formats_become_float32(number_format):
 def test_one_error_names_every_misfit():
     state = random_state(SMALL["mlp"])
     del state["norm.bias"], state["blocks.1.ls1.gamma"], state["cls_token"]
-    state["head.weight"] = np.ones((2, 3), np.float32)
+    state["norm_pre.weight"] = np.ones((2, 3), np.float32)
     state["blocks.2.attn.qkv.weight"] = state["blocks.2.attn.qkv.weight"].T
     state["mask_token"] = state["mask_token"][0]
     state["norm.weight"] = state["norm.weight"].astype(np.int64)
@@ -97,7 +97,7 @@ def test_one_error_names_every_misfit():
     message = error_of(convert.from_torch, state)
     for part in (
         "3 missing: cls_token, blocks.1.ls1.gamma, norm.bias;",
-        "1 surplus: head.weight;",
+        "1 surplus: norm_pre.weight;",
         "2 misshapen: mask_token is (128,), not (1, 128), ",
         "blocks.2.attn.qkv.weight is (128, 384), not (384, 128);",
         "norm.weight (int64)",

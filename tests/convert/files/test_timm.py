@@ -66,7 +66,7 @@ def test_every_field_is_checked_and_statistics_are_obeyed(tmp_path, capsys):
         "qkv_bias": True,
         "act_layer": None,
         "drop_path_rate": 0.4,
-        "something_new": [1, 2],
+        "global_pool": "avg",
     }
     told = {"architecture": "vit_any", "pretrained_cfg": {"mean": MEAN, "std": STD}}
     folder = stored(tmp_path / "timm", CONFIG, **told, model_args=args)
@@ -87,6 +87,9 @@ def test_every_field_is_checked_and_statistics_are_obeyed(tmp_path, capsys):
         "attn_layer": "diff",
         "qk_norm": True,
         "pos_embed": "none",
+        "init_values": 0,
+        "no_embed_class": 1,
+        "something_new": [1, 2],
     }.items():
         stored(folder, CONFIG, **told, model_args=args | {key: value})
         assert key in refusal(capsys, "inspect", folder) or key == "num_heads"
@@ -127,13 +130,31 @@ def test_values_of_wrong_types_are_refused_by_name(told, tmp_path, capsys):
         ("vit_large_patch16_224", 1024, 16),
         ("vit_huge_patch14_224", 1280, 16),
         ("vit_giant_patch14_dinov2", 1536, 24),
-        ("vit_giant_patch14_224", 1536, None),
-        ("vit_giantopt_patch16_siglip_256", 1536, None),
-        ("vit_huge_patch14_224", 1024, None),  # model_args gave it another width
-        ("resnet50", 1280, None),
+        ("vit_giant_patch14_224", 1408, 16),
+        ("vit_giantopt_patch16_siglip_256", None, None),
+        ("resnet50", None, None),
     ],
 )
-def test_the_name_of_an_architecture_tells_its_heads(name, width, heads):
-    inferred = {"embed_dim": width, "patch_size": 14, "ffn_layer": "mlp"}
-    found = list(timm.statements({"architecture": name}, inferred))
-    assert [statement.value for statement in found] == ([heads] if heads else [])
+def test_the_name_of_an_architecture_tells_width_and_heads(name, width, heads):
+    inferred = {"embed_dim": 64, "patch_size": 14, "ffn_layer": "mlp"}
+    told = timm.statements({"architecture": name}, inferred)
+    found = {statement.field: statement.value for statement in told}
+    assert (found.get("embed_dim"), found.get("num_heads")) == (width, heads)
+    given = {"embed_dim": 64, "num_heads": 1, "patch_size": 14, "init_values": 1}
+    config = {"architecture": name, "model_args": {**given, "reg_tokens": 4}}
+    told = timm.statements(config, inferred)
+    assert not [x for x in told if "architecture" in x.words]  # replaced, all of it
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("vit_base_patch14_dinov2", "embed_dim"),
+        ("vit_any_patch16_224", "patch_size"),
+        ("vit_any_patch14_reg8_224", "num_register_tokens"),
+    ],
+)
+def test_a_name_that_contradicts_the_tensors_is_refused(name, field, tmp_path, capsys):
+    folder = stored(tmp_path / "timm", CONFIG, architecture=name)
+    line = refusal(capsys, "inspect", folder)
+    assert f"architecture={name!r} in config.json contradicts {field}=" in line

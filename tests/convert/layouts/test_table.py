@@ -8,6 +8,7 @@ import pytest
 
 import convert
 from convert import layouts
+from convert.state_dict import TorchModel
 from samples import SMALL, assert_same_bytes, error_of, random_params, random_state
 from sinder_jax import param_tree, vit
 
@@ -133,9 +134,19 @@ def test_two_names_of_one_tensor_are_refused():
     assert "blocks.2.ls1.gamma and blocks.0.2.ls1.gamma are both" in message
 
 
-def test_a_head_beside_bare_names_is_surplus():
-    state = random_state(SMALL["mlp"]) | {"head.weight": np.ones((2, 3), np.float32)}
-    assert "1 surplus: head.weight" in error_of(convert.from_torch, state)
+@pytest.mark.parametrize(
+    "name", ["norm_pre.weight", "dist_token", "blocks.0.ls3.gamma"]
+)
+def test_what_may_be_a_part_of_the_backbone_is_surplus(name):
+    state = random_state(SMALL["mlp"]) | {name: np.ones((2, 3), np.float32)}
+    assert f"1 surplus: {name}" in error_of(convert.from_torch, state)
+
+
+@pytest.mark.parametrize("name", ["head.weight", "classifier.0.bias", "pixel_mean"])
+def test_a_head_beside_bare_names_is_left_out(name):
+    state = random_state(SMALL["mlp"])
+    model = TorchModel(state | {name: np.ones((2, 3), np.float32)})
+    assert model.left_out == [name] and list(model.names) == list(state)
 
 
 def test_a_mixture_of_two_layouts_is_refused():
