@@ -26,6 +26,7 @@ DEFAULT_FAMILY = families.named(families.DEFAULT)
 # Where nothing tells the number of heads. Of models narrower than any DINOv2 only those
 # for tests are known, and timm's smallest, and all of them have heads of 64.
 HEAD_WIDTH = 64
+NARROWEST = min(size.embed_dim for size in DEFAULT_FAMILY.sizes.values())
 USUAL_HEADS = "as many as in DINOv2's model of this width, for no file tells it"
 NARROW_HEADS = "64 wide like DINOv2's, for no file tells their number"
 GUESSES = (USUAL_HEADS, NARROW_HEADS)
@@ -260,8 +261,7 @@ def _usual_heads(
     width = inferred["embed_dim"]
     if heads := family.num_heads(width):
         return Statement("num_heads", heads, USUAL_HEADS)
-    narrowest = min(size.embed_dim for size in family.sizes.values())
-    if width < narrowest and width % HEAD_WIDTH == 0:
+    if width < NARROWEST and width % HEAD_WIDTH == 0:
         return Statement("num_heads", width // HEAD_WIDTH, NARROW_HEADS)
     return None
 

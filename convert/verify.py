@@ -125,11 +125,11 @@ def print_verdict(jax_side: Path, torch_side: Path, *, made: Path, **told: Any) 
         raise ValueError(f"{jax_side} and {torch_side} differ in {different}")
     check(comparison)
     print(f"verify: {comparison}.")
-    told = theirs.torch.statements["num_heads"]
-    if told.words in infer.GUESSES:
+    heads = theirs.torch.statements["num_heads"]
+    if heads.words in infer.GUESSES:
         print(
-            f"verify: not checked: the number of attention heads, {told.value} on both "
-            f"sides, {told.words}."
+            f"verify: not checked: the number of attention heads, {heads.value} on both "
+            f"sides, {heads.words}."
         )
 
 

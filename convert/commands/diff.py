@@ -42,7 +42,7 @@ def diff(
     if len(paths) == 1:
         made, provenance = _of_run(paths[0])
     else:
-        made, provenance = _between(*paths, residual, told)
+        made, provenance = _between(*paths, residual=residual, told=told)
     delta_file.save(destination, made, provenance)
     print(lines.about_delta(made))
     size = destination.stat().st_size
@@ -50,7 +50,7 @@ def diff(
 
 
 def _between(
-    base_path: Path, repaired_path: Path, residual: float, told: Mapping[str, Any]
+    base_path: Path, repaired_path: Path, *, residual: float, told: Mapping[str, Any]
 ) -> tuple[delta.Delta, Mapping[str, Any]]:
     base, repaired = (
         opening.open_model(path, **told) for path in (base_path, repaired_path)

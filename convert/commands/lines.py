@@ -57,8 +57,9 @@ def notes(model: Model) -> Iterator[str]:
             f"{grouped(left_out)}; to-torch --into={cli.shown(model.path)} writes them "
             "again."
         )
-    from_hub = model.layout == "dinov2" and infer.hub_name(model.config)
-    if "statistics" not in model.torch.statements and not from_hub:
+    narrow = model.config.embed_dim < infer.NARROWEST
+    as_hub = model.layout == "dinov2" and (narrow or infer.hub_name(model.config))
+    if "statistics" not in model.torch.statements and not as_hub:
         yield (
             "no file tells mean and standard deviation of the images: ImageNet's are "
             f"taken, as for DINOv2; else give --mean=R,G,B --std=R,G,B{_own(model)}."
