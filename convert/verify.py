@@ -128,8 +128,8 @@ def print_verdict(jax_side: Path, torch_side: Path, *, made: Path, **told: Any) 
     heads = theirs.torch.statements["num_heads"]
     if heads.words in infer.GUESSES:
         print(
-            f"verify: not checked: the number of attention heads, {heads.value} on both "
-            f"sides, {heads.words}."
+            "verify: not checked: the number of attention heads, "
+            f"{heads.value} on both sides, {heads.words}."
         )
 
 
