@@ -26,6 +26,7 @@ def test_mutated_inputs_are_right_or_refused(kind, count):
 
 @linux
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of good pixels
 @pytest.mark.parametrize("kind", mutations.kinds())
 def test_more_mutated_inputs_are_right_or_refused(kind, capsys):
     outcomes = mutations.run(kind, seed=1, count=30 if kind == "config" else 100)
