@@ -3,16 +3,18 @@
     checkpoint, images --steps, kept in OUT/cache--> numbers
     numbers --> OUT/NAME.png, NAME.pdf, NAME.npz, analysis.json and report.html
 
+With several checkpoints, each gets a folder of its own, and OUT/survey.md one line.
 With --compare, a second model such as the repaired model is compared with the first,
 whose directions are the yardstick for both. A second run with the same --out computes
 only what is new.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from experiments.study import figures
 from sinder_jax import cli, launch
@@ -20,12 +22,15 @@ from sinder_jax import cli, launch
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from experiments.study.numbers import Subject
     from experiments.study.options import Options
+    from experiments.study.photos import Photo
 
 EXAMPLE = """\
 examples:
   python -m experiments.analyze --checkpoint=vitg14 --compare=run/repaired \\
       villa.png photos/ --report --out=analysis
   python -m experiments.analyze --checkpoint=vitg14 --figures=forecast,spectra
+  python -m experiments.analyze --checkpoint=UNI2-h --checkpoint=Virchow2 \\
+      --figures=forecast --out=survey
 
 figures:
 {figures}
@@ -33,6 +38,7 @@ figures:
 SINDER_TRACEBACK=1 in the environment shows where an error comes from.
 """
 SUMMARY, REPORT, CACHE = "analysis.json", "report.html", "cache"
+SURVEY = "survey"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,26 +54,65 @@ def main(argv: Sequence[str] | None = None) -> int:
       ValueError, OSError, ImportError, FloatingPointError: errors for
         `launch.exit_on_error` to show.
     """
-    began = time.monotonic()
     args, overrides = _parser().parse_known_args(argv)
 
-    from experiments.run.progress import duration
-    from experiments.study import page, verdict
-    from experiments.study.cache import Cache
-    from experiments.study.numbers import Study
-    from experiments.study.photos import collect, read_photos
-    from experiments.study.steps import Steps, compute
-    from sinder_jax.data import decode
+    from experiments.study import survey
+    from experiments.study.photos import unique_names
     from sinder_jax.storage import files
 
     launch.start_jax()
     # First everything that can be checked before the long part begins.
-    options, antialias, checkpoint = _settings(args, overrides)
+    options, antialias, checkpoints = _settings(args, overrides)
     names = figures.check_names(
         args.figures.split(","), photos=bool(args.images), compare=bool(args.compare)
     )
+    out = Path(args.out)
+    if len(checkpoints) == 1:
+        jobs = {out.name: _job(checkpoints[0], args, options, antialias, out)}
+    else:
+        jobs = {
+            name: _job(checkpoint, args, options, antialias, out / name)
+            for checkpoint, name in zip(
+                checkpoints, unique_names(list(map(Path, checkpoints))), strict=True
+            )
+        }
+    for job in jobs.values():
+        claim(job.out, job.subjects[0].model.digest, overwrite=args.overwrite)
+    found = {name: _analyze(job, names, args.report) for name, job in jobs.items()}
+    if len(found) > 1:
+        rows = survey.rows(found)
+        text = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
+        files.write(out / f"{SURVEY}.json", text)
+        files.write(out / f"{SURVEY}.md", survey.table(rows))
+        print(f"\n{survey.table(rows)}\nwritten to {out / SURVEY}.md and .json")
+    return 0
+
+
+class _Job(NamedTuple):
+    """What is studied, and where the results go."""
+
+    subjects: "list[Subject]"
+    registers: "Subject | None"
+    photos: "list[Photo]"
+    options: "Options"
+    out: Path
+
+
+def _job(
+    checkpoint: str, args: Any, options: "Options", antialias: bool | None, out: Path
+) -> _Job:
+    """Opens models and photographs; errors as for `open_models`.
+
+    Without --config photographs get the size of the model's own grid.
+    """
+    from convert.commands import lines
+    from experiments.study.photos import collect, read_photos
+    from sinder_jax.data import decode
+
     subjects, registers = open_models(checkpoint, args, antialias)
     config = subjects[0].model.config
+    if not args.config:
+        options = dataclasses.replace(options, image_size=config.img_size)
     options.chosen_blocks(config.depth)
     decode.check_side("the image size", options.image_size, config.patch_size)
     images = collect(args.images)
@@ -76,12 +121,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(
             f"none of {len(images)} images can be read, such as {images[0]}"
         )
-    out = Path(args.out)
-    claim(out, subjects[0].model.digest, overwrite=args.overwrite)
+    if images:
+        for note in lines.untold_statistics(subjects[0].model):
+            cli.warn(f"{checkpoint}: {note}")
+    return _Job(subjects, registers, photos, options, out)
 
+
+def _analyze(job: _Job, names: Sequence[str], report: bool) -> dict[str, Any]:
+    """Computes, draws and writes one analysis; prints its verdict."""
+    from experiments.run.progress import duration
+    from experiments.study import page, verdict
+    from experiments.study.cache import Cache
+    from experiments.study.numbers import Study
+    from experiments.study.steps import Steps, compute
+    from sinder_jax.storage import files
+
+    began, out = time.monotonic(), job.out
     with Steps() as steps:
         cache = Cache(out / CACHE)
-        study = Study(subjects, registers, photos, options, cache, steps.inside)
+        study = Study(*job[:4], cache, steps.inside)
         compute(study, figures.plan(study, names), steps)
         drawn = []
         for one in figures.draw(study, names):
@@ -91,21 +149,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         summary = verdict.summarize(study)
         text = json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
         files.write(out / SUMMARY, text)
-        if args.report:
+        if report:
             steps.show("writing the report")
             files.write(out / REPORT, page.render(summary, drawn))
 
     print(verdict.headline(summary))
     for name, paragraph in verdict.paragraphs(summary).items():
         print(f"{name}: {paragraph}")
-    report = f", {out / REPORT}" if args.report else ""
+    pages = f", {out / REPORT}" if report else ""
     noun = "figure" if len(drawn) == 1 else "figures"
     print(
-        f"{len(drawn)} {noun} as PNG, PDF and NPZ, {SUMMARY}{report} written to {out} "
+        f"{len(drawn)} {noun} as PNG, PDF and NPZ, {SUMMARY}{pages} written to {out} "
         f"in {duration(time.monotonic() - began)}: {steps.computed} computed, "
         f"{steps.reused} found in {CACHE}/"
     )
-    return 0
+    for subject in job.subjects:
+        subject.model.forget()  # another may come
+    return summary
 
 
 def _parser() -> cli.Parser:
@@ -121,9 +181,11 @@ def _parser() -> cli.Parser:
     add("images", nargs="*", metavar="IMAGE", help="file, or folder to search")
     add(
         "--checkpoint",
+        action="append",
         metavar="DIR",
         help="model: a checkpoint, the workdir of a run, or a PyTorch file in any "
-        "layout; default: the checkpoint of --config",
+        "layout; given several times, a folder in --out for each and one table of all; "
+        "default: the checkpoint of --config",
     )
     add("--compare", metavar="DIR", help="second model, such as the repaired one")
     add("--registers", metavar="DIR", help="model with registers, for the PCA figures")
@@ -132,7 +194,7 @@ def _parser() -> cli.Parser:
         metavar="FILE",
         help="take detection, image size, directions and resampling from this config "
         "of a repair, such as giant.py, and from --config.KEY=VALUE; default: the "
-        "authors' settings",
+        "authors' settings, and photographs of the size that the model was made for",
     )
     add(
         "--figures",
@@ -162,11 +224,12 @@ def _parser() -> cli.Parser:
 
 def _settings(
     args: Any, overrides: Sequence[str]
-) -> "tuple[Options, bool | None, str]":
-    """Options of the study, how positions are resampled, and the checkpoint.
+) -> "tuple[Options, bool | None, list[str]]":
+    """Options of the study, how positions are resampled, and the checkpoints.
 
     Raises:
-      ValueError: an option out of range, or no checkpoint.
+      ValueError: an option out of range, no checkpoint, or several and an option that
+        goes with one.
     """
     from experiments import config as config_files
     from experiments.study.options import Options
@@ -176,14 +239,19 @@ def _settings(
     config = config_files.load(args.config or "giant.py")  # the authors' settings
     config_files.override(config, overrides)
     antialias = config.interpolate_antialias if args.config else None
-    checkpoint = args.checkpoint or config.checkpoint
-    if not checkpoint:
+    checkpoints = args.checkpoint or [x for x in [config.checkpoint] if x]
+    if not checkpoints:
         raise ValueError("give the model to analyze: --checkpoint=DIR")
+    if len(checkpoints) > 1 and (args.compare or args.registers):
+        raise ValueError(
+            f"got {len(checkpoints)} times --checkpoint: --compare and --registers go "
+            "with one"
+        )
     blocks = None
     if args.blocks is not None:
         blocks = tuple(sorted(set(_numbers("--blocks", args.blocks, int))))
     gammas = tuple(dict.fromkeys(_numbers("--gamma", args.gamma, float)))
-    return Options.of(config, gammas=gammas, blocks=blocks), antialias, checkpoint
+    return Options.of(config, gammas=gammas, blocks=blocks), antialias, checkpoints
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:

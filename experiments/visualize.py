@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     import convert
     from experiments.study import photos
-    from sinder_jax import families, loss, model
+    from sinder_jax import loss, model
     from sinder_jax.analysis import defective
     from sinder_jax.data import decode
     from sinder_jax.plots import pictures, style
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     models = [convert.open_model(path) for path in paths]
     model.check_same_architecture(models[0], models[-1])
     config = models[0].config
-    short_side = args.short_side or families.of(config).image_size
+    short_side = args.short_side or config.img_size
     decode.check_side("--short-side", short_side, config.patch_size)
     out.mkdir(parents=True, exist_ok=True)
 
@@ -113,7 +113,7 @@ def _parser() -> cli.Parser:
         type=int,
         metavar="PIXELS",
         help="short side of the image that the model sees, a multiple of its patch "
-        "size; default: the image size of its family",
+        "size; default: that of the images the model was made for",
     )
     add(
         "--mask-thr",

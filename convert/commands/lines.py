@@ -57,19 +57,26 @@ def notes(model: Model) -> Iterator[str]:
             f"{grouped(left_out)}; to-torch --into={cli.shown(model.path)} writes them "
             "again."
         )
-    narrow = model.config.embed_dim < infer.NARROWEST
-    as_hub = model.layout == "dinov2" and (narrow or infer.hub_name(model.config))
-    if "statistics" not in model.torch.statements and not as_hub:
-        yield (
-            "no file tells mean and standard deviation of the images: ImageNet's are "
-            f"taken, as for DINOv2; else give --mean=R,G,B --std=R,G,B{_own(model)}."
-        )
+    yield from untold_statistics(model)
     plain = model.config.num_register_tokens == 0
     if model.layout.startswith("hf") and plain and model.config.interpolate_offset:
         yield (
             "at other image sizes the position embedding is resampled as by the hub, "
             f"with offset {model.config.interpolate_offset}; transformers uses 0: "
             "--interpolate-offset=0 does the same."
+        )
+
+
+def untold_statistics(model: Model) -> Iterator[str]:
+    """A note if ImageNet's statistics are a guess: for PyTorch files but the hub's."""
+    if model.torch is None or "statistics" in model.torch.statements:
+        return
+    narrow = model.config.embed_dim < infer.NARROWEST
+    if model.layout != "dinov2" or not (narrow or infer.hub_name(model.config)):
+        yield (
+            "no file tells mean and standard deviation of the images: ImageNet's are "
+            "taken, as for DINOv2; else convert with to-jax --mean=R,G,B --std=R,G,B"
+            f"{_own(model)}."
         )
 
 

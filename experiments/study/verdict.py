@@ -20,6 +20,8 @@ from experiments.study.photos import Photo
 from sinder_jax.analysis import diagnosis, tokens
 from sinder_jax.analysis.defective import LARGE_NORM, large_norms
 
+CHANNELS = 3  # of ν that are named
+
 Numbers = dict[str, Any]
 
 TEMPLATES = jinja2.Environment(
@@ -70,11 +72,14 @@ def _of_model(study: Study, subject: Subject) -> Numbers:
 
 def _of_forecast(found: Arrays) -> Numbers:
     found = weight_figures.carriers(found)
-    block = int(found["block"])
+    block, has_defect = int(found["block"]), bool(found["has_defect"])
     gaps = found["gaps"]
+    sizes = np.abs(found["directions"][block])
+    largest = np.argsort(-sizes, kind="stable")[:CHANNELS]
     return {
-        "has_defect": bool(found["has_defect"]),
+        "has_defect": has_defect,
         "block": block,
+        "channels": [(i, sizes[i]) for i in largest] if has_defect else None,
         "gap": float(gaps[max(block, 0) :].max()),
         "blamed": weight_figures.blamed(found),
         "verdict": str(found["verdict"]),

@@ -458,7 +458,8 @@ def test_kept_numbers_are_those_of_the_model_s_own_values(models, photos, tmp_pa
 
 def test_config_decides_size_detection_and_resampling(models, photos, tmp_path):
     class Args:
-        config, checkpoint = "giant.py", str(models["first"])
+        config, checkpoint = "giant.py", [str(models["first"])]
+        compare = registers = None
         gamma, blocks = "2.0,2", "1,0"
 
     options, antialias, path = analyze._settings(Args, ["--config.mask_thr=5"])
@@ -467,6 +468,43 @@ def test_config_decides_size_detection_and_resampling(models, photos, tmp_path):
     Args.config = None
     options, antialias, _ = analyze._settings(Args, [])
     assert options == options_of(gammas=(2.0,), blocks=(0, 1)) and antialias is None
+
+
+def test_photographs_get_the_size_of_the_model_s_grid(models, photos, tmp_path):
+    config = vit.ViTConfig(
+        32, 2, 2, "swiglu", 64, 16, 8, statistics=((0.7, 0.6, 0.7), (0.2, 0.2, 0.2))
+    )
+    checkpoint.save(tmp_path / "model", config, random_params(config, 0))
+    out = tmp_path / "out"
+    arguments = [photos / "a.png", f"--checkpoint={tmp_path / 'model'}", f"--out={out}"]
+    run(*arguments, "--figures=forecast,norms", "--report")
+    told = json.loads((out / "analysis.json").read_text())
+    assert told["options"]["image_size"] == 64  # patches of 16 pixels, 8 registers
+    assert told["models"][0]["photographs"]["a"]["patches"] == 4 * 5
+    assert (out / "report.html").exists()
+
+
+def test_a_survey_has_a_line_for_each_model(models, tmp_path, capsys):
+    made = planted.planted_model(0)
+    checkpoint.save(tmp_path / "planted", made.config, made.params)
+    paths = [models["first"], tmp_path / "planted", models["registers"]]
+    arguments = [f"--checkpoint={path}" for path in paths] + ["--figures=forecast"]
+    run(*arguments, f"--out={tmp_path / 'out'}")
+    assert "| planted | " in capsys.readouterr().out
+    rows = json.loads((tmp_path / "out" / "survey.json").read_text())
+    assert [row["name"] for row in rows] == ["first", "planted", "registers"]
+    assert [row["block"] for row in rows] == [None, made.block, None]
+    assert rows[1]["verdict"] == "singular defect"
+    assert rows[0]["verdict"] == "no singular defect" and rows[2]["registers"] == 4
+    # The named channels are the largest of the direction in the figure's numbers.
+    nu = np.abs(arrays(tmp_path / "out" / "planted", "forecast")["directions"])
+    channels = [channel for channel, _ in rows[1]["channels"]]
+    assert channels == np.argsort(-nu[made.block])[:3].tolist()
+    table = (tmp_path / "out" / "survey.md").read_text().splitlines()
+    assert len(table) == 2 + len(paths)
+    assert all(line.count("|") == table[0].count("|") for line in table)
+    line = refusal(capsys, *arguments, f"--compare={models['second']}")
+    assert "3 times --checkpoint" in line
 
 
 @pytest.mark.parametrize(
