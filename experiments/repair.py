@@ -41,7 +41,6 @@ from sinder_jax.checkpoint import Newest
 from sinder_jax.data import batches
 from sinder_jax.data.listing import Photograph
 from sinder_jax.storage.original import BASIS, Original
-from sinder_jax.storage.run_files import read_metrics
 
 EXAMPLE = """\
 examples:
@@ -235,7 +234,7 @@ def resume(
     if processes.is_first:
         workdir.rewind_metrics(counts.images)
     if newest:
-        counts = Counts.stored(newest.metadata, read_metrics(workdir.path))
+        counts = Counts(**newest.metadata["counts"])
     done = bool(repair.is_done(options, state))
     observer = results.Observer(model, params, frozen.directions[-1], run.config)
     split = run.config.split_model

@@ -274,8 +274,7 @@ def stored_original(workdir: Workdir, newest: Newest | None) -> Original | None:
       newest: the state that the run goes on from, if any.
 
     Raises:
-      ValueError: the state does not say which factors its ε belongs to, and factors
-        made again may be others.
+      ValueError: it is whole, but of another version of the format.
     """
     path = workdir.frozen
     try:
@@ -285,8 +284,6 @@ def stored_original(workdir: Workdir, newest: Newest | None) -> Original | None:
         if unfit and (path / "metadata").exists():
             raise  # whole, but another version's
         reason = str(error)
-    if newest is not None and original.BASIS not in newest.metadata:
-        raise original.other_basis(path, reason)
     if path.exists():
         aside = path.with_name(f"{path.name}.damaged")
         workdir.check()

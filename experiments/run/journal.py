@@ -9,7 +9,7 @@ All processes read the same numbers and decide alike; only the first one writes.
 import bisect
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from experiments.run.heartbeat import Heartbeat
 from experiments.run.progress import LiveLine
 from experiments.run.sinks import Sinks
 from experiments.run.workdir import Workdir
-from sinder_jax import cli, repair
+from sinder_jax import repair
 from sinder_jax.data.listing import Photograph
 
 PER_IMAGE = ("layer", "loss", "alpha", "num_outliers", "finite")
@@ -37,28 +37,6 @@ class Counts:
     files_not_finite: list[str] = dataclasses.field(default_factory=list)
     unreadable_files: list[str] = dataclasses.field(default_factory=list)
     share_of_last_images_without_defect: float = 0.0
-
-    @classmethod
-    def stored(
-        cls, metadata: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]
-    ) -> "Counts":
-        """The counts up to a state.
-
-        Args:
-          metadata: of the state.
-          rows: of the metrics up to it, for states of versions that stored no counts.
-        """
-        if "counts" in metadata:
-            return cls(**metadata["counts"])
-        counts = cls()
-        for row in rows:
-            counts.add(row)
-        if counts.images != metadata["num_images"]:
-            cli.warn(
-                f"the state after {metadata['num_images']} images is of a version that "
-                f"stored no counts: those of the summary are of {counts.images} images"
-            )
-        return dataclasses.replace(counts, images=metadata["num_images"])
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Counts one more image by its row of the metrics."""

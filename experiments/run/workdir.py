@@ -86,18 +86,11 @@ class Workdir:
         try:
             with paths.answering(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
-            claim = Claim(self.path)
+            return Claim(self.path)
         except OSError as error:
             raise OSError(
                 f"--workdir={self.path} cannot be written to: {error.strerror or error}"
             ) from None
-        if not paths.is_remote(self.path):
-            # Left by a kill of an earlier version, which wrote beside the final place.
-            for name in (run_files.FROZEN, run_files.REPAIRED):
-                for partial in Path(self.path).glob(f".{name}.*/"):
-                    claim.check()
-                    paths.remove(partial)
-        return claim
 
     def check(self) -> None:
         """Refuses to write into a workdir that was lost or removed since the start.

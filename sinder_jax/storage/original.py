@@ -81,7 +81,7 @@ def load(path: StrPath) -> Original:
     model = Model.of(
         ViTConfig(**header["config"]), tree["params"], header.get("provenance")
     )
-    model.known_digest = header.get("digest")
+    model.known_digest = header["digest"]
     parts: dict[str, Any] = {
         part: param_tree.flatten(tree["factors"][part]) for part in PARTS
     }
@@ -94,21 +94,17 @@ def check_basis(path: StrPath, original: Original, state: Mapping[str, Any]) -> 
     Args:
       path: where `original` is stored.
       original: model and factors.
-      state: metadata of the state; one of an earlier version does not tell.
+      state: metadata of the state.
 
     Raises:
       ValueError: says what to do.
     """
-    if state.get(BASIS, original.digest) != original.digest:
-        raise other_basis(path, f"{path} was made again, with other bits")
-
-
-def other_basis(path: StrPath, reason: str) -> ValueError:
-    """The error for states whose factors are lost."""
-    return ValueError(
-        f"{reason}; the states belong to the singular vectors of before: put {path} "
-        "back from a copy, or choose another --workdir"
-    )
+    if state[BASIS] != original.digest:
+        raise ValueError(
+            f"{path} was made again, with other bits; the states belong to the "
+            f"singular vectors of before: put {path} back from a copy, or choose "
+            "another --workdir"
+        )
 
 
 def describe_model(path: StrPath) -> tuple[ViTConfig, str]:
@@ -118,5 +114,4 @@ def describe_model(path: StrPath) -> tuple[ViTConfig, str]:
       As `checkpoint.load_tree`.
     """
     header = array_store.Reader(path).metadata
-    digest = header.get("digest") or load(path).model.digest  # of an earlier version
-    return ViTConfig(**header["config"]), digest
+    return ViTConfig(**header["config"]), header["digest"]

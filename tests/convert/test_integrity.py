@@ -18,7 +18,7 @@ from sinder_jax import checkpoint, delta, param_tree
 from sinder_jax.storage import delta_file, errors
 
 CONFIG = SMALL["registers"]
-FLIPS = 200
+FLIPS = [50, pytest.param(400, marks=pytest.mark.slow)]
 KINDS = ["checkpoint", "safetensors", "pth", "hf"]
 
 
@@ -69,8 +69,11 @@ def outcome(path, params):
     return "harmless" if same and model.config == CONFIG else "WRONG"
 
 
+@pytest.mark.parametrize("flips", FLIPS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_flipped_bit_is_detected_or_harmless(kind, exports, tmp_path, capsys):
+def test_every_flipped_bit_is_detected_or_harmless(
+    kind, flips, exports, tmp_path, capsys
+):
     """Bits chosen at random over all files, a file with the share of its bytes."""
     path = copied(exports[kind], tmp_path)
     params = random_params(CONFIG)
@@ -79,7 +82,7 @@ def test_every_flipped_bit_is_detected_or_harmless(kind, exports, tmp_path, caps
     rng = np.random.default_rng(0)
     score = collections.Counter()
     # Half of the flips by size, half on a file chosen evenly: small ones matter, too.
-    for flip in range(FLIPS):
+    for flip in range(flips):
         share = sizes / sizes.sum() if flip % 2 else (sizes > 0) / (sizes > 0).sum()
         file = files[rng.choice(len(files), p=share)]
         bit = int(rng.integers(8 * file.stat().st_size))
@@ -92,9 +95,9 @@ def test_every_flipped_bit_is_detected_or_harmless(kind, exports, tmp_path, caps
         assert result != "WRONG", f"bit {bit} of {file}"
         file.write_bytes(whole)
     with capsys.disabled():
-        print(f"\n{kind}: of {FLIPS} flipped bits {dict(score)}")
+        print(f"\n{kind}: of {flips} flipped bits {dict(score)}")
     assert outcome(path, params) == "harmless"  # the copy is whole again
-    assert score["detected"] > FLIPS / 4
+    assert score["detected"] > flips / 4
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -40,18 +40,10 @@ def test_counts_go_on_from_those_of_a_state():
     for each in ROWS[:4]:
         first.add(each)
     metadata = json.loads(json.dumps({"counts": dataclasses.asdict(first)}))
-    counts = Counts.stored(metadata, rows=[])
+    counts = Counts(**metadata["counts"])
     for each in ROWS[4:]:
         counts.add(each)
     assert counts == COUNTS
-
-
-def test_a_state_without_counts_takes_them_from_the_metrics(capsys):
-    assert Counts.stored({"num_images": 7}, ROWS) == COUNTS
-    assert capsys.readouterr().err == ""
-    assert Counts.stored({"num_images": 8}, ROWS).images == 8
-    (told,) = capsys.readouterr().err.splitlines()
-    assert "after 8 images" in told and "of 7 images" in told
 
 
 def test_not_more_than_a_thousand_files_are_named():

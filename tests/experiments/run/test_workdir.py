@@ -102,15 +102,6 @@ def test_more_states_are_kept_where_asked(tmp_path):
     assert names(tmp_path / "states") == ["00000004", "00000008", "00000010"]
 
 
-def test_what_a_kill_left_of_the_frozen_model_is_removed(tmp_path):
-    (tmp_path / ".frozen.abc" / "frozen" / "arrays_0").mkdir(parents=True)
-    (tmp_path / "frozen").mkdir()
-    Workdir(tmp_path, writes=False)
-    assert names(tmp_path) == [".frozen.abc", "frozen"]
-    Workdir(tmp_path)
-    assert names(tmp_path) == ["frozen"]
-
-
 def test_a_process_that_does_not_write_makes_nothing(tmp_path):
     reader = Workdir(tmp_path / "run", writes=False)
     assert run_files.read_metrics(reader.path) == []
