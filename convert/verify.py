@@ -24,7 +24,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Float, Float32
 
-from convert import infer, opening
+from convert import infer, layouts, opening
 from convert.files import reading, sha256
 from sinder_jax import families, vit
 from sinder_jax import model as models
@@ -117,7 +117,8 @@ def print_verdict(jax_side: Path, torch_side: Path, *, made: Path, **told: Any) 
     except ModuleNotFoundError as error:
         print(f"verify: {error.name} is not installed: not compared.")
         return
-    different = models.differences(ours.config, theirs.config)
+    config = layouts.fitted(ours, theirs.layout).config
+    different = models.differences(config, theirs.config)
     if different or not comparison.agree:
         sha256.side_file(made).unlink(missing_ok=True)
         files.remove(made)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from convert import infer, saving
+from convert.layouts import table as tables
 from sinder_jax import cli, delta, families, vit
 from sinder_jax.model import Model
 
@@ -58,6 +59,12 @@ def notes(model: Model) -> Iterator[str]:
             "again."
         )
     yield from untold_statistics(model)
+    if model.layout == "timm" and not model.config.interpolate_antialias:
+        yield (
+            "at other image sizes the position embedding is resampled as by the hub, "
+            "with offset 0.1; timm antialiases: --interpolate-antialias=true "
+            "--interpolate-offset=0 does the same."
+        )
     plain = model.config.num_register_tokens == 0
     if model.layout.startswith("hf") and plain and model.config.interpolate_offset:
         yield (
@@ -146,10 +153,7 @@ def unusual(config: vit.ViTConfig) -> Iterator[str]:
     if "layer_scale" in own:
         yield "there is no LayerScale; the params hold ones."
     if config.positions == "all":
-        yield (
-            "registers have position embeddings; the layouts dinov2 and hf add them to "
-            "the registers for good."
-        )
+        yield "registers have position embeddings of their own."
 
 
 def losses(model: Model, layout: str) -> Iterator[str]:
@@ -161,8 +165,15 @@ def losses(model: Model, layout: str) -> Iterator[str]:
     if layout == "timm":
         if np.any(model.leaf("mask_token")):
             yield "timm's layout has no mask token (only pre-training reads it)."
-        if registers:
+        if tables.is_folded(config):
             yield "timm adds the class token's position embedding to it for good."
+    elif config.positions == "all":
+        yield (
+            f"layout {layout} has no position embeddings of registers: they are added "
+            "to the registers for good."
+        )
+    if layout == "hf" and not families.of(config).layer_scale:
+        yield "transformers' models have LayerScale: it is written as ones."
     hub = families.of(config).variant(config.num_register_tokens)
     other = {
         "dinov2": (hub.interpolate_antialias, hub.interpolate_offset),

@@ -70,15 +70,17 @@ def fitted(model: Model, layout: str) -> Model:
     """The same function, in terms that a layout has.
 
     Only timm's has position embeddings of registers; for the others they are added to
-    the registers for good.
+    the registers for good. transformers' models always have LayerScale, of ones here.
 
     Args:
       model: the model to write.
       layout: a key of `LAYOUTS`.
     """
-    config = model.config
-    if config.positions != "all" or LAYOUTS[layout].positions:
-        return model
+    config, has = model.config, LAYOUTS[layout]
+    if has.layer_scale:
+        config = dataclasses.replace(config, layer_scale=True)
+    if has.positions or config.positions == "class":
+        return dataclasses.replace(model, config=config)
     count = config.num_own_positions
 
     def leaf(path: str) -> np.ndarray:
@@ -89,7 +91,10 @@ def fitted(model: Model, layout: str) -> Model:
             return array + model.leaf("pos_embed")[:, 1:count]
         return array
 
-    made = dataclasses.replace(config, positions="class")
     return dataclasses.replace(
-        model, config=made, leaf=leaf, known_digest=None, sha256={}
+        model,
+        config=dataclasses.replace(config, positions="class"),
+        leaf=leaf,
+        known_digest=None if count > 1 else model.known_digest,
+        sha256={},
     )

@@ -13,7 +13,7 @@ import convert
 from conversions import refusal, run
 from convert import infer, layouts, verify
 from convert.files import writing
-from samples import assert_same_bytes, numpy_state, read_state_dict
+from samples import assert_same_bytes, error_of, numpy_state, read_state_dict
 from sinder_jax import checkpoint, defects, factor, families, param_tree, vit
 from sinder_jax.analysis import forecast
 from sinder_jax.model import differences
@@ -192,6 +192,23 @@ def test_the_method_runs_on_timm_models(name):
     made = convert.to_torch(config, merged, "timm")
     assert list(made) and made.keys() == state.keys()
     assert np.isfinite(defects.block_map(config, merged, 0)).all()
+
+
+@pytest.mark.parametrize("name", ["Virchow2", "no-layer-scale", "patches-alone"])
+@pytest.mark.parametrize("layout", ["dinov2", "hf"])
+def test_timm_models_compute_the_same_in_other_layouts(name, layout, tmp_path, capsys):
+    model, told = timm_model(name, img_size=112)
+    source = write(tmp_path / "timm", numpy_state(model.state_dict()), config=told)
+    target = tmp_path / ("hf" if layout == "hf" else "hub.safetensors")
+    run("to-torch", source, target, f"--layout={layout}", "--verify")
+    out = capsys.readouterr().out
+    assert "agree with" in out and ("for good" in out) == (name == "Virchow2")
+    run("to-jax", target, tmp_path / "jax")
+    config, params = checkpoint.load(tmp_path / "jax")
+    assert config.positions == "class"
+    images = pixels(112)
+    want = their_tokens(model.forward_features, images, IMAGENET)
+    assert relative(our_tokens(config, params, images), want) < 1e-5
 
 
 # At their published sizes: names and shapes alone.
@@ -405,6 +422,10 @@ def test_a_backbone_inside_another_model(name, tmp_path, capsys):
     # Another prefix, or another patch size, is refused.
     line = refusal(capsys, "to-jax", source, tmp_path / "wrong", "--prefix=student")
     assert "got prefix 'student'" in line and repr(prefix) in line
+    got = our_tokens(config, params, images + 0.5)
+    assert relative(got, want) > 1e-3
+    message = error_of(convert.from_torch, state, HEADS, patch_size=16)
+    assert "patch_size=16 in the arguments contradicts patch_size=14" in message
 
 
 def test_two_backbones_are_not_chosen_between(tmp_path, capsys):
