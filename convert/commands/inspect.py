@@ -50,9 +50,7 @@ def inspect(path: Path, **told: Any) -> None:
         "registers": str(config.num_register_tokens),
         "image size": f"{config.img_size} pixels, patches of {config.patch_size}",
         "resampling": f"antialias {antialias}, offset {offset}",
-        "not told": f"by any file: {'; '.join(lines.untold(model))}"
-        if torch
-        else "all of it is in its own config",
+        "not told": "; ".join(lines.untold(model)) or "nothing",
         "layout": model.layout + owner,
         "number format": ", ".join(torch.formats if torch else ["float32"]),
         "size": f"{model.num_tensors} tensors, {model.num_params:,} parameters; names, "

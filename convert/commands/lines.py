@@ -111,6 +111,8 @@ def grouped(names: Iterable[str]) -> str:
 
 def untold(model: Model) -> Iterator[str]:
     """What no file tells of a PyTorch model, and what is taken instead."""
+    if model.torch is None:
+        return
     config, statements = model.config, model.torch.statements
     family = families.of(config)
     taken = {

@@ -31,6 +31,7 @@ from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.original import Original
 
 PLANTED = "planted"
+NAMES = (*vit.CONFIGS, *families.RELATIVES)  # of published models
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 AT_LEAST_1 = (
     "max_bad_steps",
@@ -161,13 +162,13 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
         if config.checkpoint:
             raise ValueError(
                 f"config.model={PLANTED} makes its own weights; give the model of "
-                f"{config.checkpoint} by --config.model: {', '.join(vit.CONFIGS)}"
+                f"{config.checkpoint} by --config.model: {', '.join(NAMES)}"
             )
         return
-    if config.model not in vit.CONFIGS:
+    if config.model not in NAMES:
         raise ValueError(
             f"config.model={config.model} is unknown; it is {PLANTED} or one of "
-            f"{', '.join(vit.CONFIGS)}"
+            f"{', '.join(NAMES)}"
         )
     if not config.checkpoint:
         if resumes:
@@ -187,11 +188,18 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
 
 def architecture(config: ConfigDict) -> vit.ViTConfig:
     """Architecture of `config.model`, a published model or the planted one."""
+    if config.model in families.RELATIVES:
+        return vit.ViTConfig(**families.RELATIVES[config.model].fields)
     return vit.CONFIGS.get(config.model, planted.CONFIG)
 
 
 def how_to_get(model: str) -> str:
-    """What to fetch for a hub model, and the command that converts it."""
+    """What to fetch for a published model, and the command that converts it."""
+    if model in families.RELATIVES:
+        return (
+            "fetch its files from its publisher, run `python -m convert to-jax FILES "
+            f"{model}` and add --config.checkpoint={model}"
+        )
     url = fetch.hub_url(model)
     return (
         f"fetch {url}, run `python -m convert to-jax {Path(url).name} {model}` and "
@@ -217,10 +225,9 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
         state_dict = convert.to_torch(made.config, made.params)
         writing.write_state_dict(path, state_dict, overwrite=True)
     model = convert.open_model(path)
-    # Another stored grid is resampled; the LayerNorms' epsilon is the model's own.
-    named = dataclasses.replace(
-        architecture(config), norm_epsilon=families.of(model.config).norm_epsilon
-    )
+    # Another stored grid is resampled; what no name tells is the model's own.
+    own = {name: getattr(families.of(model.config), name) for name in vit.OWN}
+    named = dataclasses.replace(architecture(config), **own)
     wrong = models.differences(model.config, named, grid=False)
     if wrong:
         raise ValueError(f"{path} is not {config.model}: they differ in {wrong}")

@@ -159,6 +159,7 @@ def export(workdir: Workdir, original: Model, params: Any) -> list[str]:
     names = ["repaired.safetensors"]
     if importlib.util.find_spec("torch"):
         names.append("repaired.pth")
+    repaired = layouts.fitted(repaired, "dinov2")
     table = layouts.table_of("dinov2", repaired.config)
     for name in names:
         with workdir.output(name) as path:

@@ -281,3 +281,25 @@ def test_a_checkpoint_may_lie_in_a_bucket_but_not_a_pytorch_file(
         inputs.check_weights_given(config(checkpoint="gs://bucket/other"))
     with pytest.raises(ValueError, match="are read from a disk"):
         inputs.check_weights_given(config(checkpoint="gs://bucket/model.pth"))
+
+
+# --- DINOv2's relatives ---------------------------------------------------------------
+
+
+def test_a_relative_is_repaired_by_its_name(tmp_path, monkeypatch):
+    small = families.Relative(families.Size(24, 2, 2, "swiglu"), 64, 16, 8, "all")
+    monkeypatch.setitem(families.RELATIVES, "Virchow2", small)
+    made = vit.ViTConfig(**small.fields, layer_scale=False)
+    params = weights(made)
+    checkpoint.save(tmp_path / "model", made, params)
+    given = config(model="Virchow2", checkpoint=str(tmp_path / "model"))
+    inputs.check_weights_given(given)
+    assert inputs.architecture(given).patch_size == 16
+    model = inputs.load_model(given)
+    assert model.config.positions == "all" and not families.of(model.config).layer_scale
+    given.model = "UNI2-h"
+    with pytest.raises(ValueError, match=r"is not UNI2-h: they differ in embed_dim"):
+        inputs.load_model(given)
+    given.checkpoint = ""
+    with pytest.raises(ValueError, match=r"no weights of UNI2-h; fetch its files"):
+        inputs.check_weights_given(given)
