@@ -61,12 +61,14 @@ def open_model(
         return _open_torch(Path(path), name or path.name, given)
     if prefix is not None:
         raise ValueError(f"{path}: a prefix is for PyTorch files; leave it out")
-    if any((path / name).exists() for name in (run_files.FROZEN, run_files.REPAIRED)):
+    of_a_run = (run_files.FROZEN, run_files.REPAIRED, run_files.DIAGNOSIS)
+    if any((path / name).exists() for name in of_a_run):
         path = path / run_files.REPAIRED
         if not path.exists():
             raise ValueError(
-                f"{path.parent}: this repair has not finished, there is no repaired "
-                "model yet: resume it, or give the model it started from"
+                f"{path.parent}: this repair has not finished, or found nothing to "
+                "repair, so there is no repaired model: resume it, or give the model "
+                "it started from"
             )
     if not (path / "metadata").exists():
         what = strangers.describe(path, reading.FORMATS)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 CONFIGS = Path(__file__).parent / "configs"
 MOST_SHOWN = 80  # characters of a wrong value
+WORDS = {"first_block": {"auto": "-1"}}  # that stand for a number, by key
 
 
 def load(name: str) -> ConfigDict:
@@ -91,9 +92,11 @@ def override(config: ConfigDict, arguments: Iterable[str]) -> None:
             hint = f"did you mean {' or '.join(near)}?" if near else known
             raise ValueError(f"the config has no key {key}: {hint}")
         text = text if equals else next(arguments, "")
+        words = WORDS.get(key, {})
         try:
-            config[key] = _value(text, config[key])
-        except ValueError as error:
+            config[key] = _value(words.get(text, text), config[key])
+        except ValueError as wrong:
+            error = " or ".join([str(wrong), *words])
             got = repr(text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}...")
             raise ValueError(f"--config.{key} must be {error}, got {got}") from None
 

@@ -1,6 +1,6 @@
 """The main job: repairs a DINOv2 and writes the repaired model for JAX and PyTorch.
 
-    config --> photographs, weights --> factors, directions --> step, ... --> export
+    config --> photographs, weights --> diagnosis --> factors --> step, ... --> export
 
 Everything goes into the workdir (`run.workdir` lists the files). Started again with the
 same workdir, the run continues where it was: after a kill, on other devices, in another
@@ -23,6 +23,7 @@ from experiments import config as config_files
 from experiments.run import (
     cluster,
     compiled,
+    diagnosis,
     first_start,
     inputs,
     results,
@@ -129,13 +130,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         first, workdir = run.processes.is_first, run.workdir
 
-        # Model, factors and directions: computed once, read by every start and process.
+        # Diagnosis: a model without a singular defect needs no repair.
         newest = workdir.load_state() if first else None
         if run.lost:
             results.check_can_be_made(workdir, run.lost, newest)
-        original = inputs.original_of_all(
-            run.processes, config, workdir, newest, run.heartbeat.phase
-        )
+        weights = inputs.Weights(config, workdir, newest, run.heartbeat.phase)
+        diagnosed = diagnosis.of_all(run.processes, weights, run.train)
+        if diagnosed.ends:
+            if first:
+                diagnosis.finish(workdir, config, diagnosed)
+            return 0
+        options = diagnosed.options(options, config.first_block)
+
+        # Model, factors and directions: computed once, read by every start and process.
+        original = inputs.original_of_all(run.processes, weights)
 
         # Loop, from the newest state until the stopping rule holds.
         start = resume(run, options, original, newest)
@@ -157,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             written = results.write(
                 workdir, config, original, start.observer, sets, saved, repaired
             )
+            written |= diagnosed.summary(workdir)
             write_finished(run, start.counts, written, time.monotonic() - began)
         return 0
     return cli.TRY_AGAIN  # told to stop where nothing had to be saved

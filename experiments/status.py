@@ -26,6 +26,7 @@ WINDOW = 100  # a median loss is over at most this many images with a defect
 NAMED = 5  # at most this many bad files are named
 BARS = "▁▂▃▄▅▆▇█"
 ESSENTIALS = ("lr", "momentum", "mask_thr", "active_blocks", "images_per_step")
+DIAGNOSIS = ("verdict", "block", "photographs", "with_defect")
 EXAMPLE = """\
 examples:
   python -m experiments.status runs/giant
@@ -73,10 +74,8 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
     if not workdir.is_dir() or not run_files.is_workdir(workdir):
         reason = "holds no run" if workdir.is_dir() else "is not a folder"
         raise ValueError(f"{workdir} {reason}: give the --workdir of a repair")
-    config, alive, summary = (
-        _read_json(workdir / name)
-        for name in (run_files.CONFIG, run_files.ALIVE, run_files.SUMMARY)
-    )
+    names = (run_files.CONFIG, run_files.ALIVE, run_files.SUMMARY, run_files.DIAGNOSIS)
+    config, alive, summary, diagnosis = (_read_json(workdir / name) for name in names)
     rows = run_files.read_metrics(workdir)
     folder = workdir / run_files.STATES
     states = [int(path.name) for path in run_files.numbered(folder)]
@@ -90,6 +89,7 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
         "workdir": str(workdir),
         **{key: config.get(key) for key in ("model", "checkpoint", "data")},
         **{key: config.get(key) for key in ESSENTIALS},
+        **{key: diagnosis.get(key) for key in DIAGNOSIS},
         "prepared": (workdir / run_files.FROZEN).exists(),
         **_life(alive, finished, now),
         "images": images,
@@ -105,6 +105,7 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
         "damaged_states": sorted(path.name for path in folder.glob("*.damaged")),
         "finished": finished,
         "files": summary.get("files") or [],
+        "go_on": summary.get("go_on"),
     }
 
 
@@ -212,10 +213,13 @@ def lines(status: Mapping[str, Any]) -> list[str]:
     if now.finished:
         files = ", ".join([*map(str, now.files), run_files.SUMMARY])
         next_ = f"results in {now.workdir}: {files}"
+        if not now.files and now.go_on:
+            next_ = f"nothing was repaired; {now.go_on}"
     shown = {
         "run": now.workdir,
         "model": model if now.model is not None else "not known yet: no config.json",
         "config": "  ".join(known),
+        "verdict": _verdict(now),
         "state": _state(now),
         "devices": devices if now.devices else "",
         "images": _images(now),
@@ -246,6 +250,14 @@ def _state(now: SimpleNamespace) -> str:
         return f"not running: {now.phase}; {seen}"
     gone = "is gone" if now.process_was_looked_for else "is silent"
     return f"DEAD while {now.phase}: {where} {gone}, {seen}"
+
+
+def _verdict(now: SimpleNamespace) -> str:
+    if now.verdict is None:
+        return ""
+    where = "" if now.block in (None, -1) else f" in block {now.block}"
+    shown = f"{now.with_defect} of {now.photographs} photographs show it"
+    return f"{now.verdict}{where}: {shown}"
 
 
 def _images(now: SimpleNamespace) -> str:

@@ -154,6 +154,8 @@ class _Walk:
         )
         finite = jnp.all(jnp.isfinite(tokens))
         found = (jnp.sum(mask) >= options.min_outliers) & finite
+        if options.first_block:
+            found &= block >= options.first_block
         return Search(block + 1, tokens, traces, mask, found, finite)
 
     # --- And back ---------------------------------------------------------------------

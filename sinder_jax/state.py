@@ -46,6 +46,8 @@ class RepairOptions:
       max_iter: stop after this many images.
       history: number of last images the stopping rule looks at.
       stop_share: stop when this share of them had no defect, above 0 and at most 1.
+      first_block: defects are looked for from this block on; with 0, the authors', in
+        all blocks.
 
     Raises:
       ValueError: an option out of range.
@@ -63,6 +65,7 @@ class RepairOptions:
     max_iter: int = 30_000
     history: int = 1_000
     stop_share: float = 0.75
+    first_block: int = 0
 
     def __post_init__(self):
         loss.check_loss_options(
@@ -73,6 +76,7 @@ class RepairOptions:
             "lr": (self.lr > 0, "above 0"),
             "momentum": (0 <= self.momentum < 1, "in [0, 1)"),
             "active_blocks": (active is None or active >= 1, "at least 1 or None"),
+            "first_block": (self.first_block >= 0, "at least 0"),
             "reduce": (self.reduce in REDUCTIONS, f"one of {REDUCTIONS}"),
             "matmul_precision": (precision in PRECISIONS, f"one of {PRECISIONS}"),
             "stop_share": (0 < self.stop_share <= 1, "in (0, 1]"),
@@ -147,10 +151,12 @@ def init(
       factors: factors computed before, in place of a new SVD.
 
     Raises:
-      ValueError: params, directions or factors that do not fit `config`, or not finite.
+      ValueError: params, directions, factors or `options.first_block` that do not fit
+        `config`, or values that are not finite.
     """
     param_tree.check_shapes(config, params)
     param_tree.check_finite(params)
+    config.check_block(options.first_block)
     if directions is None:
         directions = defects.singular_defect_directions(config, params)
     directions = jnp.asarray(directions, jnp.float32)

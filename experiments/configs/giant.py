@@ -36,6 +36,9 @@ def get_config() -> ConfigDict:
     config.read_workers = 0  # processes that read; 0: threads of this one
     config.split_model = False  # True: kernels split over the devices, not copied
 
+    # Before the repair: "on" ends the run if the model has no singular defect.
+    config.diagnose = "on"  # "off": repairs whatever there is
+
     # Directions.
     config.method = "analytic"  # or "monte_carlo", the authors' way
     config.num_probes = 100_000  # per block, for monte_carlo
@@ -48,6 +51,9 @@ def get_config() -> ConfigDict:
     config.min_outliers = 3  # with fewer a block has no defect
     config.window = 3  # neighbors of a patch: 3 x 3 or 5 x 5
     config.temperature = 0.1  # τ of the learning target
+    # Defects are looked for from this block on, by the authors in all; -1, on the
+    # command line also auto: from the diagnosed block on (docs/analysis.md).
+    config.first_block = 0
     config.active_blocks = 10  # blocks updated: the defect's and those before; 0: all
     config.reduce = "sum"  # over the images of a step whose window has the block
     config.matmul_precision = "high"  # the authors' TF32 on a GPU; "highest": float32

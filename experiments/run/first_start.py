@@ -30,6 +30,7 @@ from sinder_jax.storage.run_files import Photographs
 FREE_KEYS = (
     "checkpoint",
     "checkpoint_every",
+    "diagnose",
     "keep_every",
     "keep_states",
     "log_every",

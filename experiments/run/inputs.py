@@ -6,6 +6,7 @@ Model --prepare--> model, factors and directions in workdir/frozen
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,15 +33,19 @@ from sinder_jax.storage.original import Original
 
 PLANTED = "planted"
 NAMES = (*vit.CONFIGS, *families.RELATIVES)  # of published models
+AUTO = -1  # config.first_block: the diagnosed block
 TINY, HUGE = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
-AT_LEAST_1 = (
-    "max_bad_steps",
-    "log_every",
-    "picture_every",
-    "checkpoint_every",
-    "measure_images",
-    "keep_states",
-)
+AT_LEAST = dict.fromkeys(
+    (
+        "max_bad_steps",
+        "log_every",
+        "picture_every",
+        "checkpoint_every",
+        "measure_images",
+        "keep_states",
+    ),
+    1,
+) | {"first_block": AUTO}
 LARGEST = 2**31 - 1  # positions are counted in int32
 # Keys that take memory, threads or hours at once; far above any sensible value.
 AT_MOST = {
@@ -53,13 +58,15 @@ AT_MOST = {
 
 
 def repair_options(config: ConfigDict) -> repair.RepairOptions:
-    """Returns the step's options; `active_blocks=0` in a config means all blocks.
+    """Returns the step's options, for `first_block=auto` without the diagnosed block.
+
+    In a config, `active_blocks=0` means all blocks.
 
     Raises:
       ValueError: an option or an interval out of range.
     """
     for name, value in config.items():
-        least, most = int(name in AT_LEAST_1), AT_MOST.get(name, LARGEST)
+        least, most = AT_LEAST.get(name, 0), AT_MOST.get(name, LARGEST)
         if isinstance(value, int) and not least <= value <= most:
             raise ValueError(
                 f"config.{name} must be from {least} to {most}, got {value}"
@@ -72,7 +79,26 @@ def repair_options(config: ConfigDict) -> repair.RepairOptions:
     fields = dataclasses.fields(repair.RepairOptions)
     options = {field.name: config[field.name] for field in fields}
     options["active_blocks"] = config.active_blocks or None
+    options["first_block"] = _first_block(config)
     return repair.RepairOptions(**options)
+
+
+def _first_block(config: ConfigDict) -> int:
+    """`config.first_block`, 0 for auto; also checks `config.diagnose`."""
+    if config.diagnose not in ("on", "off"):
+        raise ValueError(f"config.diagnose must be on or off, got {config.diagnose!r}")
+    if config.first_block == AUTO and config.diagnose == "off":
+        raise ValueError(
+            "config.first_block=auto is the diagnosed block: leave config.diagnose=on, "
+            "or give a number"
+        )
+    last = architecture(config).depth - 1
+    if config.first_block > last:
+        raise ValueError(
+            f"config.first_block must be a block from 0 to {last}, or auto, got "
+            f"{config.first_block}"
+        )
+    return max(config.first_block, 0)
 
 
 def photographs(
@@ -237,37 +263,87 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
     return dataclasses.replace(model, config=resampled)
 
 
-def original_of_all(
-    processes: Cluster,
-    config: ConfigDict,
-    workdir: Workdir,
-    newest: Newest | None,
-    show_phase: Callable[[str], None],
-) -> Original:
+class Weights:
+    """The model to repair: each part is read or computed when it is first asked for.
+
+    Only process 0 asks.
+
+    Args:
+      config: of the run.
+      workdir: where the parts are stored once `prepare` was called.
+      newest: the state that the run goes on from, if any.
+      show_phase: called with the name of each phase.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Workdir,
+        newest: Newest | None,
+        show_phase: Callable[[str], None],
+    ):
+        self.config, self.workdir = config, workdir
+        self.newest, self.show_phase = newest, show_phase
+
+    @functools.cached_property
+    def stored(self) -> Original | None:
+        """What `prepare` stored, see `stored_original`."""
+        return stored_original(self.workdir, self.newest)
+
+    @property
+    def have_begun(self) -> bool:
+        """True if a start before this one has begun to repair."""
+        return self.newest is not None or self.stored is not None
+
+    @functools.cached_property
+    def model(self) -> Model:
+        """The model before the repair, see `load_model`."""
+        if self.stored is not None:
+            return self.stored.model
+        with self.workdir.output("planted.safetensors") as path:
+            model = load_model(self.config, path)
+            _ = model.params  # before the file is moved to its place
+        vit.patch_grid(model.config, self.config.image_size, self.config.image_size)
+        return model
+
+    @functools.cached_property
+    def found(self) -> defects.SingularDefects:
+        """Its directions, by the method of the config."""
+        config, model = self.config, self.model
+        self.show_phase("directions")
+        print(f"directions of {model.config.depth} blocks, {config.method}", flush=True)
+        return defects.singular_defects(
+            model.config,
+            model.params,
+            config.method,
+            key=jax.random.key(config.seed),
+            num_probes=config.num_probes,
+        )
+
+
+def original_of_all(processes: Cluster, weights: Weights) -> Original:
     """Loads model, factors and directions, made by process 0 where there are none yet.
 
     Args:
       processes: of the run.
-      config: of the run.
-      workdir: where they are stored.
-      newest: the state that the run goes on from, if any.
-      show_phase: called with the name of each phase.
+      weights: the model to repair.
 
     Raises:
       ValueError: as `stored_original` and `load_model`, or the state belongs to other
         factors.
     """
-    found = stored_original(workdir, newest) if processes.is_first else None
+    found = weights.stored if processes.is_first else None
     processes.barrier()  # a damaged one is out of the way
     if processes.is_first and found is None:
-        prepare(config, workdir, show_phase)
-    while not workdir.frozen.exists():  # not in a collective, which may time out
+        prepare(weights)
+    frozen, newest = weights.workdir.frozen, weights.newest
+    while not frozen.exists():  # not in a collective, which may time out
         time.sleep(1.0)
     processes.barrier()
-    show_phase("loading")
-    found = found or original.load(workdir.frozen)
+    weights.show_phase("loading")
+    found = found or original.load(frozen)
     if newest is not None:
-        original.check_basis(workdir.frozen, found, newest.metadata)
+        original.check_basis(frozen, found, newest.metadata)
     return found
 
 
@@ -302,38 +378,19 @@ def stored_original(workdir: Workdir, newest: Newest | None) -> Original | None:
     return None
 
 
-def prepare(
-    config: ConfigDict, workdir: Workdir, show_phase: Callable[[str], None]
-) -> None:
-    """Loads the model, computes factors and directions, and stores all three.
+def prepare(weights: Weights) -> None:
+    """Computes factors and stores them with model and directions.
 
     Every start and every process of the run reads the stored ones: ε belongs to that
     basis.
-
-    Args:
-      config: the run's config.
-      workdir: where they are stored.
-      show_phase: called with the name of each phase.
     """
-    with workdir.output("planted.safetensors") as path:
-        model = load_model(config, path)
-        params = model.params
-    vit.patch_grid(model.config, config.image_size, config.image_size)
+    model, found, workdir = weights.model, weights.found, weights.workdir
     began = time.monotonic()
-    show_phase("directions")
-    print(f"directions of {model.config.depth} blocks, {config.method}", flush=True)
-    found = defects.singular_defects(
-        model.config,
-        params,
-        config.method,
-        key=jax.random.key(config.seed),
-        num_probes=config.num_probes,
-    )
-    show_phase("singular values")
+    weights.show_phase("singular values")
     print(f"singular values of {4 * model.config.depth} kernels", flush=True)
-    factors = factor.factorize(model.config, params)
-    print(f"both took {duration(time.monotonic() - began)}", flush=True)
-    show_phase("storing the original model")
+    factors = factor.factorize(model.config, model.params)
+    print(f"they took {duration(time.monotonic() - began)}", flush=True)
+    weights.show_phase("storing the original model")
     directions = found.directions.astype(np.float32)
     with workdir.checkpoint(workdir.frozen.name) as place:
         original.save(place, Original(model, factors, directions), found.gaps.tolist())

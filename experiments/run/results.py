@@ -105,10 +105,10 @@ def lost(workdir: Workdir) -> list[str] | None:
     """Names of a finished run's files that are missing or not as its summary says.
 
     Drops what is no line of an image from the metrics. Returns None if the run is not
-    finished.
+    finished, or ended with its diagnosis, which may be overruled.
     """
     summary = workdir.read_summary()
-    if summary.get("finished") is not True:
+    if summary.get("finished") is not True or not summary["files"]:
         return None
     stated = summary.get("sha256", {})  # a bucket's, and an earlier version's, has none
     found = digests(workdir, summary["files"]) if stated else {}

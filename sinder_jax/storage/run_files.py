@@ -2,6 +2,7 @@
 
     WORKDIR/config.json            the config of the first start
     WORKDIR/photographs.json       the training list; size and time of each file
+    WORKDIR/diagnosis.json         whether there is a defect, see `run.diagnosis`
     WORKDIR/frozen/                original model, factors, directions (`original`)
     WORKDIR/states/00000120/       ε, momentum, history after 120 images (`snapshots`)
     WORKDIR/metrics.jsonl          one JSON object per line and image, in order
@@ -28,6 +29,7 @@ from sinder_jax.storage.paths import AnyPath, StrPath
 
 CONFIG, ALIVE, SUMMARY = "config.json", "alive.json", "summary.json"
 METRICS, PHOTOGRAPHS = "metrics.jsonl", "photographs.json"
+DIAGNOSIS = "diagnosis.json"
 FROZEN, STATES, REPAIRED = "frozen", "states", "repaired"
 CLAIMS = "claims"
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a directory of a bucket
@@ -71,7 +73,7 @@ def is_workdir(path: AnyPath) -> bool:
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:
-    """Reads config.json, alive.json or summary.json.
+    """Reads config.json, alive.json, diagnosis.json or summary.json.
 
     Raises:
       FileNotFoundError: there is no such file.

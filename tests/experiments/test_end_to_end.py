@@ -39,6 +39,7 @@ FILES = {
     "before_after.png",
     "claims",
     "config.json",
+    "diagnosis.json",
     "frozen",
     "metrics.jsonl",
     "photographs.json",

@@ -231,6 +231,21 @@ def test_zero_direction_detects_nothing_in_its_block():
     assert found == [2, 3, -1]
 
 
+def test_blocks_in_front_of_the_first_are_not_searched():
+    """`gelu`, image 0: the defect of block 2 is still to be seen in block 3."""
+    case, (frozen, state) = setting("gelu"), start("gelu")
+    found = []
+    for first in (0, 2, 3, case.config.depth - 1):
+        options = dataclasses.replace(case.options, first_block=first)
+        layer, count = find_defect(case.config, options, state, frozen, case.images[:1])
+        found.append(int(layer))
+        assert count >= options.min_outliers or layer == -1
+    assert found[:3] == [2, 2, 3] and found[3] in (-1, case.config.depth - 1)
+    result = result_of("gelu", state, frozen, case.images[0], first_block=3)
+    assert np.flatnonzero(result.window).max() == 3
+    assert all(np.any(gradient[3]) for gradient in result.gradients.values())
+
+
 def test_loss_is_given_the_mask_of_the_search_and_the_options(monkeypatch):
     """Recomputed in the loss, the mask could flip at the threshold."""
     case, (frozen, state) = setting("gelu"), start("gelu")

@@ -40,6 +40,7 @@ def test_default_options_are_the_authors():
         max_iter=30_000,
         history=1_000,
         stop_share=0.75,
+        first_block=0,
     )
 
 
@@ -60,6 +61,7 @@ def test_default_options_are_the_authors():
         ("temperature", float("nan")),
         ("active_blocks", 0),
         ("active_blocks", -1),
+        ("first_block", -1),
         ("reduce", "max"),
         ("matmul_precision", "bfloat16"),
         ("max_iter", 0),
@@ -136,6 +138,13 @@ def test_start_computes_directions_and_factors(name):
     cosines = np.abs(np.sum(frozen.directions * case.directions, axis=1))
     # the recorded ones are fits to random probes; 0.9996 measured in the worst block
     assert cosines.min() > 0.999
+
+
+def test_first_block_that_does_not_exist_raises():
+    case = setting("gelu")
+    options = repair.RepairOptions(first_block=case.config.depth)
+    with pytest.raises(ValueError, match=f"block {case.config.depth}"):
+        repair.init(case.config, case.params, options)
 
 
 def test_given_directions_are_normalized_and_replace_the_computed_ones():

@@ -166,7 +166,7 @@ def begun(small_hub, photos, tmp_path) -> list[str]:
         first_start.settle_config(workdir, settings, 1)
         train, _ = inputs.photographs(settings, say=print)
         first_start.settle_photographs(workdir, first_start.stamps(train))
-        inputs.prepare(settings, workdir, print)
+        inputs.prepare(inputs.Weights(settings, workdir, None, print))
     return command
 
 
