@@ -222,10 +222,12 @@ def statements_of(
         overrides["num_heads"] = num_heads
     arguments = [statement(*item, "the arguments") for item in overrides.items()]
     family = DEFAULT_FAMILY
+    embeds_class = timm.embeds_class(contents or {})
     for one in (*stated, *arguments):
         if one.field == "family":
             family = families.named(one.value)
-    embeds_class = timm.embeds_class(contents or {})
+        if one.field == "positions" and one.value != "class":
+            embeds_class = one.value == "all"
     inferred = _inferred(layout, seen, family, embeds_class)
     variant = family.variant(inferred["num_register_tokens"])
     beside = hugging_face.statements(

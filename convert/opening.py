@@ -25,7 +25,7 @@ from sinder_jax.storage import array_store, errors, paths, run_files
 from sinder_jax.storage.paths import StrPath
 
 # Fields that tensors do not tell, and that a file of this program therefore states.
-STATED = ("family", "num_heads", *RESAMPLING, *vit.OWN)
+STATED = ("family", "num_heads", "positions", *RESAMPLING, *vit.OWN)
 ENTRY = "sinder_jax"  # under which a file's metadata holds our description of the model
 
 

@@ -58,8 +58,17 @@ def statements(
     if timm.is_config(config):
         yield from timm.statements(config, inferred)
     else:
-        yield from _config_statements(Told(CONFIG, config), inferred, has_mask_token)
+        config, name = _backbone(config)
+        yield from _config_statements(Told(name, config), inferred, has_mask_token)
     yield from _preprocessor_statements(contents)
+
+
+def _backbone(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """What describes a backbone, also inside DepthAnything and the like, and where."""
+    inside = config.get("backbone_config")
+    if isinstance(inside, dict) and inside.get("model_type") in TYPES:
+        return inside, f"backbone_config of {CONFIG}"
+    return config, CONFIG
 
 
 def _config_statements(
@@ -134,6 +143,8 @@ def extras(contents: Contents) -> dict[str, dict[str, Any]]:
     if timm.is_config(contents.get(CONFIG, {})):
         return {}
     usual, found = _usual(vit.CONFIGS["dinov2_vits14"]), {}
+    config, _ = _backbone(contents.get(CONFIG, {}))
+    contents = {**contents, CONFIG: config}
     for name, values in contents.items():
         told = Told(name, values)
         rest = {

@@ -153,6 +153,7 @@ def check_round_trip(source, target, layout, *options):
     back = target / ("back" if layout == "hf" else "back.safetensors")
     run("to-torch", target / "jax", back, f"--layout={layout}")
     want, got = read_state_dict(source), read_state_dict(back)
+    assert convert.open_model(back).config == checkpoint.load(target / "jax")[0]
     got = {key: got[key] for key in want} | got
     if layout == "hf" or "mask_token" in want:
         got = {key: x for key, x in got.items() if key in want or "mask" not in key}
@@ -327,8 +328,9 @@ def test_a_classifier_s_head_survives_a_change_of_backbone(tmp_path, capsys):
     )
     source = write_transformers(tmp_path / "hf", model, IMAGENET)
     capsys.readouterr()
-    run("to-jax", source, tmp_path / "jax")
-    assert "classifier (2)" in capsys.readouterr().out
+    run("to-jax", source, tmp_path / "jax", "--verify")
+    out = capsys.readouterr().out
+    assert "classifier (2)" in out and "agree with transformers" in out
     run("to-torch", tmp_path / "jax", tmp_path / "same", f"--into={source}")
     assert_same_bytes(read_state_dict(tmp_path / "same"), read_state_dict(source))
     # Another backbone, the same head.
@@ -347,6 +349,39 @@ def test_a_classifier_s_head_survives_a_change_of_backbone(tmp_path, capsys):
         param_tree.flatten(convert.open_model(tmp_path / "new").params)["norm/bias"],
         params["norm"]["bias"],
     )
+
+
+def test_the_backbone_of_a_depth_model_of_transformers_is_read(tmp_path, capsys):
+    import transformers
+
+    backbone = transformers.Dinov2Config(
+        hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=HEADS,
+        image_size=56, patch_size=14, out_indices=[1, 2, 3, 4], layer_norm_eps=1e-5,
+        reshape_hidden_states=False, apply_layernorm=True,
+    )  # fmt: skip
+    config = transformers.DepthAnythingConfig(
+        backbone_config=backbone, reassemble_hidden_size=WIDTH,
+        neck_hidden_sizes=[8, 8, 8, 8], fusion_hidden_size=8, head_hidden_size=8,
+    )  # fmt: skip
+    model = transformers.DepthAnythingForDepthEstimation(config).eval()
+    fill(model)
+    source = write_transformers(tmp_path / "hf", model, IMAGENET)
+    capsys.readouterr()
+    run("to-jax", source, tmp_path / "jax")
+    assert "neck (" in capsys.readouterr().out
+    found, params = checkpoint.load(tmp_path / "jax")
+    assert (found.num_heads, found.norm_epsilon) == (HEADS, 1e-5)
+    images = pixels(56)
+
+    def last(pixels):
+        return model.backbone.layernorm(
+            model.backbone(pixels, output_hidden_states=True).hidden_states[-1]
+        )
+
+    want = their_tokens(last, images, IMAGENET)
+    assert relative(our_tokens(found, params, images), want) < 1e-5
+    run("to-torch", tmp_path / "jax", tmp_path / "back", f"--into={source}")
+    assert_same_bytes(read_state_dict(tmp_path / "back"), read_state_dict(source))
 
 
 def test_a_backbone_s_checkpoint_is_read(tmp_path):
