@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import AxesImage
@@ -25,6 +24,7 @@ from experiments.study.cache import Cache, Step
 from experiments.study.numbers import Study, Subject
 from experiments.study.options import Options
 from experiments.study.photos import Photo, read_photos
+from forward import tokens_after
 from loading import loaded
 from photos import crop, normalize
 from sinder_jax import checkpoint, launch, param_tree, planted, vit
@@ -147,14 +147,8 @@ def tokens(planted_run):
     """Patch tokens [L, H, W, D] of the photograph, computed here."""
     made = planted.planted_model(0)
     image = normalize(decode.read_rgb(planted_run[0] / "photo.png"))
-    found = jax.jit(
-        lambda params: vit.ViT(dataclasses.replace(made.config)).apply(
-            {"params": params},
-            jnp.asarray(image[None]),
-            blocks=tuple(range(made.config.depth)),
-            method="intermediates",
-        )
-    )(made.params)
+    blocks = tuple(range(made.config.depth))
+    found = tokens_after(made.config, made.params, image[None], blocks)
     return np.stack([np.asarray(x[0, 1:]).reshape(16, 16, -1) for x in found])
 
 

@@ -22,7 +22,7 @@ DEVICES = "--xla_force_host_platform_device_count"
 SHORT = (
     "--config=tiny.py",
     "--config.images_per_step=4",
-    "--config.max_iter=24",
+    "--config.max_iter=12",
     "--config.checkpoint_every=8",
     "--config.picture_every=1000",
     "--config.measure_images=1",
@@ -111,7 +111,16 @@ def assert_same(one, two):
 
 
 def test_two_processes_give_the_bytes_of_one_from_data_to_export(alone, tmp_path):
-    """Stopped on the way by a signal to one of them alone."""
+    told = Processes(2, tmp_path / "run", *SHORT).ended(0, 0)
+    assert "4 images per step on 4 x cpu" in told[0][0]
+    assert told[1][0] == "" and errors_of(told[0]) == errors_of(told[1]) == []
+    assert_same(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_and_they_go_on_to_the_same_bytes(
+    alone, tmp_path
+):
     workdir = tmp_path / "run"
     two = Processes(2, workdir, *SHORT)
     wait_for_steps(workdir, 4)

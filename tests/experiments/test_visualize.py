@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from experiments import visualize
+from forward import tokens_after
 from loading import loaded
 from sinder_jax import checkpoint, defects, families, launch, loss, param_tree, vit
 from sinder_jax.data import decode
@@ -127,12 +127,7 @@ def test_what_is_drawn_is_computed_from_the_last_block():
     assert len(maps) == 2
     for model, drawn in zip(models, maps, strict=True):
         image = decode.normalize(pixels, families.of(model.config).statistics)
-        (tokens,) = vit.ViT(model.config).apply(
-            {"params": jax.device_put(model.params)},
-            jnp.asarray(image[None]),
-            blocks=(2,),
-            method="intermediates",
-        )
+        (tokens,) = tokens_after(model.config, model.params, image[None], (2,))
         grid = tokens[0, 1:].reshape(8, 10, 32)
         np.testing.assert_allclose(
             drawn.norms, np.linalg.norm(grid, axis=-1), rtol=1e-5

@@ -14,6 +14,7 @@ from PIL import Image
 import convert
 from experiments.run import results
 from experiments.run.workdir import Workdir
+from forward import tokens_after
 from photos import crop, normalize, save_noise
 from samples import read_state_dict
 from sinder_jax import checkpoint, families, param_tree, vit
@@ -68,12 +69,7 @@ def observer(two_models, direction, mask_thr=1.5) -> results.Observer:
 def tokens_of(params, file: listing.File) -> jax.Array:
     """The same steps written out: photograph to last block's patch tokens."""
     image = normalize(crop(file.read(), SIZE))
-    (tokens,) = vit.ViT(CONFIG).apply(
-        {"params": jax.device_put(params)},
-        jnp.asarray(image[None]),
-        blocks=(CONFIG.depth - 1,),
-        method="intermediates",
-    )
+    (tokens,) = tokens_after(CONFIG, params, image[None], (CONFIG.depth - 1,))
     return tokens[0, 1:].reshape(8, 8, 64)
 
 

@@ -1,17 +1,18 @@
 """run/runner.py: the same state and params wherever the devices are."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-import convert
-import golden
+import photos
+import small_runs
+from experiments.run import inputs
 from experiments.run.runner import Runner, choose_devices
 from samples import error_of
-from sinder_jax import repair, vit
-from sinder_jax.data import batches
-
-NAME = "swiglu"
+from sinder_jax import planted, repair
+from sinder_jax.data import batches, listing
 
 
 def test_devices_share_the_images_of_a_step_evenly():
@@ -25,26 +26,24 @@ def test_devices_share_the_images_of_a_step_evenly():
 
 @pytest.fixture(scope="module")
 def started():
-    arrays, meta = golden.load(NAME)
-    config = vit.ViTConfig(**golden.architecture(meta))
-    _, params = convert.from_torch(golden.state(arrays), config.num_heads)
-    options = repair.RepairOptions(**golden.options(meta))
-    images = np.ascontiguousarray(np.moveaxis(arrays["images"], 1, 3))
+    """The planted model, and two images that show its defect."""
+    config = small_runs.config(max_iter=12)
+    options = inputs.repair_options(config)
+    made = planted.planted_model(config.seed)
+    model = dataclasses.replace(made.config, interpolate_antialias=True)
+    images = [
+        photos.prepared(file, config.image_size) for file in listing.sample_images()[:2]
+    ]
 
     def start(devices, split):
-        frozen, state = repair.init(config, params, options, arrays["singular_defects"])
-        return Runner(config, options, frozen, state, devices, split=split)
+        frozen, state = repair.init(model, made.params, options)
+        return Runner(model, options, frozen, state, devices, split=split)
 
-    return start, images[np.arange(2) % len(images)]
+    return start, np.stack(images)
 
 
-@pytest.mark.parametrize(
-    "split",
-    [
-        pytest.param(False, id="copied"),
-        pytest.param(True, id="split", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [False, True], ids=["copied", "split"])
 def test_two_devices_end_where_one_does_bit_for_bit(started, split):
     start, images = started
     batch = batches.Batch(np.arange(2), images, np.array([True, True]), [])
