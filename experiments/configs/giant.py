@@ -24,8 +24,8 @@ def get_config() -> ConfigDict:
     config.model = "dinov2_vitg14"  # a published name; the checkpoint must match it
     config.checkpoint = ""  # from `python -m convert to-jax`, or a hub file itself
     config.interpolate_antialias = True  # the authors'; plain hub models say False
-    # A folder, gs://…, list:FILE, tfds:NAME[/SPLIT] (tfds:imagenet2012), or "sample":
-    # the photographs in scikit-image; see `sinder_jax.data.listing`.
+    # A folder, gs://…, list:FILE, tfds:NAME[/SPLIT] (tfds:imagenet2012), "sample": the
+    # photographs in scikit-image, or "sample:crops"; see `sinder_jax.data.listing`.
     config.data = ""
     config.num_images = 30_000  # every max(1, files // num_images)-th file is used
     config.shuffle_seed = 0  # of the order; 0: as they are listed, no shuffling
@@ -38,11 +38,14 @@ def get_config() -> ConfigDict:
 
     # Before the repair: "on" ends the run if the model has no singular defect.
     config.diagnose = "on"  # "off": repairs whatever there is
+    # "4" plants a defect in block 4 of the checkpoint first, to test the repair by the
+    # truth; see `sinder_jax.planted`. Empty: the checkpoint as it is.
+    config.plant = ""
 
     # Directions.
     config.method = "analytic"  # or "monte_carlo", the authors' way
     config.num_probes = 100_000  # per block, for monte_carlo
-    config.seed = 0  # of the probes
+    config.seed = 0  # of the probes, and of a planted defect
 
     # The repair (`sinder_jax.repair.RepairOptions`).
     config.lr = 0.005  # SGD; ε is in units of the singular values

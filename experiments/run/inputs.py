@@ -7,6 +7,7 @@ Model --prepare--> model, factors and directions in workdir/frozen
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 import convert
 from convert import fetch
 from convert.files import writing
+from experiments.run import truth
 from experiments.run.cluster import Cluster
 from experiments.run.progress import duration
 from experiments.run.workdir import Workdir
@@ -184,7 +186,15 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
       ValueError: an unknown model or no checkpoint; says what to fetch and to run.
       FileNotFoundError: the checkpoint does not exist; says the same.
     """
+    if config.plant:
+        truth.block(config, architecture(config).depth)
     if config.model == PLANTED:
+        if config.plant:
+            raise ValueError(
+                f"config.plant={config.plant} needs a trained model, and "
+                f"config.model={PLANTED} has a defect of its own: give --config.model "
+                "and --config.checkpoint"
+            )
         if config.checkpoint:
             raise ValueError(
                 f"config.model={PLANTED} makes its own weights; give the model of "
@@ -247,9 +257,7 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
     path = paths.as_path(config.checkpoint)
     if config.model == PLANTED:
         path = planted_file
-        made = planted.planted_model(config.seed)
-        state_dict = convert.to_torch(made.config, made.params)
-        writing.write_state_dict(path, state_dict, overwrite=True)
+        write_planted(path, planted.planted_model(config.seed))
     model = convert.open_model(path)
     # Another stored grid is resampled; what no name tells is the model's own.
     own = {name: getattr(families.of(model.config), name) for name in vit.OWN}
@@ -257,10 +265,20 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
     wrong = models.differences(model.config, named, grid=False)
     if wrong:
         raise ValueError(f"{path} is not {config.model}: they differ in {wrong}")
-    resampled = dataclasses.replace(
-        model.config, interpolate_antialias=config.interpolate_antialias
-    )
-    return dataclasses.replace(model, config=resampled)
+    return resampled(model, config)
+
+
+def write_planted(path: Path, made: planted.PlantedModel) -> None:
+    """Writes a planted model in the hub's layout, to be read like any other."""
+    state_dict = convert.to_torch(made.config, made.params)
+    writing.write_state_dict(path, state_dict, overwrite=True)
+
+
+def resampled(model: Model, config: ConfigDict) -> Model:
+    """The model, resampling its position embedding as the run's config says."""
+    antialias = config.interpolate_antialias
+    changed = dataclasses.replace(model.config, interpolate_antialias=antialias)
+    return dataclasses.replace(model, config=changed)
 
 
 class Weights:
@@ -302,9 +320,19 @@ class Weights:
             return self.stored.model
         with self.workdir.output("planted.safetensors") as path:
             model = load_model(self.config, path)
+            if self.config.plant:
+                model = self._with_defect(model, path)
             _ = model.params  # before the file is moved to its place
         vit.patch_grid(model.config, self.config.image_size, self.config.image_size)
         return model
+
+    def _with_defect(self, model: Model, path: Path) -> Model:
+        self.show_phase("planting a defect")
+        train, _ = photographs(self.config, say=lambda line: None)
+        spare = (photograph for photograph in train if is_readable(photograph))
+        chosen = list(itertools.islice(spare, truth.PLANTED_ON))
+        write_planted(path, truth.plant(self.config, model, chosen, path))
+        return resampled(convert.open_model(path), self.config)
 
     @functools.cached_property
     def found(self) -> defects.SingularDefects:

@@ -18,8 +18,8 @@ from PIL import Image
 
 from convert import layouts, saving
 from convert.files import sha256
-from experiments.run import sinks
-from experiments.run.inputs import is_readable
+from experiments.run import sinks, truth
+from experiments.run.inputs import is_readable, load_model, repair_options
 from experiments.run.workdir import Workdir
 from sinder_jax import checkpoint, cli, delta, families, param_tree, vit
 from sinder_jax.analysis import defective
@@ -70,6 +70,13 @@ def write(
     }
     for name, numbers in measures.items():
         print(describe(name.replace("_", " "), numbers))
+    written = {}
+    if config.plant:
+        written = {
+            "against_truth": _against_truth(
+                workdir, config, original, sets, repaired, int(saved["num_images"])
+            )
+        }
     changed = np.any([np.any(e, axis=1) for e in eps.values()], axis=0)
     files.append("before_after.png")
     return {
@@ -78,9 +85,33 @@ def write(
             name: float(np.abs(e).max()) for name, e in eps.items()
         },
         **measures,
+        **written,
         "files": files,
         "sha256": digests(workdir, files),
     }
+
+
+def _against_truth(
+    workdir: Workdir,
+    config: ConfigDict,
+    original: Original,
+    sets: Mapping[str, Sequence[Photograph]],
+    repaired: Any,
+    num_images: int,
+) -> dict[str, Any]:
+    """What `truth.compare` returns, on as many photographs as the other measures."""
+    chosen = {name: spread(x, config.measure_images) for name, x in sets.items()}
+    return truth.compare(
+        workdir,
+        config,
+        repair_options(config),
+        load_model(config),
+        original,
+        sets["repaired_on"],
+        {name: photographs for name, photographs in chosen.items() if photographs},
+        repaired,
+        num_images,
+    )
 
 
 def digests(workdir: Workdir, names: Iterable[str]) -> dict[str, str]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+import numpy as np
 from PIL import Image
 
 from sinder_jax.data import decode
@@ -28,8 +29,10 @@ from sinder_jax.data.decode import SUFFIXES
 from sinder_jax.storage import paths
 
 SAMPLE = "sample"
+CROPS = "sample:crops"
+NUM_CROPS = 800  # of "sample:crops", equally many of each photograph
 Say = Callable[[str], object]  # is told one line
-KINDS = "a folder, folder:PATH, list:FILE, tfds:NAME[/SPLIT] or sample"
+KINDS = "a folder, folder:PATH, list:FILE, tfds:NAME[/SPLIT], sample or sample:crops"
 
 # The color photographs inside scikit-image's wheel. Drawings are left out, and so is
 # motorcycle_right.png: it is the other half of a stereo pair, so nothing held out
@@ -119,7 +122,37 @@ class Record:
         """Nothing: a prepared dataset has a version, which is part of the name."""
 
 
-Photograph = File | Record
+@dataclasses.dataclass(frozen=True, slots=True)
+class Crop:
+    """A square cut out of a photograph, as the crop's number determines.
+
+    Attributes:
+      file: the photograph.
+      number: seeds place and side, which is at least half the photograph's short side.
+    """
+
+    file: File
+    number: int
+
+    @property
+    def name(self) -> str:
+        """The photograph's name and the number, such as "chelsea.png#7"."""
+        return f"{self.file.name}#{self.number}"
+
+    def read(self, *, upright: bool = False) -> Image.Image:
+        """Decodes the photograph and crops it; errors as `File.read`."""
+        image = self.file.read(upright=upright)
+        rng = np.random.default_rng(self.number)
+        side = int(min(image.size) * rng.uniform(0.5, 1.0))
+        left, top = (int(rng.integers(0, x - side + 1)) for x in image.size)
+        return image.crop((left, top, left + side, top + side))
+
+    def stamp(self) -> tuple[int, int] | None:
+        """That of the photograph."""
+        return self.file.stamp()
+
+
+Photograph = File | Record | Crop
 """One photograph, with a name that no other photograph has."""
 
 
@@ -147,6 +180,9 @@ def open_photographs(spec: str, say: Say | None = None) -> Sequence[Photograph]:
 
         `sample`: the photographs inside scikit-image, see `sample_images`.
 
+        `sample:crops`: `NUM_CROPS` random crops of them, one photograph after the other
+        in turn; every second crop is of every second photograph.
+
       say: told what is left out of a folder, by suffix.
 
     Raises:
@@ -159,6 +195,8 @@ def open_photographs(spec: str, say: Say | None = None) -> Sequence[Photograph]:
         raise ValueError(f"{spec} names nothing; photographs are given as {KINDS}")
     if spec == SAMPLE:
         return [File(os.fspath(path)) for path in sample_images()]
+    if spec == CROPS:
+        return _sample_crops()
     if colon and kind == "list":
         return _listed(rest)
     if colon and kind == "tfds":
@@ -437,3 +475,8 @@ def sample_images() -> list[Path]:
             "give a folder of images"
         )
     return files
+
+
+def _sample_crops() -> list[Photograph]:
+    files = [File(os.fspath(path)) for path in sample_images()]
+    return [Crop(files[i % len(files)], i) for i in range(NUM_CROPS)]

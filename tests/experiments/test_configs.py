@@ -14,7 +14,7 @@ from experiments.run import inputs
 from sinder_jax import repair, vit
 
 FILES = sorted(file.name for file in config_files.CONFIGS.glob("[!_]*.py"))
-HUB_FILES = [name for name in FILES if name != "tiny.py"]
+HUB_FILES = [f"{size}.py" for size in ("base", "giant", "large", "small")]
 
 
 def docstring(name: str) -> str:
@@ -33,7 +33,7 @@ def overridden(*arguments: str, file: str = "giant.py") -> ConfigDict:
 
 
 def test_the_sizes_of_the_issue_are_there():
-    assert FILES == ["base.py", "giant.py", "large.py", "small.py", "tiny.py"]
+    assert FILES == sorted([*HUB_FILES, "planted_small.py", "tiny.py"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -323,3 +323,19 @@ def test_an_option_out_of_range_raises_with_its_name(override, message):
 def test_active_blocks_0_means_all():
     options = inputs.repair_options(overridden("--config.active_blocks=0"))
     assert options.active_blocks is None
+
+
+# --- A planted defect -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plant", ["12", "-1", "four"])
+def test_a_defect_is_planted_in_a_block_that_exists(plant):
+    config = overridden(f"--config.plant={plant}", file="planted_small.py")
+    with pytest.raises(ValueError, match="config.plant must be a block from 0 to 11"):
+        inputs.check_weights_given(config)
+
+
+def test_no_defect_is_planted_in_the_demo_s_model():
+    config = overridden("--config.plant=4", file="tiny.py")
+    with pytest.raises(ValueError, match="needs a trained model"):
+        inputs.check_weights_given(config)

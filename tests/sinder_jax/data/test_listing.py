@@ -135,7 +135,7 @@ def test_folders_called_as_other_kinds_are_reached_by_a_path(tmp_path, monkeypat
 def test_a_misspelt_kind_lists_the_kinds(spec):
     assert error_of(listing.open_photographs, spec, kind=FileNotFoundError) == (
         f"no such image folder: {spec}; photographs are given as a folder, "
-        "folder:PATH, list:FILE, tfds:NAME[/SPLIT] or sample"
+        "folder:PATH, list:FILE, tfds:NAME[/SPLIT], sample or sample:crops"
     )
 
 
@@ -488,3 +488,22 @@ def test_importing_data_and_listing_samples_loads_no_heavy_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_crops_of_the_sample_are_squares_that_their_number_determines():
+    crops = listing.open_photographs("sample:crops")
+    assert len(crops) == listing.NUM_CROPS == len({crop.name for crop in crops})
+    files = listing.sample_images()
+    for crop, file in zip(crops[:9], [*files, files[0]], strict=True):
+        image, whole = crop.read(), listing.File(str(file)).read()
+        assert image.width == image.height >= min(whole.size) // 2
+        assert image.tobytes() == crop.read().tobytes()
+        assert crop.stamp() == listing.File(str(file)).stamp()
+    assert crops[0].read().tobytes() != crops[8].read().tobytes()
+
+
+def test_every_second_crop_is_of_every_second_photograph():
+    """So that what is held out has not been seen, not even another crop of it."""
+    crops = listing.open_photographs("sample:crops")
+    used, rest = ({crop.file.name for crop in x} for x in (crops[::2], crops[1::2]))
+    assert len(used) == len(rest) == 4 and not used & rest
