@@ -50,6 +50,8 @@ examples:
       --config.checkpoint=dinov2_vitg14 --config.data=folder:/data/imagenet/train
 
 A bare config name means experiments/configs/; --config.KEY=VALUE changes a key of it.
+A run begins with a diagnosis, and ends there with exit code 0 if the model has no
+singular defect; --config.diagnose=off repairs it all the same.
 Like the authors, a repair does not turn photographs as their EXIF says.
 docs/pods.md has the lines for TPU pods and clusters. Exit codes: 0 finished, 2 an error
 reported in one line, 75 stopped and saved: start it again, 130 a second Ctrl-C.
