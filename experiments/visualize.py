@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
 
     import convert
+    from convert.commands import lines
     from experiments.study import photos
     from sinder_jax import loss, model
     from sinder_jax.analysis import defective
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_targets(out, photos.unique_names(images), overwrite=args.overwrite)
     paths = [args.checkpoint, *([args.compare] if args.compare else [])]
     models = [convert.open_model(path) for path in paths]
+    for note in lines.untold_statistics(models[0]):
+        cli.warn(f"{args.checkpoint}: {note}")
     model.check_same_architecture(models[0], models[-1])
     config = models[0].config
     short_side = args.short_side or config.img_size

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 import convert
 from convert import fetch
+from convert.commands import lines
 from convert.files import writing
 from experiments.run import truth
 from experiments.run.cluster import Cluster
@@ -259,6 +260,8 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
         path = planted_file
         write_planted(path, planted.planted_model(config.seed))
     model = convert.open_model(path)
+    for note in lines.untold_statistics(model):
+        cli.warn(f"{path}: {note}")
     # Another stored grid is resampled; what no name tells is the model's own.
     own = {name: getattr(families.of(model.config), name) for name in vit.OWN}
     named = dataclasses.replace(architecture(config), **own)
