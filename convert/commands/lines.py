@@ -11,6 +11,7 @@ import numpy as np
 
 from convert import infer, saving
 from convert.layouts import table as tables
+from convert.opening import ENTRY
 from sinder_jax import cli, delta, families, vit
 from sinder_jax.model import Model
 
@@ -76,7 +77,7 @@ def notes(model: Model) -> Iterator[str]:
 
 def untold_statistics(model: Model) -> Iterator[str]:
     """A note if ImageNet's statistics are a guess: for PyTorch files but the hub's."""
-    if model.torch is None or "statistics" in model.torch.statements:
+    if model.torch is None or "statistics" in _told(model):
         return
     narrow = model.config.embed_dim < infer.NARROWEST
     if model.layout != "dinov2" or not (narrow or infer.hub_name(model.config)):
@@ -85,6 +86,14 @@ def untold_statistics(model: Model) -> Iterator[str]:
             "taken, as for DINOv2; else convert with to-jax --mean=R,G,B --std=R,G,B"
             f"{_own(model)}."
         )
+
+
+def _told(model: Model) -> Mapping[str, Any]:
+    """Who says what; a file of this program says its family's values by silence."""
+    statements = model.torch.statements
+    if ENTRY not in model.torch.state.metadata:
+        return statements
+    return dict.fromkeys(vit.OWN, "its metadata") | statements
 
 
 def _own(model: Model) -> str:
@@ -113,16 +122,16 @@ def untold(model: Model) -> Iterator[str]:
     """What no file tells of a PyTorch model, and what is taken instead."""
     if model.torch is None:
         return
-    config, statements = model.config, model.torch.statements
+    config, told = model.config, _told(model)
     family = families.of(config)
     taken = {
         "statistics": "mean and standard deviation of the images (ImageNet's)",
         "norm_epsilon": f"the LayerNorms' epsilon ({family.norm_epsilon:g})",
     }
-    yield from (what for field, what in taken.items() if field not in statements)
-    if statements["num_heads"].words in infer.GUESSES:
+    yield from (what for field, what in taken.items() if field not in told)
+    if told["num_heads"].words in infer.GUESSES:
         yield f"the number of heads ({config.num_heads})"
-    if statements["interpolate_offset"].words.endswith("in the hub"):
+    if told["interpolate_offset"].words.endswith("in the hub"):
         yield "how positions are resampled (as by the hub)"
     if model.layout == "timm" and config.ffn_layer == "swiglu":
         yield "which half of fc1 is the gate (the first, as in SwiGLUPacked)"

@@ -167,6 +167,11 @@ def test_timm_models_come_back_and_compute_the_same(name, tmp_path, capsys):
     statistics = STATISTICS.get(name, IMAGENET)
     source = write(tmp_path / "timm", numpy_state(model.state_dict()), config=told)
     config, params = check_round_trip(source, tmp_path, "timm")
+    assert "no file tells mean" not in capsys.readouterr().out
+    run("inspect", tmp_path / "back.safetensors")  # which has no config.json beside it
+    assert (
+        "mean and standard deviation" not in capsys.readouterr().out.split("note:")[0]
+    )
     images = pixels(224)
     got = our_tokens(config, params, images)
     assert (
