@@ -179,6 +179,7 @@ def test_final_kernels_are_epsilon_folded_into_the_originals(run):
     assert_same_bits(run.merged, merged)
 
 
+@pytest.mark.slow
 def test_64_bit_mode_changes_no_bit_and_no_dtype():
     """A researcher's program may have set it, or the environment."""
     case, expected = setting("gelu"), make_run("gelu")
@@ -309,7 +310,9 @@ def moving_step(reduce: str) -> Any:
     return repair.make_step(case.config, options)
 
 
-@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize(
+    "reduce", ["sum", pytest.param("mean", marks=pytest.mark.slow)]
+)
 def test_two_images_a_step_match_the_reference(reduce):
     """Images 0 and 1 have the windows 2-5 and 0-2 at first, which share block 2."""
     case, (frozen, state) = setting("moving"), start("moving")
