@@ -10,6 +10,7 @@ import json
 import numpy as np
 import pytest
 
+import real
 from convert import open_model
 from experiments import repair, status
 from experiments.run import diagnosis, inputs
@@ -280,3 +281,34 @@ def test_a_summary_counts_the_false_alarms(tmp_path):
             "block": 5,
             "false_alarms": 1,
         }
+
+
+# --- A trained model ------------------------------------------------------------------
+
+TRAINED = (
+    "--config=planted_small.py",
+    "--config.image_size=224",
+    "--config.data=sample",
+)
+
+
+@pytest.mark.real
+def test_a_trained_small_model_has_no_singular_defect(tmp_path):
+    arguments = (f"--config.checkpoint={real.backbone()}", "--config.plant=")
+    told = run(tmp_path, *TRAINED, *arguments)
+    assert told.endswith(f"{ALL_THE_SAME}\n")
+    found = facts(tmp_path, "summary.json")
+    assert found["verdict"] == "no singular defect" and found["files"] == []
+    assert found["diagnosis"]["photographs"] <= diagnosis.MOST
+    assert max(found["diagnosis"]["defective_share"]) == 0
+    assert max(found["diagnosis"]["norm_ratio"]) < 3
+    assert not list(tmp_path.glob("repaired*"))
+
+
+@pytest.mark.real
+def test_a_defect_planted_in_it_is_named_with_its_block(tmp_path):
+    arguments = (f"--config.checkpoint={real.backbone()}", "--config.first_block=auto")
+    assert goes_on(tmp_path, *TRAINED, *arguments) == 4
+    found = facts(tmp_path)
+    assert found["verdict"] == "singular defect" and found["forecast"]["block"] == 4
+    assert found["with_defect"] == found["photographs"]
