@@ -282,8 +282,6 @@ def test_not_finite_values_in_a_stored_model_are_named(tmp_path):
     params["norm"]["scale"][3] = np.nan
     models.save(tmp_path / "model", models.Model.of(CONFIG, params))  # unchecked
     assert "norm/scale holds NaN" in error_of(checkpoint.load, tmp_path / "model")
-    assert model / "metadata" / "metadata" in refused
-    assert "Traceback" not in capfd.readouterr().err
 
 
 # --- Buckets ----------------------------------------------------------------------
