@@ -82,10 +82,11 @@ $(python):
 
 $(core): extras :=
 $(test): extras := [test]
+$(real): extras := [test,real]
 $(dev): extras := [dev]
 # timm without torchvision, which may replace torch by a build of gigabytes: the tests use
 # timm's ViT alone.
-$(core) $(test) $(dev): pyproject.toml constraints.txt | $(python)
+$(core) $(test) $(real) $(dev): pyproject.toml constraints.txt | $(python)
 	@echo "Installing sinder_jax$(extras) into $(VENV): a few minutes the first time"
 	@$(python) -m pip --disable-pip-version-check install -c constraints.txt \
 	  -e '.$(extras)' > $(log) 2>&1 || { tail -n 40 $(log) >&2; exit 1; }

@@ -39,6 +39,7 @@ def errors(got, want):
     return relative(metrics.loss, row.loss), max(eps)
 
 
+@pytest.mark.slow
 def test_rounding_to_all_bits_of_float32_is_the_plain_step(plain):
     exact = precision.Variant("", "matmul_precision", precision.rounded(23))
     loss, eps = errors(first_step(exact), plain)
@@ -46,6 +47,7 @@ def test_rounding_to_all_bits_of_float32_is_the_plain_step(plain):
     assert loss < 1e-6 and eps < 1e-5
 
 
+@pytest.mark.slow
 def test_tf32_products_show(plain):
     tf32 = precision.Variant("", "matmul_precision", precision.rounded(precision.TF32))
     loss, eps = errors(first_step(tf32), plain)

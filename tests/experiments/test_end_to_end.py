@@ -446,6 +446,7 @@ SMALL = (
 )
 
 
+@pytest.mark.slow
 def test_a_model_with_registers_is_repaired(hub, tmp_path):
     made = planted.planted_model(1)
     rng = np.random.default_rng(0)

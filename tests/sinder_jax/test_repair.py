@@ -781,6 +781,7 @@ def test_replicate_and_unreplicate_round_trip():
     assert repair.replicate(tree)["a"].devices() == set(jax.devices())
 
 
+@pytest.mark.slow
 def test_two_devices_follow_one_device():
     """One image each against two images on one; three steps, windows that overlap."""
     case, devices = setting("moving"), two_devices()

@@ -14,7 +14,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 @linux
 @pytest.mark.parametrize(
-    "kind, count", [("safetensors", 20), ("pth", 20), ("images", 8)]
+    "kind, count",
+    [
+        ("safetensors", 20),
+        ("pth", 20),
+        pytest.param("images", 8, marks=pytest.mark.slow),
+    ],
 )
 def test_mutated_inputs_are_right_or_refused(kind, count):
     pytest.importorskip("torch")

@@ -154,7 +154,14 @@ def test_a_file_is_brought_from_one_layout_into_another(tmp_path):
 # --- Against transformers -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["mlp", "swiglu", "registers", "swiglu-registers"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *(pytest.param(x, marks=pytest.mark.slow) for x in ("swiglu", "registers")),
+        "mlp",
+        "swiglu-registers",
+    ],
+)
 def test_transformers_loads_the_directory_and_gives_our_features(kind, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
