@@ -165,7 +165,10 @@ def test_what_is_printed_to_nobody_is_dropped(kind):
         writer = end_of_a_pipe_without_a_reader()
         output = launch._Output(writer)
     else:
-        reader, writer = pty.openpty()
+        try:
+            reader, writer = pty.openpty()
+        except OSError:
+            pytest.skip("no terminals to be had here")
         output = launch._Output(writer)
         os.close(reader)
     assert output.write(b"step 1200") == 9

@@ -32,8 +32,9 @@ def test_mutated_inputs_are_right_or_refused(kind, count):
 @linux
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's, of good pixels
-@pytest.mark.parametrize("kind", mutations.kinds())
+@pytest.mark.parametrize("kind", ["safetensors", "pth", "images", "config"])
 def test_more_mutated_inputs_are_right_or_refused(kind, capsys):
+    pytest.importorskip("torch")
     outcomes = mutations.run(kind, seed=1, count=30 if kind == "config" else 100)
     with capsys.disabled():
         print(f"\n{kind}: {collections.Counter(x.verdict for x in outcomes)}")

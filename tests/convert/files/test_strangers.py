@@ -220,7 +220,8 @@ def test_a_source_without_an_end_is_refused_at_once(make, tmp_path, capsys):
         assert f"{path}: neither a file nor a folder" in line
     good = tmp_path / "good.safetensors"
     good.write_bytes(save(random_state(SMALL["swiglu"])))
-    assert "is not a file" in refusal(capsys, "apply", good, path, tmp_path / "x.pth")
+    target = tmp_path / "x.safetensors"
+    assert "is not a file" in refusal(capsys, "apply", good, path, target)
 
 
 @pytest.mark.parametrize("make", SPECIAL)
