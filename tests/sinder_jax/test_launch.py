@@ -211,7 +211,7 @@ def test_ctrl_c_at_random_moments_of_the_first_seconds_is_one_line(tmp_path):
         }[module]
         program = command(module, *arguments, PYTHONPROFILEIMPORTTIME="1")
         # Before, Python itself is starting, and shows its traceback.
-        next(line for line in program.stderr if "sinder_jax" in line)
+        next(line for line in program.stderr if "sinder_jax.launch" in line)
         time.sleep(moments.uniform(0, 4))
         program.send_signal(signal.SIGINT)
         _, err = program.communicate()
