@@ -124,8 +124,12 @@ class Steps:
             raise RuntimeError(f"got the defect in block {first.layer}, not {block}")
 
         def call() -> None:
-            baseline.step(self.image)
+            found = baseline.step(self.image).layer
             torch_baseline.wait()
+            if found != block:
+                raise RuntimeError(
+                    f"the steps moved the defect from {block} to {found}"
+                )
 
         call()
         return {

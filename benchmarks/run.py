@@ -268,7 +268,6 @@ def bench_features(rounds: int, quick: bool) -> Numbers:
             numbers[f"{name}, {precision}"] = _features(
                 config, params, rounds, 1 if on_cpu else 16, precision
             )
-            print(name, precision, numbers[f"{name}, {precision}"], flush=True)
     return numbers
 
 
