@@ -205,6 +205,10 @@ def test_the_planted_unit_throws_the_leaning_tokens_along_the_direction():
         )
         thrown = (after - before) @ made.direction
         assert thrown[at_spots].min() > 5 * np.abs(thrown[~at_spots]).mean()
+        # as far as a token has to get to count as defective
+        assert np.median(thrown[at_spots]) > 3 * np.median(
+            np.linalg.norm(before, axis=-1)
+        )
 
 
 def test_a_seed_plants_the_same_defect_and_another_seed_another():
