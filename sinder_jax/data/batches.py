@@ -9,32 +9,20 @@ hosts, processes and threads.
 
 import dataclasses
 import functools
-import multiprocessing
-import os
-import signal
-import sys
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import resource_tracker
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, UInt8
 
-from sinder_jax.data import decode
+from sinder_jax.data import decode, reading
 from sinder_jax.data.listing import Photograph
 from sinder_jax.families import Statistics
-
-if TYPE_CHECKING:
-    import grain
 
 T = TypeVar("T")
 
 # Ways to cut a photograph: to the middle square, or hardly at all.
 RESIZES = {"crop": decode.training_crop, "keep": decode.training_keep}
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)  # ignored by workers; their parent answers
 
 
 class Batch(NamedTuple):
@@ -118,14 +106,9 @@ def stream(
     """Reads a training list over and over, from position `start` on.
 
     Image k is photographs[k % n], resized and normalized, for any number of threads and
-    workers. A stream started at k continues one that has reached k. It starts from k
-    alone, because Grain can restore the state of an iterator only on as many workers
-    and hosts as saved it. An unreadable file keeps its place, with zeros for pixels.
-
-    Closing the stream ends its reading threads and workers. Workers ignore Ctrl-C and
-    SIGTERM, which a terminal or batch system sends to them too, and end when this
-    process ends for any reason. They import its main module, as always with
-    multiprocessing: a script needs `if __name__ == "__main__"`.
+    workers. A stream started at k continues one that has reached k. An unreadable file
+    keeps its place, with zeros for pixels. Closing the stream ends its reading threads
+    and workers, see `reading.read_ahead`.
 
     Args:
       photographs: the training list, n photographs.
@@ -174,24 +157,10 @@ def stream(
     read = _Read(
         photographs, size, patch_size, resize, start + index * share, share, batch_size
     )
-
-    import grain  # takes a second, which `--help` and many tests can do without
-
-    ahead = 2 * share  # images
-    options = grain.ReadOptions(
-        num_threads=num_threads, prefetch_buffer_size=max(ahead, num_threads)
-    )
-    dataset = grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options)
-    if num_workers:
-        _allow_absl_flags()
-        resource_tracker.ensure_running()  # started later, it would undo `_first`
-        workers = grain.MultiprocessingOptions(
-            num_workers=num_workers,
-            per_worker_buffer_size=max(2, -(-ahead // num_workers)),
-        )
-        dataset = dataset.mp_prefetch(workers, worker_init_fn=_serve_parent)
     collate = functools.partial(_collate, statistics)
-    return _until_closed(dataset.batch(share, batch_fn=collate))
+    return reading.read_ahead(
+        read, collate, share, num_threads=num_threads, num_workers=num_workers
+    )
 
 
 def check_resize(resize: str, batch_size: int) -> None:
@@ -203,35 +172,6 @@ def check_resize(resize: str, batch_size: int) -> None:
             f"got {batch_size} images per step, expected 1: resize=keep gives images "
             "of several shapes"
         )
-
-
-def _until_closed(dataset: "grain.IterDataset") -> Generator[Batch, None, None]:
-    iterator = iter(dataset)
-    try:
-        yield _first(iterator)
-        yield from iterator
-    except RuntimeError as error:
-        if "Worker process was terminated" not in str(error):
-            raise
-        raise ChildProcessError(
-            "a process that reads images was killed, perhaps for lack of memory; start "
-            f"again, or with fewer: {error}"
-        ) from error
-    finally:
-        iterator.close()  # ends the reading threads
-
-
-def _first(iterator: Iterator[Batch]) -> Batch:
-    """The first batch, requested by a thread that blocks `SIGNALS`.
-
-    Grain starts the workers at the first request, and a process inherits the blocked
-    signals of the thread that starts it. So a signal cannot end a worker that is still
-    importing, before `_serve_parent` makes it ignore the signal.
-    """
-    with ThreadPoolExecutor(
-        1, initializer=signal.pthread_sigmask, initargs=(signal.SIG_BLOCK, SIGNALS)
-    ) as starter:
-        return starter.submit(next, iterator).result()
 
 
 class _Example(NamedTuple):
@@ -276,25 +216,3 @@ def _collate(statistics: Statistics, examples: Sequence[_Example]) -> Batch:
         valid=valid,
         errors=[example.error for example in examples if example.error is not None],
     )
-
-
-def _allow_absl_flags() -> None:
-    """Grain asks absl for flags as it starts workers; our programs have none."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()
-
-
-def _serve_parent(index: int, count: int) -> None:
-    """Runs first in worker `index` of `count`, and ties its life to its parent's."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "runs in workers only"
-    parent.join()
-    os._exit(1)  # the main thread may be waiting on a full queue
