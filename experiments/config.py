@@ -12,7 +12,7 @@ import difflib
 import math
 import os
 import runpy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +23,32 @@ MOST_SHOWN = 80  # characters of a wrong value
 WORDS = {"first_block": {"auto": "-1"}}  # that stand for a number, by key
 
 
-def load(name: str) -> ConfigDict:
+def load(
+    name: str,
+    folder: Path = CONFIGS,
+    whole: Callable[[ConfigDict], str] = lambda config: "giant.py",
+) -> ConfigDict:
     """The locked config of a file that defines `get_config()`.
 
     Args:
-      name: a path, or the bare name of a file in `experiments/configs/`.
+      name: a path, or the bare name of a file in `folder`.
+      folder: where the configs of one program are.
+      whole: names the file in `folder` that a config must have the keys and types of.
 
     Raises:
-      FileNotFoundError: there is no such file; lists the configs of the project.
-      ValueError: the file defines no `get_config`, fails, or has other keys or types
-        than `giant.py`.
+      FileNotFoundError: there is no such file; lists the configs of the folder.
+      ValueError: the file defines no `get_config`, fails, or has other keys or types;
+        and whatever `whole` raises.
     """
     path = Path(name)
     if not path.exists() and os.sep not in name:
-        path = CONFIGS / (name if name.endswith(".py") else f"{name}.py")
+        path = folder / (name if name.endswith(".py") else f"{name}.py")
     if not path.is_file():
-        known = ", ".join(sorted(file.name for file in CONFIGS.glob("[!_]*.py")))
+        known = ", ".join(sorted(file.name for file in folder.glob("[!_]*.py")))
         raise FileNotFoundError(f"no config {name}; give a path or one of {known}")
     config = _run(path)
-    if misfits := _misfits(config, _run(CONFIGS / "giant.py")):
-        raise ValueError(f"{path}: {misfits}; see the configs of {CONFIGS}")
+    if misfits := _misfits(config, _run(folder / whole(config))):
+        raise ValueError(f"{path}: {misfits}; see the configs of {folder}")
     return config.lock()
 
 

@@ -189,6 +189,20 @@ def training_crop(image: Image.Image, size: int, *, patch_size: int) -> Image.Im
     return _center_crop(_resize_to_cover(image, size, size), size, size)
 
 
+def evaluation_crop(image: Image.Image, resize: int, size: int) -> Image.Image:
+    """Resizes the short side to `resize` and crops to the middle square of `size`.
+
+    As `training_crop`, which has one number for both. Source: dinov2/data/transforms.py
+    `make_classification_eval_transform`, with 256 and 224 pixels.
+
+    Args:
+      image: RGB, any size.
+      resize: pixels, at least `size`.
+      size: pixels; of a model's image, a multiple of its patch size.
+    """
+    return _center_crop(_resize_to_cover(image, resize, resize), size, size)
+
+
 def training_keep(image: Image.Image, size: int, *, patch_size: int) -> Image.Image:
     """Resizes and crops to the nearest of seven shapes, to keep most of the picture.
 

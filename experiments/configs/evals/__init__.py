@@ -1,0 +1,1 @@
+"""Settings of evaluations, one file for each protocol."""

@@ -1,0 +1,1 @@
+"""What `experiments.evaluate` needs: one module for each protocol, and the report."""

@@ -1,0 +1,118 @@
+"""Photographs with a class each, for training and for validation.
+
+spec --open_classes--> Classes: photographs, labels, names     nothing decoded yet
+"""
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32
+
+from sinder_jax.data import listing
+from sinder_jax.data.listing import Crop, File, Photograph
+from sinder_jax.storage import paths
+
+KINDS = "a folder with train/CLASS/ and val/CLASS/, tfds:NAME, or sample:crops"
+SPLITS = ("train", "val")
+TRAIN_CROPS, VAL_CROPS = 400, 200  # of "sample:crops", equally many of each photograph
+
+
+class Classes(NamedTuple):
+    """Photographs of one split.
+
+    Attributes:
+      photographs: in the order of their names.
+      labels: the class of each, 0 to C-1.
+      names: of the C classes.
+    """
+
+    photographs: Sequence[Photograph]
+    labels: Int32[np.ndarray, " n"]
+    names: tuple[str, ...]
+
+
+class Splits(NamedTuple):
+    """Both splits; their labels mean the same classes."""
+
+    train: Classes
+    val: Classes
+
+
+def open_classes(spec: str) -> Splits:
+    """Lists the photographs of a data set with classes, without decoding any.
+
+    Args:
+      spec: one of
+
+        `PATH` or `folder:PATH`: class folders, `PATH/train/CLASS/*.jpg` and
+        `PATH/val/CLASS/*.jpg`, on a disk or in a bucket; images in sub-folders of a
+        class count too. Classes are numbered in the order of their names, as bytes.
+
+        `sample:crops`: which of the photographs inside scikit-image a random crop is
+        from; training and validation crops are different draws.
+
+    Raises:
+      FileNotFoundError: a folder is missing; says what is expected where.
+      ValueError: a class without images, images outside the classes, or `spec` has
+        another form.
+    """
+    if not spec:
+        raise ValueError(f"no data given: --config.data= takes {KINDS}")
+    if spec == listing.CROPS:
+        return _crops()
+    kind, colon, rest = spec.partition(":")
+    folder = rest if colon and kind == "folder" else spec
+    train, val = (_of_folder(folder, split) for split in SPLITS)
+    if strange := sorted(set(val.names) - set(train.names)):
+        raise ValueError(
+            f"{folder}: got the class {strange[0]} in val but not in train; each class "
+            "needs a folder in train/"
+        )
+    places = np.array([train.names.index(name) for name in val.names], np.int32)
+    return Splits(train, Classes(val.photographs, places[val.labels], train.names))
+
+
+def _of_folder(folder: str, split: str) -> Classes:
+    root = paths.as_path(folder) / split
+    expected = f"expected {folder}/train/CLASS/*.jpg and {folder}/val/CLASS/*.jpg"
+    with paths.answering(root):
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {root}: {expected}")
+        names = sorted(
+            (each.name for each in root.iterdir() if _is_class(each)), key=os.fsencode
+        )
+    if not names:
+        raise ValueError(f"no class in {root}: {expected}")
+    photographs: list[Photograph] = []
+    labels: list[int] = []
+    for label, name in enumerate(names):
+        try:
+            found = listing.open_photographs(f"folder:{root / name}")
+        except ValueError:
+            raise ValueError(
+                f"the class {root / name} has no image: {expected}"
+            ) from None
+        photographs += found
+        labels += [label] * len(found)
+    return Classes(photographs, np.array(labels, np.int32), tuple(names))
+
+
+def _is_class(path: paths.AnyPath) -> bool:
+    return path.is_dir() and not path.name.startswith(".")
+
+
+def _crops() -> Splits:
+    files = [File(os.fspath(path)) for path in listing.sample_images()]
+    names = tuple(os.path.splitext(os.path.basename(file.name))[0] for file in files)
+
+    def split(first: int, count: int) -> Classes:
+        numbers = range(first, first + count)
+        labels = np.array([i % len(files) for i in numbers], np.int32)
+        crops = [
+            Crop(files[label], i) for label, i in zip(labels, numbers, strict=True)
+        ]
+        return Classes(crops, labels, names)
+
+    return Splits(split(0, TRAIN_CROPS), split(listing.NUM_CROPS, VAL_CROPS))

@@ -1,0 +1,286 @@
+"""k-nearest-neighbor classification by cosine similarity, exact, of any size.
+
+    bank [N, D], queries [Q, D] --neighbors, tile by tile--> the k nearest rows of each
+    cosines, labels --votes--> {K: votes [Q, C]} for every K in one pass
+
+Source: dinov2/eval/knn.py. The bank stays on the host, or on a disk as a memory map;
+each device looks through its own consecutive part of it, a tile at a time. Of equal
+cosines the row with the lower index is nearer, on any number of devices and tiles.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from sinder_jax import placement
+
+KS = (10, 20, 100, 200)  # SINDER's, appendix G.3
+TEMPERATURE = 0.07
+LEAST_NORM = 1e-12  # a zero feature has cosine 0 with everything
+TILE = 8192  # rows of the bank that a device compares at a time
+QUERIES = 512  # with so many queries at a time
+
+
+class Neighbors(NamedTuple):
+    """The k nearest rows of each query, nearest first.
+
+    Attributes:
+      cosines: their cosine similarities, float32.
+      rows: their indices in the bank.
+    """
+
+    cosines: Float32[np.ndarray, "Q k"]
+    rows: Int32[np.ndarray, "Q k"]
+
+
+def classify(
+    bank: Any,
+    bank_labels: Any,
+    queries: Any,
+    *,
+    ks: Sequence[int] = KS,
+    temperature: float = TEMPERATURE,
+    num_classes: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+    tile: int = TILE,
+) -> dict[int, Float32[np.ndarray, "Q C"]]:
+    """Votes of the K nearest rows for each class; the largest vote is the prediction.
+
+    A neighbor's vote is the softmax of cosine / temperature over the largest K, also
+    for a smaller one: `p_K[c] = Σ_{j<=K} w_j·1[y_j = c]` sums to less than 1 then.
+
+    Args:
+      bank: features as they come, [N, D]; NumPy (a memory map too) or JAX.
+      bank_labels: integers [N], 0 to C-1.
+      queries: features as they come, [Q, D].
+      ks: numbers of neighbors, at most N.
+      temperature: of the softmax.
+      num_classes: C; None: the largest label plus 1.
+      devices: None means all.
+      tile: rows of the bank that a device compares at a time.
+
+    Returns:
+      By K, the votes. Of classes with the same vote, `argmax` takes the lowest.
+
+    Raises:
+      ValueError: shapes or types that do not fit, a K beyond the bank, a label beyond
+        the classes, a feature that is not finite.
+    """
+    labels = _checked_labels(bank_labels, len(bank), num_classes)
+    classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    check_ks(ks, len(bank))
+    found = neighbors(bank, queries, max(ks), devices=devices, tile=tile)
+    return votes(
+        found.cosines,
+        labels[found.rows],
+        ks=ks,
+        temperature=temperature,
+        num_classes=classes,
+    )
+
+
+def check_ks(ks: Sequence[int], rows: int) -> None:
+    """Raises ValueError unless each K is at least 1 and at most `rows`, the bank's."""
+    if not ks or min(ks) < 1:
+        raise ValueError(f"got ks={tuple(ks)}, expected numbers of at least 1")
+    if max(ks) > rows:
+        raise ValueError(
+            f"got K = {max(ks)}, but the bank has only {rows} rows: use a smaller K or "
+            "a larger bank"
+        )
+
+
+def _checked_labels(
+    labels: Any, rows: int, num_classes: int | None
+) -> Int32[np.ndarray, " N"]:
+    labels = np.asarray(labels)
+    if labels.shape != (rows,) or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"got labels {labels.shape} of {labels.dtype} for a bank of {rows} rows, "
+            f"expected {rows} integers"
+        )
+    if not rows:
+        raise ValueError("got an empty bank, expected at least one row")
+    most = np.iinfo(np.int32).max if num_classes is None else num_classes
+    for label in (labels.min(), labels.max()):
+        if not 0 <= label < most:
+            raise ValueError(
+                f"got the label {label}, expected 0 to {most - 1}: num_classes={most}"
+            )
+    return labels.astype(np.int32)
+
+
+def neighbors(
+    bank: Any,
+    queries: Any,
+    k: int,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    tile: int = TILE,
+) -> Neighbors:
+    """The k rows of the bank with the largest cosine to each query.
+
+    Args:
+      bank: [N, D], as for `classify`.
+      queries: [Q, D].
+      k: at most N.
+      devices: None means all.
+      tile: rows of the bank that a device compares at a time.
+
+    Raises:
+      ValueError: shapes that do not fit, k beyond the bank, a feature that is not
+        finite.
+    """
+    if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
+        raise ValueError(
+            f"got a bank {bank.shape} and queries {queries.shape}, expected [N, D] and "
+            "[Q, D] of the same width: are they features of the same model?"
+        )
+    check_ks([k], len(bank))
+    sharding = placement.over(devices)
+    mesh, _ = placement.axis_of(sharding)
+    part = -(-len(bank) // mesh.size)  # rows of a device
+    tile = min(tile, part)
+    together = min(QUERIES, max(1, len(queries)))
+    placed = jax.device_put(
+        _tiled(_finite(queries, "query"), together),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    shape = (mesh.size, *placed.shape[:2], k)
+    best = jax.device_put(
+        (np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32)), sharding
+    )
+    starts = np.arange(mesh.size) * part
+    step = _make_step(mesh)
+    for first in range(0, part, tile):
+        rows = np.zeros((mesh.size, tile, bank.shape[1]), np.float32)
+        counts = np.zeros(mesh.size, np.int32)
+        for device, start in enumerate(starts):
+            begin = start + first
+            some = bank[begin : min(begin + tile, start + part)]
+            rows[device, : len(some)] = _finite(some, "row of the bank")
+            counts[device] = len(some)
+        firsts = (starts + first).astype(np.int32)
+        best = step(best, placed, *jax.device_put((rows, firsts, counts), sharding))
+    cosines, rows = (np.asarray(x).reshape(mesh.size, -1, k) for x in best)
+    return _merged(cosines[:, : len(queries)], rows[:, : len(queries)])
+
+
+def _finite(features: Any, what: str) -> Float32[np.ndarray, "n D"]:
+    array = np.asarray(features, np.float32)
+    if not np.isfinite(array).all():
+        raise ValueError(f"got a {what} that is not finite, expected finite features")
+    return array
+
+
+def _tiled(rows: np.ndarray, together: int) -> Float32[np.ndarray, "tiles rows D"]:
+    """Rows in tiles of the same size, the last one filled up with zeros."""
+    filled = np.zeros((-(-len(rows) // together) * together, rows.shape[1]), np.float32)
+    filled[: len(rows)] = rows
+    return filled.reshape(-1, together, rows.shape[1])
+
+
+@functools.cache
+def _make_step(mesh: Any) -> Any:
+    """Compares all queries with one tile of the bank on each device."""
+
+    def own(best, queries, rows, first, count):
+        rows, first, count = rows[0], first[0], count[0]
+        rows = _normalized(rows)
+        valid = jnp.arange(len(rows)) < count
+
+        def of_some(arguments):
+            cosines, indices, some = arguments
+            product = jnp.matmul(_normalized(some), rows.T, precision="highest")
+            product = jnp.where(valid[None], product, -jnp.inf)
+            return _keep(cosines, indices, product, first)
+
+        cosines, indices = (x[0] for x in best)
+        cosines, indices = lax.map(of_some, (cosines, indices, queries))
+        return cosines[None], indices[None]
+
+    share, everywhere = PartitionSpec(placement.AXIS), PartitionSpec()
+    return jax.jit(
+        jax.shard_map(
+            own,
+            mesh=mesh,
+            in_specs=(share, everywhere, share, share, share),
+            out_specs=share,
+            check_vma=False,
+        ),
+        donate_argnums=0,
+    )
+
+
+def _normalized(features: Float[Array, "n D"]) -> Float[Array, "n D"]:
+    norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
+    return features / jnp.maximum(norm, LEAST_NORM)
+
+
+def _keep(
+    cosines: Float[Array, "q k"],
+    indices: Int[Array, "q k"],
+    product: Float[Array, "q rows"],
+    first: Int[Array, ""],
+) -> tuple[Float[Array, "q k"], Int[Array, "q k"]]:
+    """The k best of those before and those of a tile; of equal ones, the earlier."""
+    k = cosines.shape[1]
+    rows = jnp.broadcast_to(jnp.arange(product.shape[1])[None] + first, product.shape)
+    joined = jnp.concatenate([cosines, product], axis=1)
+    where = jnp.concatenate([indices, rows], axis=1)
+    best, places = lax.top_k(joined, k)
+    return best, jnp.take_along_axis(where, places, axis=1)
+
+
+def _merged(
+    cosines: Float32[np.ndarray, "devices Q k"], rows: Int32[np.ndarray, "devices Q k"]
+) -> Neighbors:
+    """The k best of all devices; their parts are consecutive, so order breaks ties."""
+    k = cosines.shape[2]
+    cosines, rows = (np.concatenate(list(x), axis=1) for x in (cosines, rows))
+    order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
+    return Neighbors(
+        np.take_along_axis(cosines, order, axis=1),
+        np.take_along_axis(rows, order, axis=1),
+    )
+
+
+def votes(
+    cosines: Float32[np.ndarray, "Q k"],
+    labels: Int32[np.ndarray, "Q k"],
+    *,
+    ks: Sequence[int],
+    temperature: float,
+    num_classes: int,
+) -> dict[int, Float32[np.ndarray, "Q C"]]:
+    """Votes of the nearest rows, from the nearest to the farthest.
+
+    Args:
+      cosines: of the k nearest rows, nearest first; k is the largest of `ks`.
+      labels: their labels.
+      ks: numbers of neighbors that vote.
+      temperature: above 0.
+      num_classes: C.
+
+    Raises:
+      ValueError: a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"got temperature={temperature}, expected a number above 0")
+    logits = cosines / np.float32(temperature)
+    weights = np.exp(logits - logits[:, :1])
+    weights /= weights.sum(axis=1, keepdims=True)
+    total = np.zeros((len(cosines), num_classes), np.float32)
+    queries, found, before = np.arange(len(cosines))[:, None], {}, 0
+    for k in sorted(set(ks)):
+        some = slice(before, k)
+        np.add.at(total, (queries, labels[:, some]), weights[:, some])
+        found[k], before = total.copy(), k
+    return {k: found[k] for k in ks}

@@ -1,0 +1,45 @@
+"""The figure of an evaluation: what each model scored, with intervals.
+
+scores of models --scores--> Figure
+"""
+
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+
+from sinder_jax.plots import style
+
+Score = tuple[float, tuple[float, float] | None]
+MOST_NAME = 32  # characters of a model's name
+
+
+@style.styled
+def scores(points: Mapping[str, Mapping[str, Score]], unit: str) -> Figure:
+    """A panel for each metric, a point for each model, and its interval.
+
+    Args:
+      points: by model, then by metric: the value and its interval.
+      unit: of all metrics.
+    """
+    metrics = list(next(iter(points.values())))
+    height = 0.6 + 0.2 * len(points)
+    figure = style.new_figure(style.COLUMN, 0.3 + height * len(metrics))
+    panels = figure.subplots(len(metrics), 1, squeeze=False)[:, 0]
+    for ax, metric in zip(panels, metrics, strict=True):
+        for place, found in enumerate(points.values()):
+            value, interval = found[metric]
+            color = style.SERIES[place % len(style.SERIES)]
+            marker = style.MARKERS[place % len(style.MARKERS)]
+            if interval is not None:
+                ax.plot(interval, [place, place], color=color)
+            ax.plot([value], [place], marker=marker, color=color, ls="none")
+        ax.set_yticks(range(len(points)), [_short(name) for name in points])
+        ax.set_ylim(len(points) - 0.5, -0.5)
+        ax.set_xlabel(f"{metric} ({unit})")
+    return figure
+
+
+def _short(name: str) -> str:
+    """The end of a path that is too long for an axis, with nothing read as math."""
+    name = name if len(name) <= MOST_NAME else f"…{name[1 - MOST_NAME :]}"
+    return name.replace("$", r"\$")
