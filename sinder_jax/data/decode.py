@@ -310,12 +310,15 @@ def _resize_to_cover(image: Image.Image, width: int, height: int) -> Image.Image
 
 
 def normalize(
-    image: Image.Image | UInt8[np.ndarray, "height width 3"], statistics: Statistics
+    image: Image.Image
+    | UInt8[np.ndarray, "height width 3"]
+    | Float32[np.ndarray, "height width 3"],
+    statistics: Statistics,
 ) -> Float32[np.ndarray, "height width 3"]:
     """Scales RGB pixels to 0 to 1, then to mean 0 and deviation 1 per color.
 
     Args:
-      image: 8-bit RGB.
+      image: RGB, 0 to 255.
       statistics: of the images that the model was trained on.
     """
     pixels = np.asarray(image).astype(np.float32)
