@@ -44,6 +44,7 @@ class Snapshots:
       check: called before a snapshot appears or anything is removed; raises to forbid.
       staging: where a snapshot is written first, on the same disk; None: beside its
         place.
+      counted: what the numbers of the snapshots count, for messages.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -59,6 +60,7 @@ class Snapshots:
         keep_every: int = 0,
         check: Callable[[], None] = lambda: None,
         staging: Path | None = None,
+        counted: str = "images",
     ):
         if keep_last < 1 or keep_every < 0:
             raise ValueError(
@@ -68,7 +70,7 @@ class Snapshots:
         orbax_io.check_may_write()
         self.folder = paths.located(folder)
         self._check_folder()
-        self._saving = 0  # the state under way
+        self._saving, self._counted = 0, counted  # the state under way
         self._exit = ExitStack()
         self._exit.enter_context(orbax_io.quiet())
         self._check = check
@@ -178,8 +180,8 @@ class Snapshots:
                 failed, self._manager = self._manager, self._open()
                 failed.close()
             raise OSError(
-                f"{self.folder}: the state after {self._saving} images could not be "
-                f"saved ({reason_of(error)}); earlier ones are untouched"
+                f"{self.folder}: the state after {self._saving} {self._counted} could "
+                f"not be saved ({reason_of(error)}); earlier ones are untouched"
             ) from None
 
 
