@@ -31,6 +31,8 @@ examples:
 
 A bare config name means experiments/configs/evals/; --config.KEY=VALUE changes a key.
 Each model resamples its position embedding as its checkpoint says.
+Exit codes: 0 finished, 2 an error reported in one line, 75 stopped and saved: start it
+again, 130 a second Ctrl-C.
 SINDER_TRACEBACK=1 in the environment shows where an error comes from.
 """
 SETTINGS = "config.json"
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the command line without the program's name; None means the process's own.
 
     Returns:
-      The exit code: 0.
+      The exit code: 0, or 75 for an evaluation that was told to stop.
 
     Raises:
       ValueError, OSError, ImportError, FloatingPointError: errors for
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from experiments.evaluation import job, protocols, report
     from experiments.evaluation.progress import Progress
+    from experiments.run.stopping import Stopping
 
     launch.start_jax()
     # First everything that can be checked before the long part begins.
@@ -64,23 +67,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = protocol.prepare(config, models)
     out = Path(args.workdir)
     claim(out, config, overwrite=args.overwrite)
-    found: list[Result] = []
-    with Progress() as progress:
-        for name, model in zip(args.checkpoint, models, strict=True):
-            progress.say(f"{name}: {config.protocol} on {config.data}")
-            folder = out / STATES / state_key(config, model)
-            folder.mkdir(parents=True, exist_ok=True)
-            cache = Path(config.cache) if config.cache else out / FEATURES
-            found.append(
-                protocol.run(job.Job(config, model, data, folder, cache, progress))
-            )
-            model.forget()  # another may come
-    rows = report.rows(config, args.checkpoint, models, found)
-    report.write(out, rows)
-    for line in report.lines(rows):
-        print(cli.shown(line))
-    print(f"written to {out / report.TABLE}, {report.JSON} and {report.PLOT}")
-    return 0
+    with Stopping() as stopping:
+        found: list[Result] = []
+        with Progress() as progress:
+            for name, model in zip(args.checkpoint, models, strict=True):
+                progress.say(f"{name}: {config.protocol} on {config.data}")
+                folder = out / STATES / state_key(config, model)
+                folder.mkdir(parents=True, exist_ok=True)
+                cache = Path(config.cache) if config.cache else out / FEATURES
+                found.append(
+                    protocol.run(
+                        job.Job(config, model, data, folder, cache, progress, stopping)
+                    )
+                )
+                model.forget()  # another may come
+        rows = report.rows(config, args.checkpoint, models, found)
+        report.write(out, rows)
+        for line in report.lines(rows):
+            print(cli.shown(line))
+        print(f"written to {out / report.TABLE}, {report.JSON} and {report.PLOT}")
+        return 0
+    return cli.TRY_AGAIN
 
 
 def _parser() -> cli.Parser:

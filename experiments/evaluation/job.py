@@ -14,6 +14,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from experiments.evaluation.progress import Progress
+from experiments.run.stopping import Stopping
 from sinder_jax.model import Model
 
 Scores = dict[str, float]
@@ -30,6 +31,7 @@ class Job(NamedTuple):
         of a head; belongs to this model and this config, and exists.
       cache: folder of the features, shared by evaluations.
       progress: shows how far the evaluation is.
+      stopping: hears that this start is to stop, for `training.train`.
     """
 
     config: ConfigDict
@@ -38,6 +40,7 @@ class Job(NamedTuple):
     folder: Path
     cache: Path
     progress: Progress
+    stopping: Stopping
 
 
 class Result(NamedTuple):
