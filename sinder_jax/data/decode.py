@@ -11,6 +11,8 @@ import math
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -82,15 +84,31 @@ def read_rgb(
     """
     if name is None:
         name = "image" if isinstance(source, bytes) else os.fspath(source)
+    with opened(source, name) as image:
+        if upright:
+            _turn(image)
+        return _to_rgb(image)
+
+
+@contextmanager
+def opened(source: str | os.PathLike | bytes, name: str) -> Iterator[Image.Image]:
+    """Yields the decoded image of a file in its own mode; errors as `read_rgb`.
+
+    What the block raises counts as an error of the file.
+    """
+    with _header(source, name) as image:
+        image.load()
+        yield image
+
+
+@contextmanager
+def _header(source: str | os.PathLike | bytes, name: str) -> Iterator[Image.Image]:
     try:
         num_bytes = len(source) if isinstance(source, bytes) else _num_bytes(source)
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=tuple(FORMATS)) as image:
             _check_shape(image, num_bytes)
-            image.load()
-            if upright:
-                _turn(image)
-            return _to_rgb(image)
+            yield image
     except MemoryError:
         raise  # not the fault of the file
     except UnidentifiedImageError as error:
@@ -100,6 +118,16 @@ def read_rgb(
         # On broken files decoders raise OSError, SyntaxError, struct.error and others.
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(f"{name}: {reason}") from error
+
+
+def size_of(source: str | os.PathLike | bytes, name: str) -> tuple[int, int]:
+    """(width, height) as the header of a file says; nothing is decoded.
+
+    Raises:
+      UnreadableImage: as `read_rgb`.
+    """
+    with _header(source, name) as image:
+        return image.size
 
 
 def _num_bytes(path: str | os.PathLike) -> int:

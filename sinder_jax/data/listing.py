@@ -73,15 +73,22 @@ class File:
           UnreadableImage: the file cannot be read or decoded; the message begins with
             `name`.
         """
+        return decode.read_rgb(self.source(), name=self.name, upright=upright)
+
+    def source(self) -> str | bytes:
+        """The file for Pillow to open: its path, or its bytes if it is in a bucket.
+
+        Raises:
+          UnreadableImage: the bucket does not give it; the message begins with `name`.
+        """
         if not paths.is_remote(self.name):
-            return decode.read_rgb(self.name, upright=upright)
+            return self.name
         try:
             path = paths.as_path(self.name)
             with paths.answering(path):
-                content = path.read_bytes()
+                return path.read_bytes()
         except (OSError, ValueError) as error:
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
-        return decode.read_rgb(content, name=self.name, upright=upright)
 
     def stamp(self) -> tuple[int, int] | None:
         """Bytes, and time of the last change in ns; None if unknown, as in a bucket."""
