@@ -315,9 +315,10 @@ def make_step(options: Options) -> Callable[..., tuple[Head, Float[Array, ""]]]:
         features: Float[ArrayLike, "B h w channels"],
         truth: Float[ArrayLike, "B height width"],
     ) -> tuple[Head, Float[Array, ""]]:
-        if len(features) % options.group:
+        images = jnp.shape(features)[0]
+        if images % options.group:
             raise ValueError(
-                f"got {len(features)} images, expected a multiple of the "
+                f"got {images} images, expected a multiple of the "
                 f"{options.group} that share a loss"
             )
         _check(state, features)
