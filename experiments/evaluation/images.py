@@ -4,19 +4,27 @@ photographs --read, crop, normalize--> images --make_extract--> features, in ord
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from experiments.evaluation.job import Job
-from sinder_jax import families
+from experiments.evaluation.job import Job, model_key
+from experiments.run import first_start
+from sinder_jax import cli, families
 from sinder_jax.data import decode, reading
 from sinder_jax.data.listing import Photograph
 from sinder_jax.evals import features
 from sinder_jax.model import Model
+from sinder_jax.storage import feature_store
+
+LEAST_CHUNK = 64  # images whose features are written at a time, in whole groups
 
 
 def check_options(config: ConfigDict, models: Sequence[Model]) -> None:
@@ -58,36 +66,44 @@ class Read:
         return np.asarray(self.crop(self.photographs[i].read()))
 
 
+def extractor(job: Job, **options: Any) -> Callable[[Any], Any]:
+    """`features.make_extract` of the job's model, as its config says.
+
+    Args:
+      job: of an evaluation.
+      **options: blocks, norm, of, batch_axis.
+    """
+    return features.make_extract(
+        job.model.config,
+        job.model.params,
+        group=job.config.batch_size,
+        precision=job.config.matmul_precision,
+        **options,
+    )
+
+
 def passes(
     job: Job,
+    extract: Callable[[Any], Any],
     photographs: Sequence[Photograph],
     crop: Callable[[Image.Image], Image.Image],
-    label: str,
-    **options: Any,
-) -> Iterator[Any]:
-    """Yields what `features.make_extract` returns for each batch, in order.
+    rows: range,
+) -> Generator[Any, None, None]:
+    """Yields what `extract` returns for each batch of photographs, in order.
+
+    The next batch is dispatched before a batch is used, so devices do not wait.
 
     Args:
       job: its config says how many images a device takes at once.
+      extract: from `extractor`.
       photographs: the list.
       crop: makes the images of one size.
-      label: names the step for the progress bar.
-      **options: of `make_extract`: blocks, norm, of, batch_axis.
+      rows: which of the photographs to read.
 
     Raises:
       UnreadableImage: a photograph cannot be decoded.
     """
-    import jax
-
-    config, model = job.config, job.model
-    statistics = families.of(model.config).statistics
-    extract = features.make_extract(
-        model.config,
-        model.params,
-        group=config.batch_size,
-        precision=config.matmul_precision,
-        **options,
-    )
+    config, statistics = job.config, families.of(job.model.config).statistics
 
     def collate(pixels: Sequence[np.ndarray]) -> np.ndarray:
         return np.stack([decode.normalize(each, statistics) for each in pixels])
@@ -96,14 +112,124 @@ def passes(
         Read(photographs, crop),
         collate,
         config.batch_size * len(jax.devices()),
-        stop=len(photographs),
+        start=rows.start,
+        stop=rows.stop,
         num_threads=config.read_threads,
         num_workers=config.read_workers,
     )
-    done = 0
-    job.progress.begin(label, len(photographs))
-    for some in images:
-        yield extract(some)
-        done += len(some)
-        job.progress.at(done)
-    job.progress.end()
+    with closing(images):
+        pending = None
+        for some in images:
+            newer = extract(some)
+            if pending is not None:
+                yield pending
+            pending = newer
+        if pending is not None:
+            yield pending
+
+
+def cached(
+    job: Job,
+    name: str,
+    photographs: Sequence[Photograph],
+    crop: Callable[[Image.Image], Image.Image],
+    shape: tuple[int, ...],
+    key: Mapping[str, Any],
+    **options: Any,
+) -> np.ndarray:
+    """Features of all photographs, as a memory map; computes those not kept yet.
+
+    Args:
+      job: names the folder of the features and the number format.
+      name: of the photographs, for messages, such as "val".
+      photographs: the list.
+      crop: makes the images of one size.
+      shape: of an image's features.
+      key: what decides the features beside model, photographs, precision and number
+        format: the crop, the blocks, what is made of their tokens. JSON values.
+      **options: of `make_extract`; what `of` returns is one array, split by
+        `batch_axis` 0.
+
+    Returns:
+      [n, *shape], float32 or float16.
+
+    Raises:
+      ValueError: features that are not finite, or too large for float16; another
+        process writes these features.
+      OSError: the features cannot be kept.
+      UnreadableImage: a photograph cannot be decoded.
+    """
+    config, progress = job.config, job.progress
+    key = {
+        "model": model_key(job.model),
+        "photographs": digest_of(photographs),
+        "precision": config.matmul_precision,
+        "number format": config.cache_dtype,
+        **key,
+    }
+    with feature_store.open_rows(
+        feature_store.folder_of(job.cache, key),
+        key,
+        count=len(photographs),
+        shape=shape,
+        dtype=config.cache_dtype,
+        chunk=max(LEAST_CHUNK // config.batch_size, 1) * config.batch_size,
+    ) as store:
+        if store.damaged:
+            cli.warn(
+                f"{store.folder}: {store.damaged} chunks of features are damaged, and "
+                "computed again"
+            )
+        missing = store.missing()
+        done = len(photographs) - sum(map(len, missing))
+        if not missing:
+            progress.say(f"features of {name}: {done}, all found in {store.folder}")
+        else:
+            progress.begin(f"features of {name}", len(photographs), done)
+            extract = extractor(job, **options)
+        for rows in missing:
+            found = passes(job, extract, photographs, crop, rows)
+            for start, chunk in _in_chunks(found, rows, store.chunk):
+                _write(store, start, chunk, photographs)
+                done += len(chunk)
+                progress.at(done)
+        progress.end()
+        if config.cache_dtype != "float32":
+            progress.say(
+                f"features of {name}: as {config.cache_dtype} each is moved by at most "
+                f"{store.rounding():.1e} of its length"
+            )
+        return store.array()
+
+
+def _in_chunks(
+    found: Iterable[Any], rows: range, size: int
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Chunks of one size of the features of `rows`, and the first row of each."""
+    start, waiting = rows.start, []
+    for some in found:
+        waiting.append(np.asarray(some))
+        while (there := sum(map(len, waiting))) >= min(size, rows.stop - start) > 0:
+            joined = np.concatenate(waiting)
+            end = min(size, rows.stop - start)
+            yield start, joined[:end]
+            start, waiting = start + end, [joined[end:]] if there > end else []
+
+
+def _write(
+    store: feature_store.Rows,
+    start: int,
+    chunk: np.ndarray,
+    photographs: Sequence[Photograph],
+) -> None:
+    bad = np.flatnonzero(~np.isfinite(chunk.reshape(len(chunk), -1)).all(axis=1))
+    if bad.size:
+        name = photographs[start + bad[0]].name
+        raise FloatingPointError(f"the model's features of {name} are not finite")
+    store.write(start, chunk)
+
+
+def digest_of(photographs: Sequence[Photograph]) -> str:
+    """Digest of the names, sizes and times of photographs, in their order."""
+    listed = json.dumps(first_start.stamps(photographs))
+    return hashlib.sha256(listed.encode()).hexdigest()

@@ -75,16 +75,17 @@ def class_tokens(job: Job, name: str, split: Classes) -> np.ndarray:
     crop = functools.partial(
         decode.evaluation_crop, resize=config.resize, size=config.image_size
     )
-    found = images.passes(
+    return images.cached(
         job,
+        name,
         split.photographs,
         crop,
-        f"features of {name}",
+        (model.config.embed_dim,),
+        {"features": "class token", "resize": config.resize, "size": config.image_size},
         blocks=features.last_blocks(model.config, 1),
         of=features.class_token,
         batch_axis=0,
     )
-    return np.concatenate([np.asarray(each) for each in found])
 
 
 def hits_of(votes: np.ndarray, labels: np.ndarray) -> np.ndarray:
