@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
 from experiments.evaluation.progress import Progress
@@ -61,6 +62,8 @@ class Result(NamedTuple):
       evaluated: what was evaluated, by name, for the reader: images, resolution of the
         masks, K, learning rate; JSON values.
       lower_is_better: True for errors.
+      details: more numbers by name, for results.json alone; JSON values.
+      figures: pictures of what the model does, by name.
     """
 
     counts: Float[np.ndarray, "seeds images ..."]
@@ -69,6 +72,8 @@ class Result(NamedTuple):
     unit: str
     evaluated: Mapping[str, Any]
     lower_is_better: bool = False
+    details: Mapping[str, Any] = {}
+    figures: Mapping[str, Figure] = {}
 
     def metrics(self) -> Scores:
         """The metrics, each the mean over the seeds."""

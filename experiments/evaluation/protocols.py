@@ -25,6 +25,8 @@ from sinder_jax.model import Model
 
 PROTOCOLS = {
     "knn": "experiments.evaluation.knn",
+    "segmentation_linear": "experiments.evaluation.segmentation",
+    "segmentation_multiscale": "experiments.evaluation.segmentation",
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from experiments.evaluation.job import Result, Scores
+from experiments.study.photos import unique_names
 from sinder_jax import cli
 from sinder_jax.evals import bootstrap
 from sinder_jax.model import Model
@@ -20,6 +21,7 @@ from sinder_jax.plots import score_plots, style
 from sinder_jax.storage import files
 
 JSON, TABLE, PLOT = "results.json", "results.md", "results.png"
+PICTURES = "pictures"
 Interval = tuple[float, float]
 
 
@@ -101,6 +103,16 @@ def write(out: Path, found: Sequence[Row]) -> None:
     }
     figure = score_plots.scores(points, first.unit)
     files.write(out / PLOT, style.encode(figure, "png"))
+    _write_pictures(out / PICTURES, found)
+
+
+def _write_pictures(folder: Path, found: Sequence[Row]) -> None:
+    """Writes MODEL_NAME.png for each picture of each model."""
+    names = unique_names([Path(row.checkpoint) for row in found])
+    for model, row in zip(names, found, strict=True):
+        for name, figure in row.result.figures.items():
+            folder.mkdir(exist_ok=True)
+            files.write(folder / f"{model}_{name}.png", style.encode(figure, "png"))
 
 
 def as_json(row: Row) -> dict[str, Any]:
@@ -116,6 +128,7 @@ def as_json(row: Row) -> dict[str, Any]:
             n: [_number(x) for x in i] for n, i in row.difference_intervals.items()
         },
         "evaluated": dict(row.result.evaluated),
+        **row.result.details,
     }
 
 

@@ -13,12 +13,12 @@ import os
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from sinder_jax.data import decode, listing
 from sinder_jax.data.augment import Draws
 from sinder_jax.data.masks import IGNORE, Mask
+from sinder_jax.data.opencv import Pixels
 
 HEIGHT, WIDTH = 240, 320  # pixels of a mosaic
 ROWS, COLUMNS = 2, 3  # of its regions
@@ -46,28 +46,17 @@ class Mosaic:
         """Such as "sample:mosaics/train#7"."""
         return f"sample:mosaics/{self.split}#{self.number}"
 
-    def read(self) -> tuple[UInt8[np.ndarray, "height width 3"], Mask]:
+    def stamp(self) -> None:
+        """Nothing: the name tells everything."""
+
+    def read(self) -> tuple[Pixels, Mask]:
         """Draws the mosaic: RGB, and the number of the photograph of each pixel.
 
         Raises:
           FileNotFoundError: the photographs are not installed.
         """
-        draws = Draws(0, self.number)
-        regions, edges = _regions(draws)
-        pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-        mask = np.full((HEIGHT, WIDTH), IGNORE, np.uint8)
-        for region in range(ROWS * COLUMNS):
-            label = draws.below(len(classes()))
-            inside = regions == region
-            rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
-            box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            here = inside[box]
-            quarter = _quarters(label, self.split)[draws.below(2)]
-            texture = _texture(quarter, here.shape, draws)
-            pixels[box][here] = texture[here]
-            mask[box][here] = label
-        mask[edges < 2 * BORDER] = IGNORE
-        return pixels, mask
+        pixels, mask = _drawn(self)
+        return pixels.copy(), mask.copy()
 
 
 def scenes(split: str) -> Sequence[Mosaic]:
@@ -78,6 +67,26 @@ def scenes(split: str) -> Sequence[Mosaic]:
 def classes() -> tuple[str, ...]:
     """One class a photograph, named after it; errors as `listing.sample_images`."""
     return tuple(path.stem for path in listing.sample_images())
+
+
+@functools.lru_cache(maxsize=sum(map(len, NUMBERS.values())))
+def _drawn(mosaic: Mosaic) -> tuple[Pixels, Mask]:
+    draws = Draws(0, mosaic.number)
+    regions, edges = _regions(draws)
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    mask = np.full((HEIGHT, WIDTH), IGNORE, np.uint8)
+    for region in range(ROWS * COLUMNS):
+        label = draws.below(len(classes()))
+        inside = regions == region
+        rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        here = inside[box]
+        quarter = _quarters(label, mosaic.split)[draws.below(2)]
+        texture = _texture(quarter, here.shape, draws)
+        pixels[box][here] = texture[here]
+        mask[box][here] = label
+    mask[edges < 2 * BORDER] = IGNORE
+    return pixels, mask
 
 
 def _regions(draws: Draws) -> tuple[np.ndarray, np.ndarray]:

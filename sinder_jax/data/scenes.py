@@ -58,6 +58,10 @@ class Scene:
         """The photograph's."""
         return self.image.name
 
+    def stamp(self) -> list[tuple[int, int] | None]:
+        """Bytes and time of the last change of both files, see `File.stamp`."""
+        return [self.image.stamp(), self.mask.stamp()]
+
     def read(self) -> tuple[Pixels, masks.Mask]:
         """Decodes both.
 
@@ -300,13 +304,25 @@ def _incomplete(name: str, found: Sequence[int], published: Sequence[int]) -> st
 # --- Checks ---------------------------------------------------------------------------
 
 
+class Survey(NamedTuple):
+    """What the masks of some scenes hold.
+
+    Attributes:
+      largest: label but 255, -1 if there is none.
+      sizes: (height, width) of each mask, in order.
+    """
+
+    largest: int
+    sizes: list[tuple[int, int]]
+
+
 def survey(
     scenes: Iterable[AnyScene],
     num_classes: int = 0,
     *,
     num_threads: int = 4,
     seen: Callable[[int], None] = lambda count: None,
-) -> int:
+) -> Survey:
     """Reads every mask once, before anything is trained on them.
 
     Args:
@@ -315,17 +331,14 @@ def survey(
       num_threads: threads that read.
       seen: told after each mask how many have been read.
 
-    Returns:
-      The largest label but 255, -1 if there is none.
-
     Raises:
       UnreadableImage: a mask cannot be decoded or has another size than its image.
       ValueError: a label beyond the classes; names the file.
     """
 
-    def largest(scene: AnyScene) -> int:
+    def look(scene: AnyScene) -> tuple[int, tuple[int, int]]:
         if isinstance(scene, Mosaic):
-            return len(mosaics.classes()) - 1
+            return len(mosaics.classes()) - 1, (mosaics.HEIGHT, mosaics.WIDTH)
         mask = scene.checked_mask()
         label = int(np.max(mask[mask != masks.IGNORE].astype(int), initial=-1))
         if num_classes and label >= num_classes:
@@ -335,11 +348,13 @@ def survey(
                 f"{num_classes - 1 + scene.zero_is_none} for {num_classes} classes, or "
                 f"{masks.IGNORE} for pixels to ignore"
             )
-        return label
+        height, width = mask.shape
+        return label, (height, width)
 
-    found = -1
+    largest, sizes = -1, []
     with ThreadPoolExecutor(max(num_threads, 1)) as pool:
-        for count, label in enumerate(pool.map(largest, scenes), start=1):
-            found = max(found, label)
+        for count, (label, size) in enumerate(pool.map(look, scenes), start=1):
+            largest = max(largest, label)
+            sizes.append(size)
             seen(count)
-    return found
+    return Survey(largest, sizes)

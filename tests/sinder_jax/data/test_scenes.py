@@ -77,7 +77,7 @@ def test_mosaics_are_found_by_name():
     assert len(found.classes) == 8 and found.train[0].name == "sample:mosaics/train#0"
     names = [scene.name for scene in (*found.train, *found.val)]
     assert len(set(names)) == len(names)
-    assert scenes.survey(found.val[:2], 8) == 7
+    assert scenes.survey(found.val[:2], 8) == (7, [(240, 320)] * 2)
 
 
 # --- Mistakes -------------------------------------------------------------------------
@@ -121,13 +121,14 @@ def test_the_survey_finds_labels_beyond_the_classes(tmp_path):
     root = scene_trees.own(tmp_path, classes=5)
     found = scenes.open_scenes(str(root))
     counted = []
-    assert scenes.survey([*found.train, *found.val], seen=counted.append) == 4
+    survey = scenes.survey([*found.train, *found.val], seen=counted.append)
+    assert survey == (4, [(24, 36)] * 6)
     assert counted == [1, 2, 3, 4, 5, 6]
     said = error_of(scenes.survey, found.train, 4)
     assert "masks/" in said and "got the label 4, expected 0 to 3 for 4 classes" in said
     nothing = np.full((24, 36), 255, np.uint8)
     Image.fromarray(nothing).save(root / "val/masks/0.png")
-    assert scenes.survey(found.val[:1]) == -1
+    assert scenes.survey(found.val[:1]).largest == -1
 
 
 def test_the_survey_counts_ade20k_from_1(tmp_path):

@@ -1,0 +1,71 @@
+"""Pictures of a segmentation: photograph, prediction, truth.
+
+photographs, classes of pixels --scenes--> Figure
+"""
+
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from jaxtyping import UInt8
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from sinder_jax.plots import style
+from sinder_jax.plots.style import Photo
+
+PANEL = 1.6  # inches of a photograph's short side
+MOST_NAMED = 24  # classes in the legend
+IGNORED = (1.0, 1.0, 1.0)
+Classes = UInt8[np.ndarray, "height width"]
+
+
+@style.styled
+def scenes(
+    shown: Sequence[tuple[Photo, Classes, Classes]], names: Sequence[str] = ()
+) -> Figure:
+    """A row for each photograph: the photograph, its prediction, its mask.
+
+    Args:
+      shown: photograph, prediction, and mask in which 255 is ignored, drawn white.
+      names: of the classes; empty: their numbers.
+    """
+    shapes = [photo.shape[:2] for photo, _, _ in shown]
+    tall = [PANEL * height / min(height, width) for height, width in shapes]
+    wide = max(PANEL * width / min(height, width) for height, width in shapes)
+    present = np.unique(np.concatenate([np.append(p, m) for _, p, m in shown]))
+    present = present[present != 255]
+    figure = style.new_figure(3 * wide + 1.4, sum(tall) + 0.3)
+    panels = figure.subplots(len(shown), 3, squeeze=False, height_ratios=tall)
+    for line, (photo, prediction, mask) in zip(panels, shown, strict=True):
+        style.picture(line[0], photo)
+        style.picture(line[1], colored(prediction))
+        style.picture(line[2], colored(mask))
+    for ax, title in zip(panels[0], ("photograph", "prediction", "truth"), strict=True):
+        ax.set_title(title)
+    patches = [
+        Patch(color=_COLORS[k], label=names[k] if names else str(k))
+        for k in present[:MOST_NAMED]
+    ]
+    figure.legend(handles=patches, loc="outside right upper", fontsize=6)
+    return figure
+
+
+def colored(classes: Classes) -> Photo:
+    """A color for each class, the same in every picture; 255 white."""
+    return (255 * _COLORS[classes]).astype(np.uint8)
+
+
+def _palette() -> np.ndarray:
+    """Two palettes of 20 first; beyond them hues at the golden ratio, which recur."""
+    twenty = np.arange(20)
+    palettes = [matplotlib.colormaps[name](twenty) for name in ("tab20", "tab20b")]
+    colors = np.concatenate(palettes)[:, :3]
+    hues = np.arange(256 - len(colors)) * 0.61803398875 % 1
+    hsv = np.stack([hues, np.full_like(hues, 0.7), 0.5 + 0.4 * hues], axis=-1)
+    colors = np.concatenate([colors, matplotlib.colors.hsv_to_rgb(hsv)])
+    colors[255] = IGNORED
+    return colors
+
+
+_COLORS = _palette()
