@@ -27,6 +27,7 @@ PROTOCOLS = {
     "knn": "experiments.evaluation.knn",
     "segmentation_linear": "experiments.evaluation.segmentation",
     "segmentation_multiscale": "experiments.evaluation.segmentation",
+    "linear": "experiments.evaluation.linear",
 }
 
 

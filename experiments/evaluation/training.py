@@ -100,7 +100,7 @@ def train(
       step: the state and a batch -> the state after it, and losses of any shape.
       batches: batch k, k + 1, ... from k on.
       evaluate: run after every `evaluate_every` steps, and after the last one.
-      progress: shows steps and mean loss.
+      progress: shows steps and losses.
       stopping: hears that this start is to stop.
 
     Raises:
@@ -145,7 +145,7 @@ def _loop(
             run.state, newer = step(run.state, batch)
             run.done += 1
             if losses is not None:  # waits for the step before, not for this one
-                progress.at(run.done - 1, f"loss {np.mean(np.asarray(losses)):.3f}")
+                progress.at(run.done - 1, _shown(losses))
             losses = newer
             last, every = run.done == plan.total, plan.evaluate_every
             if last or (every and run.done % every == 0):
@@ -156,6 +156,12 @@ def _loop(
             if stopping.asked and not last:
                 run.save()
                 raise Stopped(stopping.asked)
+
+
+def _shown(losses: Any) -> str:
+    """Such as "loss 1.230", or of several heads "loss 0.012 to 7.605"."""
+    values = np.unique(np.asarray(losses))
+    return "loss " + " to ".join(f"{x:.3f}" for x in values[[0, -1]][: len(values)])
 
 
 class _Run:
