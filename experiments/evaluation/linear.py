@@ -2,7 +2,7 @@
 
     train --random crops, tokens of the last four blocks--> 4 kinds of features
     features --13 learning rates each, trained at once--> 52 heads
-    val --center crop, tokens, kept--> top-1 and top-5 of every head; the best one counts
+    val --center crop, tokens, kept--> top-1 and top-5 of every head; the best counts
 
 Source: dinov2/eval/linear.py, SINDER's appendix G.4. The tokens are float32, where the
 original computes them in float16; a pass over the training images is one permutation,
@@ -23,7 +23,7 @@ from experiments.evaluation import images, training
 from experiments.evaluation.job import Job, Result, Scores, model_key
 from sinder_jax import families, placement
 from sinder_jax.data import augment, decode, labelled, listing, reading
-from sinder_jax.data.labelled import Classes, Splits
+from sinder_jax.data.labelled import Splits
 from sinder_jax.data.listing import Photograph
 from sinder_jax.evals import features, linear
 from sinder_jax.evals.linear import KINDS, Heads, Kind
@@ -323,7 +323,9 @@ def _counts(data: Data, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, s
     """
     heads = len(data.learning_rates)
     right = np.stack([arrays[f"top{top}"] for top in TOP], axis=-1)  # [52, n, 2]
-    by_kind = dict(zip(KINDS, right.reshape(len(KINDS), heads, *right.shape[1:]), strict=True))
+    by_kind = dict(
+        zip(KINDS, right.reshape(len(KINDS), heads, *right.shape[1:]), strict=True)
+    )
     accuracy = {kind: each[..., 0].mean(axis=1) for kind, each in by_kind.items()}
     kind, number = linear.best(accuracy)
     chosen = [by_kind[kind][number]]

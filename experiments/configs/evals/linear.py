@@ -27,7 +27,9 @@ def get_config() -> ConfigDict:
     # Training. The learning rate of a head is that below times images_per_step / 256.
     config.iterations = 0  # 0: 12,500, ten of the original's epochs; crops 30
     config.images_per_step = 0  # 0: 1,024 on all devices together; crops 32
-    config.learning_rates = "1e-5,2e-5,5e-5,1e-4,2e-4,5e-4,1e-3,2e-3,5e-3,0.01,0.02,0.05,0.1"
+    config.learning_rates = (
+        "1e-5,2e-5,5e-5,1e-4,2e-4,5e-4,1e-3,2e-3,5e-3,0.01,0.02,0.05,0.1"
+    )
     config.seeds = 1  # trainings, each with its own start, crops and order
     config.evaluate_every = 0  # iterations; 0: a tenth of them
     config.save_every = 250  # iterations
