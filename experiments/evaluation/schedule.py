@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from sinder_jax.data import decode
 from sinder_jax.data.scenes import MOSAICS
 from sinder_jax.evals.segmentation import SegmentationOptions
 
@@ -70,7 +71,8 @@ def settle(config: ConfigDict) -> Schedule:
     crop = values["crop"]
     if not config.stride:  # the same share of the crop
         values["stride"] = crop * published["stride"] // published["crop"]
-    _check("crop", crop, crop >= 1, "at least 1")
+    most = decode.LARGEST_SIDE
+    _check("crop", crop, 1 <= crop <= most, f"1 to {most}")
     _check("stride", values["stride"], 1 <= values["stride"] <= crop, f"1 to {crop}")
     low, high = config.least_ratio, config.greatest_ratio
     _check("least_ratio", low, 0 < low <= high, f"above 0 and at most {high}")
@@ -78,9 +80,10 @@ def settle(config: ConfigDict) -> Schedule:
     _check("mode", config.mode, config.mode in MODES, " or ".join(MODES))
     for key in ("iterations", "images_per_step"):
         _check(key, values[key], values[key] >= 1, "at least 1")
-    for key in ("blocks", "seeds", "save_every"):
+    for key in ("blocks", "seeds", "save_every", "batch_size"):
         _check(key, config[key], config[key] >= 1, "at least 1")
-    _check("pictures", config.pictures, config.pictures >= 0, "at least 0")
+    for key in ("pictures", "resamples", "read_threads", "read_workers"):
+        _check(key, config[key], config[key] >= 0, "at least 0")
     total = values["iterations"]
     options = SegmentationOptions(
         total_steps=total,

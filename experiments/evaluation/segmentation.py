@@ -324,7 +324,7 @@ def predictions(
         logits,
         source.statistics,
         source.patch,
-        batch=job.config.batch_size * jax.device_count(),
+        batch=job.config.batch_size * len(jax.devices()),
     )
     return sliding.predict(
         model,

@@ -8,7 +8,7 @@ All of it is NumPy in int64 and float64: JAX counts in int32 unless x64 is enabl
 the pixels of ADE20k's validation set alone are more than 2**31.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -139,7 +139,7 @@ def match_clusters(matrix: ArrayLike) -> Int64[np.ndarray, " K"]:
     return matched
 
 
-def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: Any, whole: Any) -> Any:
     return np.divide(part, whole, out=np.full_like(whole, np.nan), where=whole > 0)
 
 

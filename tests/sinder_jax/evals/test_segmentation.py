@@ -7,8 +7,8 @@ from torch import nn
 
 from samples import error_of
 from sinder_jax import placement
-from sinder_jax.data import scene_crops
-from sinder_jax.evals import segmentation
+from sinder_jax.data import masks, scene_crops
+from sinder_jax.evals import metrics, segmentation
 from sinder_jax.evals.segmentation import SegmentationOptions, windows
 
 PUBLISHED = SegmentationOptions()
@@ -333,3 +333,47 @@ def test_options_out_of_range_are_refused():
         SegmentationOptions, total_steps=9, warmup_steps=10
     )
     assert "classes" in error_of(segmentation.init, jax.random.key(0), 3, 1)
+
+
+# --- Scores ---------------------------------------------------------------------------
+
+
+def test_the_specifications_scores():
+    predictions = np.array([[0, 0, 1], [2, 2, 1]])
+    labels = masks.without_zero(np.array([[1, 2, 2], [3, 0, 1]], np.uint8))
+    assert labels.tolist() == [[0, 1, 1], [2, 255, 0]]
+    scores = metrics.segmentation_scores(
+        metrics.confusion_matrix(labels, predictions, 4)
+    )
+    np.testing.assert_allclose(scores.iou, [1 / 3, 1 / 3, 1, np.nan])
+    assert scores.miou == pytest.approx(5 / 9)
+    assert scores.macc == pytest.approx(2 / 3)
+    assert scores.aacc == pytest.approx(0.6)
+
+
+def test_scores_equal_scikit_learn():
+    """Of masks with ignored pixels; class 5 in no label, 6 in nothing at all."""
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    matrix, seen = np.zeros((7, 7), np.int64), []
+    for _ in range(5):
+        labels, predictions = rng.integers(0, 5, (40, 50)), rng.integers(0, 6, (40, 50))
+        labels[rng.random(labels.shape) < 0.2] = 255
+        matrix += metrics.confusion_matrix(labels, predictions, 7)
+        seen.append((labels, predictions))
+    labels, predictions = (
+        np.concatenate([x.ravel() for x in xs]) for xs in zip(*seen, strict=True)
+    )
+    valid = labels != 255
+    labels, predictions = labels[valid], predictions[valid]
+    want = sklearn.confusion_matrix(labels, predictions, labels=range(7))
+    assert np.array_equal(matrix, want)
+    iou = sklearn.jaccard_score(labels, predictions, labels=range(6), average=None)
+    scores = metrics.segmentation_scores(matrix)
+    np.testing.assert_allclose(scores.iou[:6], iou, rtol=1e-12)
+    assert np.isnan(scores.iou[6])
+    assert scores.miou == pytest.approx(iou.mean(), rel=1e-12)
+    recall = sklearn.recall_score(labels, predictions, labels=range(5), average="macro")
+    assert scores.macc == pytest.approx(recall, rel=1e-12)
+    accuracy = sklearn.accuracy_score(labels, predictions)
+    assert scores.aacc == pytest.approx(accuracy, rel=1e-12)
