@@ -209,7 +209,7 @@ def scene_of(number: int, count: int, per_step: int, seed: int) -> int:
 
 
 def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
-    """Trains one head; resumes where an earlier start was stopped."""
+    """Trains one head, from where an earlier start was stopped; on the host."""
     data: Data = job.data
     schedule, config = data.schedule, job.config
     per_step = schedule.images_per_step
@@ -248,7 +248,7 @@ def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
         evaluate_every=0,
         label=f"training {name}",
     )
-    return training.train(
+    trained = training.train(
         plan,
         placement.replicate(start, devices[:count]),
         step,
@@ -256,7 +256,8 @@ def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
         _nothing,
         progress=job.progress,
         stopping=job.stopping,
-    ).state
+    )
+    return jax.tree.map(np.asarray, trained.state)
 
 
 def _nothing(state: Any) -> training.Evaluation:
@@ -275,7 +276,6 @@ def evaluate(
 
     Kept in files of `AT_ONCE` images, for a start after a kill.
     """
-    state = jax.tree.map(np.asarray, state)
     found = job.data.found.val
     job.progress.begin(f"predicting by {name}", len(found))
     areas: list[np.ndarray] = []
