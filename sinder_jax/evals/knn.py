@@ -24,8 +24,9 @@ from sinder_jax import placement
 KS = (10, 20, 100, 200)  # SINDER's, appendix G.3
 TEMPERATURE = 0.07
 LEAST_NORM = 1e-12  # a zero feature has cosine 0 with everything
-TILE = 8192  # rows of the bank that a device compares at a time
-QUERIES = 512  # with so many queries at a time
+TILE = 65_536  # rows of the bank that a device compares at a time ...
+QUERIES = 256  # ... with so many queries
+GROUP = 16  # rows, of which the largest cosine is looked at first
 
 
 class Neighbors(NamedTuple):
@@ -138,6 +139,7 @@ def neighbors(
       ValueError: shapes that do not fit, k beyond the bank, a feature that is not
         finite.
     """
+    bank, queries = np.asarray(bank), np.asarray(queries)  # no copy of a memory map
     if bank.ndim != 2 or queries.ndim != 2 or bank.shape[1] != queries.shape[1]:
         raise ValueError(
             f"got a bank {bank.shape} and queries {queries.shape}, expected [N, D] and "
@@ -147,7 +149,7 @@ def neighbors(
     sharding = placement.over(devices)
     mesh, _ = placement.axis_of(sharding)
     part = -(-len(bank) // mesh.size)  # rows of a device
-    tile = min(tile, part)
+    tile = min(-(-tile // GROUP), -(-part // GROUP)) * GROUP
     together = min(QUERIES, max(1, len(queries)))
     placed = jax.device_put(
         _tiled(_finite(queries, "query"), together),
@@ -220,7 +222,10 @@ def _make_step(mesh: Any) -> Any:
 
 
 def _normalized(features: Float[Array, "n D"]) -> Float[Array, "n D"]:
-    norm = jnp.linalg.norm(features, axis=-1, keepdims=True)
+    """Rows of length 1; squares of huge features would overflow, hence the scale."""
+    largest = jnp.max(jnp.abs(features), axis=-1, keepdims=True)
+    scale = jnp.where(largest > 0, largest, 1)
+    norm = scale * jnp.linalg.norm(features / scale, axis=-1, keepdims=True)
     return features / jnp.maximum(norm, LEAST_NORM)
 
 
@@ -232,11 +237,31 @@ def _keep(
 ) -> tuple[Float[Array, "q k"], Int[Array, "q k"]]:
     """The k best of those before and those of a tile; of equal ones, the earlier."""
     k = cosines.shape[1]
-    rows = jnp.broadcast_to(jnp.arange(product.shape[1])[None] + first, product.shape)
-    joined = jnp.concatenate([cosines, product], axis=1)
-    where = jnp.concatenate([indices, rows], axis=1)
+    some, rows = _candidates(product, k)
+    joined = jnp.concatenate([cosines, some], axis=1)
+    where = jnp.concatenate([indices, rows + first], axis=1)
     best, places = lax.top_k(joined, k)
     return best, jnp.take_along_axis(where, places, axis=1)
+
+
+def _candidates(
+    product: Float[Array, "q rows"], k: int
+) -> tuple[Float[Array, "q some"], Int[Array, "q some"]]:
+    """Cosines and rows, in the order of the rows, that hold the k best of a tile.
+
+    They are those of the k groups with the largest maxima. Before any row of another
+    group come these k maxima: each is larger or, as `top_k` prefers the earlier of
+    equal groups, equal and earlier.
+    """
+    count = product.shape[1]
+    if count % GROUP or count // GROUP < 2 * k:  # too few to gain by it
+        return product, jnp.broadcast_to(jnp.arange(count)[None], product.shape)
+    grouped = product.reshape(len(product), -1, GROUP)
+    _, chosen = lax.top_k(jnp.max(grouped, axis=2), k)
+    chosen = jnp.sort(chosen, axis=1)[:, :, None]
+    rows = chosen * GROUP + jnp.arange(GROUP)[None, None]
+    some = jnp.take_along_axis(grouped, chosen, axis=1)
+    return some.reshape(len(product), -1), rows.reshape(len(product), -1)
 
 
 def _merged(

@@ -110,7 +110,7 @@ def scores_of_areas(
         np.asarray(x, np.float64) for x in (hits, labeled, predicted)
     )
     iou = _ratio(hit, label + prediction - hit)
-    aacc = _ratio(hit.sum(), label.sum())
+    aacc = _ratio(hit.sum(keepdims=True), label.sum(keepdims=True))[0]
     return SegmentationScores(_mean(iou), _mean(_ratio(hit, label)), float(aacc), iou)
 
 

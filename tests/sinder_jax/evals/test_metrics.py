@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from samples import error_of
+from sinder_jax.evals import metrics
+
+# Spec segmentation.md, section 10: an ADE20k label, whose 0 is ignored.
+PREDICTED = np.array([[0, 0, 1], [2, 2, 1]])
+LABELED = np.array([[0, 1, 1], [2, 255, 0]])
+
+
+def noise(classes=6, shape=(40, 50), seed=0):
+    """Labels with ignored pixels, and predictions; the last class is in neither."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes - 1, shape).astype(np.uint8)
+    labels[rng.random(shape) < 0.1] = 255
+    return labels, rng.integers(0, classes - 1, shape)
+
+
+def test_the_spec_s_example_gives_its_scores():
+    matrix = metrics.confusion_matrix(LABELED, PREDICTED, 4)
+    assert matrix.dtype == np.int64 and matrix.sum() == 5
+    found = metrics.segmentation_scores(matrix)
+    np.testing.assert_allclose(found.iou, [1 / 3, 1 / 3, 1, np.nan])
+    expected = (5 / 9, 2 / 3, 3 / 5)
+    assert (found.miou, found.macc, found.aacc) == pytest.approx(expected, rel=1e-15)
+
+
+def test_counts_are_scikit_learn_s():
+    oracle = pytest.importorskip("sklearn.metrics")
+    labels, predictions = noise()
+    valid = labels != 255
+    expected = oracle.confusion_matrix(
+        labels[valid], predictions[valid], labels=range(6)
+    )
+    found = metrics.confusion_matrix(labels, predictions, 6)
+    np.testing.assert_array_equal(found, expected)
+    scores = metrics.segmentation_scores(found)
+    iou = oracle.jaccard_score(labels[valid], predictions[valid], average=None)
+    assert abs(scores.miou - iou.mean()) < 1e-12  # which leaves the absent class out
+    accuracy = oracle.balanced_accuracy_score(labels[valid], predictions[valid])
+    assert abs(scores.macc - accuracy) < 1e-12
+
+
+def test_matrices_of_images_add_up():
+    labels, predictions = noise()
+    whole = metrics.confusion_matrix(labels, predictions, 6)
+    parts = [
+        metrics.confusion_matrix(*pair, 6)
+        for pair in zip(labels, predictions, strict=True)
+    ]
+    np.testing.assert_array_equal(sum(parts), whole)
+
+
+def test_a_class_that_is_only_predicted_counts_as_0():
+    found = metrics.segmentation_scores([[3, 1], [0, 0]])
+    np.testing.assert_allclose(found.iou, [0.75, 0])
+    assert (found.miou, found.macc) == (0.375, 0.75)  # no pixel is labeled 1
+
+
+def test_no_labeled_pixel_gives_nan():
+    found = metrics.segmentation_scores(np.zeros((3, 3), int))
+    assert np.isnan([found.miou, found.macc, found.aacc, *found.iou]).all()
+
+
+def test_minus_1_can_be_what_is_ignored():
+    matrix = metrics.confusion_matrix([-1, 0, 1], [9, 0, 0], 2, ignore=-1)
+    np.testing.assert_array_equal(matrix, [[1, 0], [1, 0]])
+
+
+@pytest.mark.parametrize(
+    "labels, predictions, message",
+    [
+        ([0, 3], [0, 0], "got the label 3, expected 0 to 2 or 255 (ignored)"),
+        ([0, -1], [0, 0], "got the label -1, expected 0 to 2 or 255 (ignored)"),
+        ([0, 1], [0, 3], "got the prediction 3, expected 0 to 2"),
+        ([0, 1], [0], "got labels (2,) and predictions (1,), expected the same shape"),
+        ([0.0, 1], [0, 1], "got labels of float64, expected integers"),
+    ],
+)
+def test_what_is_no_class_raises(labels, predictions, message):
+    found = error_of(metrics.confusion_matrix, labels, predictions, 3)
+    assert message in found
+
+
+def test_clusters_are_matched_as_by_trying_all():
+    matrix = np.random.default_rng(3).integers(0, 100, (4, 4))
+    matched = metrics.match_clusters(matrix)
+    assert sorted(matched) == [0, 1, 2, 3]
+    hits = matrix[matched, range(4)].sum()
+    import itertools
+
+    best = max(
+        matrix[list(p), range(4)].sum() for p in itertools.permutations(range(4))
+    )
+    assert hits == best
+
+
+def test_clusters_left_over_have_no_class():
+    matched = metrics.match_clusters([[0, 9, 1], [5, 8, 0]])
+    assert matched.tolist() == [1, 0, -1]
+    assert metrics.match_clusters([[0, 1], [9, 0], [8, 0]]).tolist() == [1, 0]
