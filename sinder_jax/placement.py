@@ -89,9 +89,9 @@ def over(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
 
-def everywhere(devices: Sequence[jax.Device] | None = None) -> NamedSharding:
-    """The sharding that gives each device the whole of an array."""
-    return NamedSharding(over(devices).mesh, PartitionSpec())
+def first() -> jax.Device:
+    """The device that takes the first images, for what needs no second one."""
+    return over().mesh.devices.flat[0]
 
 
 def axis_of(sharding: NamedSharding) -> tuple[Any, str]:
@@ -152,10 +152,10 @@ def replicate(
       devices: as for `repair.make_pmapped_step`.
       copy: if False, a single device may take over the memory of `tree`.
     """
-    whole = everywhere(devices)
-    if whole.num_devices == 1 and not copy:
-        return jax.device_put(tree, whole)
-    return jax.tree.map(lambda x: _put(x, whole), tree)
+    everywhere = NamedSharding(over(devices).mesh, PartitionSpec())
+    if everywhere.num_devices == 1 and not copy:
+        return jax.device_put(tree, everywhere)
+    return jax.tree.map(lambda x: _put(x, everywhere), tree)
 
 
 def _put(x: Any, sharding: NamedSharding) -> Array:

@@ -27,12 +27,11 @@ from sinder_jax.storage import feature_store
 LEAST_CHUNK = 64  # images whose features are written at a time, in whole groups
 
 
-def check_options(config: ConfigDict, models: Sequence[Model]) -> None:
-    """Refuses settings of the features that no pass could run with.
+def check_common(config: ConfigDict) -> None:
+    """Refuses settings of every protocol that no pass could run with.
 
     Raises:
-      ValueError: a number out of range, an image that is not whole patches of each
-        model.
+      ValueError: a number out of range; names the key.
     """
     for name, least in (
         ("batch_size", 1),
@@ -44,6 +43,11 @@ def check_options(config: ConfigDict, models: Sequence[Model]) -> None:
             raise ValueError(
                 f"config.{name}: got {config[name]}, expected at least {least}"
             )
+
+
+def check_options(config: ConfigDict, models: Sequence[Model]) -> None:
+    """As `check_common`; `config.image_size` must be whole patches of each model."""
+    check_common(config)
     for model in models:
         size = model.config.patch_size
         decode.check_side("config.image_size", config.image_size, size)

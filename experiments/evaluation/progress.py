@@ -49,7 +49,7 @@ class Progress:
         self._began = self._shown = time.monotonic()
         self._task = self._bars.add_task(label, total=total, completed=done, note="")
         if not self._console.is_terminal:
-            resumed = f" (resumed after {done})" if done else ""
+            resumed = f", {done} done already" if done else ""
             self.say(f"{label}: {total}{resumed}")
 
     def at(self, done: int, note: str = "") -> None:

@@ -25,9 +25,10 @@ from sinder_jax.model import Model
 
 PROTOCOLS = {
     "knn": "experiments.evaluation.knn",
+    "linear": "experiments.evaluation.linear",
     "segmentation_linear": "experiments.evaluation.segmentation",
     "segmentation_multiscale": "experiments.evaluation.segmentation",
-    "linear": "experiments.evaluation.linear",
+    "depth": "experiments.evaluation.depth",
 }
 
 

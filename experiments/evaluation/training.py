@@ -149,13 +149,26 @@ def _loop(
             losses = newer
             last, every = run.done == plan.total, plan.evaluate_every
             if last or (every and run.done % every == 0):
-                run.keep(evaluate(run.state))
-                run.save()
+                _evaluate(run, evaluate, progress)
             elif run.done % plan.save_every == 0:
                 run.save()
             if stopping.asked and not last:
                 run.save()
                 raise Stopped(stopping.asked)
+
+
+def _evaluate(
+    run: "_Run", evaluate: Callable[[Any], Evaluation], progress: Progress
+) -> None:
+    run.keep(evaluate(run.state))
+    run.save()
+    if summary := run.history[run.done]:
+        told = ", ".join(
+            f"{k} {np.nan if x is None else x:.4g}" for k, x in summary.items()
+        )
+        progress.say(f"{run.plan.label}, {run.done} steps: {told}")
+    if run.done < run.plan.total:  # the evaluation may have shown its own progress
+        progress.begin(run.plan.label, run.plan.total, run.done)
 
 
 def _shown(losses: Any) -> str:

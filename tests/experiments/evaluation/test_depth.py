@@ -1,0 +1,114 @@
+"""The protocol `depth` from its command line, on a small tree like NYU Depth v2's."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+import nyu_tree
+from benchmarks import synthetic
+from experiments import evaluate
+from experiments.evaluation import depth as protocol
+from experiments.evaluation.progress import Progress
+from samples import error_of
+from sinder_jax import checkpoint, cli, vit
+
+TINY = vit.ViTConfig(16, 4, 1, "mlp", img_size=28)
+SHORT = {
+    "iterations": 6,
+    "images_per_step": 2,
+    "evaluate_every": 3,
+    "save_every": 2,
+    "lr": 0.01,
+    "read_threads": 1,
+    "resamples": 20,
+}
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with a checkpoint `tiny` and a tree `nyu`."""
+    folder = tmp_path_factory.mktemp("given")
+    checkpoint.save(folder / "tiny", TINY, synthetic.random_params(TINY))
+    nyu_tree.write(folder / "nyu")
+    return folder
+
+
+def command(given, out, **changes):
+    settings = {"data": given / "nyu", **SHORT, **changes}
+    return [
+        "--config=depth.py",
+        f"--checkpoint={given / 'tiny'}",
+        f"--workdir={out}",
+        *(f"--config.{key}={value}" for key, value in settings.items()),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(given, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert evaluate.main(command(given, out)) == 0
+    return out
+
+
+def test_errors_are_reported_in_meters(whole):
+    (row,) = json.loads((whole / "results.json").read_text())
+    assert row["protocol"] == "depth"
+    assert list(row["metrics"]) == list(protocol.METRICS)
+    assert 0 < row["metrics"]["rmse"] < 5
+    assert row["evaluated"]["images"] == 2
+    assert row["evaluated"]["rmse where abs_rel was least"].endswith(" iterations")
+    assert "Lower is better" in (whole / "results.md").read_text()
+
+
+def test_a_stopped_training_resumes_on_another_number_of_devices(
+    given, whole, tmp_path, monkeypatch
+):
+    out, at = tmp_path / "out", Progress.at
+
+    def stop_at(self, done, note=""):
+        if note and done == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        at(self, done, note)
+
+    monkeypatch.setattr(Progress, "at", stop_at)
+    assert evaluate.main(command(given, out)) == cli.TRY_AGAIN
+    monkeypatch.setattr(Progress, "at", at)
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: first)
+    assert evaluate.main(command(given, out)) == 0
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_an_image_without_a_known_pixel_is_left_out_of_the_mean():
+    scores = np.array([[1.0] * 9, [np.nan] * 9, [3.0] * 9])
+    counts = protocol._counts(scores)
+    assert protocol.score(counts.sum(axis=0), 3) == dict.fromkeys(protocol.METRICS, 2)
+
+
+def test_the_best_evaluation_is_that_with_the_least_abs_rel():
+    history = {
+        10: {"abs_rel": 0.3, "rmse": 0.1},
+        20: {"abs_rel": 0.1, "rmse": 0.4},
+        30: {"abs_rel": None, "rmse": None},
+    }
+    assert protocol.best(history) == "0.400 m after 20 iterations"
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"layers": 2}, "layers=2, expected 1 or 4"),
+        ({"images_per_step": 3}, "config.images_per_step: got 3"),
+        ({"iterations": 0}, "config.iterations: got 0"),
+        ({"max_depth": 0.0}, "max_depth=0.0"),
+        ({"batch_size": 0}, "config.batch_size: got 0"),
+        ({"data": ""}, "no data given"),
+    ],
+)
+def test_settings_out_of_range_are_refused(given, tmp_path, changes, told):
+    assert told in error_of(evaluate.main, command(given, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
