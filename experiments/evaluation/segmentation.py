@@ -6,30 +6,25 @@
 Source: dinov2/eval/segmentation, run by mmsegmentation 0.27; SINDER's appendix G.5.
 """
 
-import dataclasses
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
+from experiments.evaluation import scene_training, sliding
 from experiments.evaluation import schedule as schedules
-from experiments.evaluation import sliding, training
 from experiments.evaluation.job import Job, Result, Scores
-from experiments.evaluation.schedule import Schedule
+from experiments.evaluation.progress import Progress
+from experiments.evaluation.scene_training import Backbone, Data
 from experiments.evaluation.sliding import Predicted
 from experiments.study.cache import read_arrays, write_arrays
-from sinder_jax import cli, families, placement
-from sinder_jax.data import masks, reading, scene_crops, scenes
-from sinder_jax.data.augment import Draws, shuffled
-from sinder_jax.data.scene_crops import Crop, Examples
+from sinder_jax import cli
+from sinder_jax.data import masks, scenes
 from sinder_jax.data.scenes import AnyScene, Scenes
 from sinder_jax.evals import features, metrics, segmentation
 from sinder_jax.model import Model
@@ -37,29 +32,6 @@ from sinder_jax.plots import scene_plots
 
 NAMES = ("miou", "macc", "aacc")
 AT_ONCE = 32  # images predicted between two files of areas
-
-
-class Data(NamedTuple):
-    """What `prepare` found.
-
-    Attributes:
-      found: the scenes.
-      num_classes: labels are below it.
-      sizes: (height, width) of the validation masks.
-      schedule: how a head is trained and applied.
-    """
-
-    found: Scenes
-    num_classes: int
-    sizes: Sequence[tuple[int, int]]
-    schedule: Schedule
-
-    @property
-    def digest(self) -> str:
-        """Of the names, sizes and times of all files."""
-        every = (*self.found.train, *self.found.val)
-        facts = [[each.name, each.stamp()] for each in every]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 # --- Before anything is computed ------------------------------------------------------
@@ -99,9 +71,13 @@ def _check_masks(
             f"config.num_classes: got {given}, but {config.data} has {named} classes"
         )
     known = given or named
-    largest, sizes = scenes.survey(
-        [*found.train, *found.val], known, num_threads=config.read_threads
-    )
+    every = [*found.train, *found.val]
+    with Progress() as progress:
+        progress.begin("checking masks", len(every))
+        largest, sizes = scenes.survey(
+            every, known, num_threads=config.read_threads, seen=progress.at
+        )
+        progress.end()
     count = known or largest + 1
     if not 2 <= count <= masks.MOST_CLASSES:
         raise ValueError(
@@ -110,160 +86,6 @@ def _check_masks(
             f"{masks.IGNORE} only for pixels to ignore"
         )
     return count, sizes
-
-
-# --- Features -------------------------------------------------------------------------
-
-
-class Backbone(NamedTuple):
-    """What a head is trained on.
-
-    Attributes:
-      features: normalized images, whole patches -> [n, h, w, channels].
-      channels: of the features.
-      patch: pixels of a patch.
-      statistics: of the images that the model was trained on.
-    """
-
-    features: Callable[[Any], Array]
-    channels: int
-    patch: int
-    statistics: families.Statistics
-
-
-def backbone(config: ConfigDict, model: Model) -> Backbone:
-    """Patch tokens of the last blocks, oldest first, after the final norm."""
-    architecture = model.config
-    extract = features.make_extract(
-        architecture,
-        model.params,
-        blocks=features.last_blocks(architecture, config.blocks),
-        of=_side_by_side,
-        batch_axis=0,
-        group=config.batch_size,
-        precision=config.matmul_precision,
-    )
-    return Backbone(
-        extract,
-        config.blocks * architecture.embed_dim,
-        architecture.patch_size,
-        families.of(architecture).statistics,
-    )
-
-
-def _side_by_side(found: features.BlockFeatures) -> Array:
-    return jnp.concatenate(list(found.patches), axis=-1)
-
-
-def raw_colors(model: Model) -> Backbone:
-    """The normalized pixels of each patch: what a model has to be better than."""
-    patch = model.config.patch_size
-
-    def pixels(images: Any) -> Array:
-        n, height, width, colors = images.shape
-        cells = jnp.asarray(images).reshape(
-            n, height // patch, patch, width // patch, patch, colors
-        )
-        cells = jnp.transpose(cells, (0, 1, 3, 2, 4, 5))
-        return cells.reshape(n, height // patch, width // patch, -1)
-
-    statistics = families.of(model.config).statistics
-    return Backbone(pixels, 3 * patch**2, patch, statistics)
-
-
-# --- Training -------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ReadCrop:
-    """Makes the `number`-th training crop; workers get a copy."""
-
-    found: Sequence[AnyScene]
-    schedule: Schedule
-    seed: int
-
-    def __call__(self, number: int) -> Crop:
-        """Raises UnreadableImage: a training leaves no image out."""
-        index = scene_of(
-            number, len(self.found), self.schedule.images_per_step, self.seed
-        )
-        pixels, mask = self.found[index].read()
-        return scene_crops.random_crop(
-            pixels,
-            mask,
-            Draws(self.seed, number),
-            size=self.schedule.crop,
-            ratios=self.schedule.train_ratios,
-        )
-
-
-def scene_of(number: int, count: int, per_step: int, seed: int) -> int:
-    """Which of `count` scenes is the `number`-th of a training.
-
-    Each pass is in an order of its own. What is left of a pass beyond whole steps is
-    dropped, as by mmsegmentation's loader.
-    """
-    step, within = divmod(number, per_step)
-    passes, step = divmod(step, count // per_step)
-    return shuffled(passes * count + step * per_step + within, count, seed)
-
-
-def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
-    """Trains one head, from where an earlier start was stopped; on the host."""
-    data: Data = job.data
-    schedule, config = data.schedule, job.config
-    per_step = schedule.images_per_step
-    # Devices that divide a step; any number of them gives the same bits.
-    devices = list(placement.over().mesh.devices.ravel())
-    count = max(n for n in range(1, len(devices) + 1) if per_step % n == 0)
-    sharding = placement.over(devices[:count])
-    run = segmentation.make_step(schedule.options, sharding)
-    padding = segmentation.center_padding(schedule.crop, source.patch)
-
-    def step(state: Any, batch: Examples) -> tuple[Any, Array]:
-        found = jax.device_put(source.features(batch.images), sharding)
-        return run(state, found, jax.device_put(batch.labels, sharding))
-
-    def batches(first: int) -> Generator[Examples, None, None]:
-        return reading.read_ahead(
-            ReadCrop(data.found.train, schedule, seed),
-            functools.partial(
-                scene_crops.collate,
-                size=schedule.crop,
-                padding=padding,
-                statistics=source.statistics,
-            ),
-            per_step,
-            start=first * per_step,
-            num_threads=config.read_threads,
-            num_workers=config.read_workers,
-        )
-
-    start = segmentation.init(jax.random.key(seed), source.channels, data.num_classes)
-    plan = training.Plan(
-        folder=job.folder / name / "head",
-        key={"seed": seed, "channels": source.channels, "scenes": data.digest},
-        total=schedule.options.total_steps,
-        save_every=config.save_every,
-        evaluate_every=0,
-        label=f"training {name}",
-    )
-    trained = training.train(
-        plan,
-        placement.replicate(start, devices[:count]),
-        step,
-        batches,
-        _nothing,
-        progress=job.progress,
-        stopping=job.stopping,
-    )
-    return jax.tree.map(np.asarray, trained.state)
-
-
-def _nothing(state: Any) -> training.Evaluation:
-    """A head is evaluated apart: that takes longer than what a kill may cost."""
-    del state
-    return training.Evaluation({}, {})
 
 
 # --- Evaluation -----------------------------------------------------------------------
@@ -338,16 +160,16 @@ def predictions(
 def run(job: Job) -> Result:
     """Trains a head from every seed, and evaluates it on the validation images."""
     config, data = job.config, job.data
-    sources = {"": backbone(config, job.model)}
+    sources = {"": scene_training.backbone(config, job.model)}
     if config.raw_colors:
-        sources["raw_color_"] = raw_colors(job.model)
+        sources["raw_color_"] = scene_training.raw_colors(job.model)
     counts = []
     figures: dict[str, Figure] = {}
     for seed in range(config.seed, config.seed + config.seeds):
         of_seed = []
         for prefix, source in sources.items():
             name = f"{prefix}seed{seed}"
-            state = train(job, source, name, seed)
+            state = scene_training.train(job, source, name, seed)
             of_seed.append(evaluate(job, source, name, state))
             if config.pictures and not figures:
                 part = data.found.val[: config.pictures]
@@ -417,7 +239,7 @@ def evaluated(job: Job) -> dict[str, Any]:
         "learning rate": options.lr,
         "windows": window,
         "ratios": " ".join(f"{ratio:g}" for ratio in schedule.ratios),
-        "mirrored, too": config.flip,
+        "flip": config.flip,
         "seeds": config.seeds,
     }
 

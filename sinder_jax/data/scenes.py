@@ -142,14 +142,19 @@ def open_scenes(spec: str, *, train_list: str = "train") -> Scenes:
             MOSAICS, mosaics.scenes("train"), mosaics.scenes("val"), mosaics.classes()
         )
     kind, colon, rest = spec.partition(":")
+    if colon and kind == "tfds":
+        raise ValueError(
+            f"{spec}: got a dataset of TFDS, which has neither the masks of ADE20k "
+            "(scene_parse150 holds instances of other classes) nor those of VOC2012 "
+            f"(voc holds boxes); config.data takes {KINDS}"
+        )
     root = paths.as_path(rest if colon and kind == "folder" else spec)
     with paths.answering(root):
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}; config.data takes {KINDS}")
         tree = _tree_of(root)
     if tree is None:
-        expected = KINDS.replace("DATA", str(root))
-        raise FileNotFoundError(f"{root} has no images with masks: expected {expected}")
+        raise FileNotFoundError(f"{root} has no images with masks: expected {KINDS}")
     what, folder = tree
     if what == "voc":
         return _voc(folder, train_list)
@@ -221,10 +226,7 @@ def _voc_list(root: AnyPath, name: str) -> list[Scene]:
     listed = folder / f"{name}.txt"
     if not listed.exists():
         there = ", ".join(sorted(each for each in paths.names(folder))) or "nothing"
-        raise FileNotFoundError(
-            f"no list {listed}: expected {VOC.replace('DATA', str(root))}; "
-            f"{folder} has {there}"
-        )
+        raise FileNotFoundError(f"no list {listed}: {folder} has {there}")
     stems = listed.read_text().split()
     if not stems:
         raise ValueError(f"{listed} names no image")

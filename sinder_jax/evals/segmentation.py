@@ -323,25 +323,7 @@ def make_step(
         mesh, axis = placement.axis_of(sharding)
 
     def step(state, features, labels):
-        pixels = labels.size
-        if axis is not None:
-            pixels *= mesh.shape[axis]
-        whole = _all(features, axis)
-        mean = jnp.mean(whole, axis=(0, 1, 2))
-        variance = jnp.mean(jnp.square(whole - mean[None, None, None]), axis=(0, 1, 2))
-        normalized = _normalize(whole, mean, variance)
-        logits, pull_back = jax.vjp(lambda head: _logits(head, normalized), state.head)
-        gradient_of_one = jax.value_and_grad(cross_entropy)
-        sums, slopes = lax.map(
-            lambda pair: gradient_of_one(*pair), (_own(logits, labels, axis), labels)
-        )
-        (gradient,) = pull_back(_all(slopes, axis) / pixels)
-        count = math.prod(whole.shape[:3])
-        unbiased = variance * (count / max(count - 1, 1))
-        state = _update(state, gradient, options)
-        return state._replace(
-            mean=_moved(state.mean, mean), variance=_moved(state.variance, unbiased)
-        ), jnp.sum(_all(sums, axis)) / pixels
+        return _step(options, axis, state, features, labels)
 
     if sharding is None:
         return jax.jit(step)
@@ -355,6 +337,33 @@ def make_step(
             check_vma=False,  # all devices compute the same from the same
         )
     )
+
+
+def _step(
+    options: SegmentationOptions,
+    axis: str | None,
+    state: SegmentationState,
+    features: Array,
+    labels: Array,
+) -> tuple[SegmentationState, Array]:
+    """One iteration, of which this device has some images."""
+    features = _all(features, axis)
+    mean = jnp.mean(features, axis=(0, 1, 2))
+    variance = jnp.mean(jnp.square(features - mean[None, None, None]), axis=(0, 1, 2))
+    normalized = _normalize(features, mean, variance)
+    logits, pull_back = jax.vjp(lambda head: _logits(head, normalized), state.head)
+    gradient_of_one = jax.value_and_grad(cross_entropy)
+    sums, slopes = lax.map(
+        lambda pair: gradient_of_one(*pair), (_own(logits, labels, axis), labels)
+    )
+    pixels = len(features) * math.prod(labels.shape[1:])
+    (gradient,) = pull_back(_all(slopes, axis) / pixels)
+    count = math.prod(features.shape[:3])
+    unbiased = variance * (count / max(count - 1, 1))
+    state = _update(state, gradient, options)._replace(
+        mean=_moved(state.mean, mean), variance=_moved(state.variance, unbiased)
+    )
+    return state, jnp.sum(_all(sums, axis)) / pixels
 
 
 def _all(x: Array, axis: str | None) -> Array:

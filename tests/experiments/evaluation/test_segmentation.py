@@ -16,7 +16,7 @@ from PIL import Image
 import scene_trees
 import small_runs
 from experiments import evaluate
-from experiments.evaluation import segmentation
+from experiments.evaluation import scene_training, segmentation
 from sinder_jax import checkpoint, cli, vit
 from sinder_jax.data import mosaics
 from sinder_jax.evals import metrics
@@ -90,7 +90,7 @@ def test_the_multiscale_protocol_runs_to_its_end(model, data, tmp_path):
     assert code == 0 and first["metrics"] == second["metrics"]
     assert second["difference_intervals"]["miou"] == [0, 0]
     assert {"miou", "raw_color_miou"} < set(first["metrics"])
-    assert first["evaluated"]["mirrored, too"] and first["evaluated"]["seeds"] == 2
+    assert first["evaluated"]["flip"] and first["evaluated"]["seeds"] == 2
 
 
 def test_a_killed_evaluation_goes_on_with_the_same_bits(
@@ -98,7 +98,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_bits(
 ):
     """Stopped in the training, killed after it, and between two files of areas."""
     taken = []
-    make_step = segmentation.segmentation.make_step
+    make_step = scene_training.segmentation.make_step
 
     def counting(options, sharding):
         step = make_step(options, sharding)
@@ -111,7 +111,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_bits(
 
         return counted
 
-    monkeypatch.setattr(segmentation.segmentation, "make_step", counting)
+    monkeypatch.setattr(scene_training.segmentation, "make_step", counting)
     code, _ = run("segmentation_linear", model, data, tmp_path)
     assert (code, len(taken)) == (75, 3)
     monkeypatch.setattr(segmentation, "AT_ONCE", 2)
@@ -184,7 +184,7 @@ def test_each_pass_takes_every_scene_at_most_once(count, per_step):
     whole_steps = count // per_step * per_step
     orders = [
         [
-            segmentation.scene_of(i, count, per_step, 0)
+            scene_training.scene_of(i, count, per_step, 0)
             for i in range(n, n + whole_steps)
         ]
         for n in (0, whole_steps)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from sinder_jax import families
-from sinder_jax.data import scene_crops
+from sinder_jax.data import opencv, scene_crops
 from sinder_jax.data.augment import Draws
 from sinder_jax.data.masks import IGNORE
 from sinder_jax.data.scene_crops import Crop
@@ -117,8 +117,13 @@ def test_colors_are_distorted_within_their_limits():
     # A gray has no hue, and keeps none but for rounding.
     assert all(np.ptp(image[0, 0].astype(int)) <= 1 for image in found)
     red = np.full((4, 4, 3), (200, 20, 20), np.uint8)
-    hues = {tuple(scene_crops.distorted(red, Draws(0, k))[0, 0]) for k in range(50)}
-    assert len(hues) > 30
+    found = [scene_crops.distorted(red, Draws(0, k)) for k in range(400)]
+    assert len({tuple(image[0, 0]) for image in found}) > 300
+    hues = np.array([int(opencv.to_hsv(image)[0, 0, 0]) for image in found])
+    turns = (hues + 90) % 180 - 90
+    # From -18 to 17, half of them 0; 8-bit colors hold a hue to 1 or 2.
+    assert -20 <= turns.min() < -14 and 14 < turns.max() <= 19
+    assert 0.3 < np.mean(np.abs(turns) <= 1) < 0.7
 
 
 def test_crops_are_padded_after_normalization():

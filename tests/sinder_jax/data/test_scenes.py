@@ -86,9 +86,10 @@ def test_mosaics_are_found_by_name():
 def test_an_incomplete_tree_is_told(tmp_path):
     assert "config.data takes a folder" in error_of(scenes.open_scenes, "")
     assert "no folder" in missing(str(tmp_path / "nowhere"))
+    assert "voc holds boxes" in error_of(scenes.open_scenes, "tfds:voc/2012")
     (tmp_path / "empty").mkdir()
     said = missing(str(tmp_path / "empty"))
-    assert f"{tmp_path}/empty/{{train,val}}/masks" in said and "VOC" in said
+    assert "DATA/{train,val}/masks" in said and "VOC" in said
     root = scene_trees.own(tmp_path / "mine")
     shutil.rmtree(root / "val/masks")
     assert f"no folder {root}/val/masks: expected {root}/" in missing(str(root))
