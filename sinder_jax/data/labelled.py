@@ -5,7 +5,8 @@ spec --open_classes--> Classes: photographs, labels, names     nothing decoded y
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -16,6 +17,7 @@ from sinder_jax.storage import paths
 
 KINDS = "a folder with train/CLASS/ and val/CLASS/, tfds:NAME, or sample:crops"
 SPLITS = ("train", "val")
+READERS = 16  # threads that read labels of records
 TRAIN_CROPS, VAL_CROPS = 400, 200  # of "sample:crops", equally many of each photograph
 
 
@@ -50,6 +52,10 @@ def open_classes(spec: str) -> Splits:
         `PATH/val/CLASS/*.jpg`, on a disk or in a bucket; images in sub-folders of a
         class count too. Classes are numbered in the order of their names, as bytes.
 
+        `tfds:NAME`: the splits `train` and `validation`, or else `test`, of a prepared
+        dataset with the features `image` and `label`, see `listing.open_photographs`.
+        Labels lie beside the images, so this reads every record once.
+
         `sample:crops`: which of the photographs inside scikit-image a random crop is
         from; training and validation crops are different draws.
 
@@ -63,6 +69,10 @@ def open_classes(spec: str) -> Splits:
     if spec == listing.CROPS:
         return _crops()
     kind, colon, rest = spec.partition(":")
+    if colon and kind == "tfds":
+        return _of_tfds(spec)
+    if colon and kind not in ("folder", "gs"):
+        raise ValueError(f"got the data {spec}, expected {KINDS}")
     folder = rest if colon and kind == "folder" else spec
     train, val = (_of_folder(folder, split) for split in SPLITS)
     if strange := sorted(set(val.names) - set(train.names)):
@@ -101,6 +111,36 @@ def _of_folder(folder: str, split: str) -> Classes:
 
 def _is_class(path: paths.AnyPath) -> bool:
     return path.is_dir() and not path.name.startswith(".")
+
+
+def _of_tfds(spec: str) -> Splits:
+    train = listing.open_photographs(f"{spec}/train")
+    try:
+        val = listing.open_photographs(f"{spec}/validation")
+    except ValueError as error:
+        try:
+            val = listing.open_photographs(f"{spec}/test")
+        except ValueError:
+            raise error from None
+    return Splits(_labelled_records(train), _labelled_records(val))
+
+
+def _labelled_records(photographs: Sequence[Any]) -> Classes:
+    split = photographs[0].split
+    if not (names := split.classes):
+        raise ValueError(
+            f"{split.name} has no feature `label` with classes: it cannot be classified"
+        )
+    with ThreadPoolExecutor(READERS) as pool:
+        labels = np.array(list(pool.map(lambda each: each.label(), photographs)))
+    unlabeled = np.flatnonzero((labels < 0) | (labels >= len(names)))
+    if unlabeled.size:
+        first = photographs[unlabeled[0]].name
+        raise ValueError(
+            f"{unlabeled.size} of {len(labels)} records of {split.name} have no label, "
+            f"the first is {first}"
+        )
+    return Classes(photographs, labels.astype(np.int32), names)
 
 
 def _crops() -> Splits:

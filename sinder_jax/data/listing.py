@@ -125,6 +125,17 @@ class Record:
             raise decode.UnreadableImage(f"{self.name}: {error}") from error
         return decode.read_rgb(content, name=self.name, upright=upright)
 
+    def label(self) -> int:
+        """The number of its class; reads the whole record.
+
+        Raises:
+          UnreadableImage: as `read`.
+        """
+        try:
+            return int(self.split.images[self.index]["label"])
+        except (OSError, RuntimeError, ValueError) as error:
+            raise decode.UnreadableImage(f"{self.name}: {error}") from error
+
     def stamp(self) -> None:
         """Nothing: a prepared dataset has a version, which is part of the name."""
 
@@ -363,6 +374,16 @@ class _TfdsSplit(NamedTuple):
         """Examples by index: dicts that hold the stored bytes of image files."""
         with _OPENING:
             return _opened(self)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes of the feature `label`; empty if there is none."""
+        import tensorflow_datasets as tfds
+
+        info = tfds.builder_from_directory(self.folder).info
+        label = dict(info.features.items()).get("label")
+        found = label.names if isinstance(label, tfds.features.ClassLabel) else []
+        return tuple(found)
 
 
 _OPENING = threading.Lock()  # or each thread might open the same split
