@@ -8,9 +8,12 @@ interval of the difference. A run that was killed continues where it was; featur
 kept in OUT/features. `experiments.evaluation.protocols` says how a protocol plugs in.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,22 +68,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     protocol = protocols.module(config.protocol)
     models = open_models(args.checkpoint)
     data = protocol.prepare(config, models)
-    out = Path(args.workdir)
-    claim(out, config, overwrite=args.overwrite)
-    with Stopping() as stopping:
+    with (
+        claimed(args.workdir, config, models, overwrite=args.overwrite) as out,
+        Stopping() as stopping,
+        Progress() as progress,
+    ):
         found: list[Result] = []
-        with Progress() as progress:
-            for name, model in zip(args.checkpoint, models, strict=True):
-                progress.say(f"{name}: {config.protocol} on {config.data}")
-                folder = out / STATES / state_key(config, model)
-                folder.mkdir(parents=True, exist_ok=True)
-                cache = Path(config.cache) if config.cache else out / FEATURES
-                found.append(
-                    protocol.run(
-                        job.Job(config, model, data, folder, cache, progress, stopping)
-                    )
-                )
-                model.forget()  # another may come
+        for name, model in zip(args.checkpoint, models, strict=True):
+            progress.say(f"{name}: {config.protocol} on {config.data}")
+            folder = out / STATES / state_key(config, model)
+            folder.mkdir(parents=True, exist_ok=True)
+            cache = Path(config.cache) if config.cache else out / FEATURES
+            given = job.Job(config, model, data, folder, cache, progress, stopping)
+            found.append(protocol.run(given))
+            model.forget()  # another may come
         rows = report.rows(config, args.checkpoint, models, found)
         report.write(out, rows)
         for line in report.lines(rows):
@@ -129,19 +130,21 @@ def _config(name: str, overrides: Sequence[str]) -> "ConfigDict":
 
 
 def open_models(checkpoints: Sequence[str]) -> "list[Model]":
-    """Opens the models; warns where a file does not tell its image statistics.
+    """Opens the models; warns of what decides features and no file tells.
 
     Raises:
       FileNotFoundError: a path does not exist.
-      ValueError: not a model; says why.
+      ValueError: not a model, or the same path twice; says why.
     """
     import convert
     from convert.commands import lines
 
+    if twice := [path for path in checkpoints if checkpoints.count(path) > 1]:
+        raise ValueError(f"got --checkpoint={twice[0]} more than once")
     models = [convert.open_model(path) for path in checkpoints]
     for path, model in zip(checkpoints, models, strict=True):
-        for note in lines.untold_statistics(model):
-            cli.warn(f"{path}: {note}")
+        if untold := "; ".join(lines.untold(model)):
+            cli.warn(f"{path}: no file tells {untold}; convert it by to-jax to say it")
     return models
 
 
@@ -160,34 +163,74 @@ def settings(config: "ConfigDict") -> dict[str, str | int | float | bool]:
     return {name: config[name] for name in sorted(config) if name not in ignored}
 
 
-def claim(out: Path, config: "ConfigDict", *, overwrite: bool) -> None:
-    """Makes the workdir, or goes on in one that holds an evaluation by this config.
+@contextlib.contextmanager
+def claimed(
+    workdir: str, config: "ConfigDict", models: "Sequence[Model]", *, overwrite: bool
+) -> Iterator[Path]:
+    """Makes the workdir, or goes on in one with the same settings; one process a time.
 
     Args:
-      out: the workdir.
+      workdir: a folder of a disk.
       config: of the evaluation.
-      overwrite: True takes over whatever the folder holds.
+      models: to evaluate; results of others are not replaced.
+      overwrite: True replaces all of that.
 
     Raises:
       FileExistsError: it holds something else, and `overwrite` is False.
+      ValueError: another process evaluates there; or the folder is in a bucket.
     """
-    from sinder_jax.storage import files
+    from sinder_jax.storage import files, paths
 
-    kept = out / SETTINGS
-    if out.exists() and not overwrite:
-        try:
-            there = json.loads(kept.read_text())
-        except FileNotFoundError:
-            there = None if any(out.iterdir()) else settings(config)
-        except ValueError:
-            there = None
-        if there != settings(config):
-            what = "an evaluation by other settings" if there else "something else"
-            raise FileExistsError(
-                f"{out} holds {what}: choose another --workdir or add --overwrite"
-            )
+    if paths.is_remote(workdir):
+        raise ValueError(f"--workdir={workdir}: got a bucket, expected a folder")
+    out = Path(workdir)
+    if out.exists() and not overwrite and (what := _foreign(out, config, models)):
+        raise FileExistsError(
+            f"{out} holds {what}: choose another --workdir or add --overwrite"
+        )
     out.mkdir(parents=True, exist_ok=True)
-    files.write(kept, json.dumps(settings(config), indent=2) + "\n")
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        _lock(folder, out)
+        files.write(out / SETTINGS, json.dumps(settings(config), indent=2) + "\n")
+        yield out
+    finally:
+        os.close(folder)  # unlocks it
+
+
+def _lock(folder: int, out: Path) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another process evaluates in {out}: wait for it, or choose another "
+            "--workdir"
+        ) from None
+
+
+def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
+    """What a folder holds that is not of this evaluation; empty if nothing."""
+    from experiments.evaluation import report
+
+    if not out.is_dir():
+        return "something else, for it is a file"
+    try:
+        there = json.loads((out / SETTINGS).read_text())
+        results = out / report.JSON
+        rows = json.loads(results.read_text()) if results.exists() else []
+        lost = {row["checkpoint"]: row["digest"] for row in rows}
+    except FileNotFoundError:
+        return "something else" if any(out.iterdir()) else ""
+    except (ValueError, KeyError, TypeError):
+        return "files that are damaged, or something else"
+    now = settings(config)
+    if there != now:
+        keys = [key for key in now if there.get(key) != now[key]]
+        told = ", ".join(f"{k} {there.get(k)!r} then, {now[k]!r} now" for k in keys)
+        return f"an evaluation by other settings ({told})"
+    known = {model.digest for model in models}
+    others = [name for name, digest in lost.items() if digest not in known]
+    return f"the results of {others[0]}" if others else ""
 
 
 if __name__ == "__main__":

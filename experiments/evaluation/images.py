@@ -22,7 +22,8 @@ from sinder_jax.data import decode, reading
 from sinder_jax.data.listing import Photograph
 from sinder_jax.evals import features
 from sinder_jax.model import Model
-from sinder_jax.storage import feature_store
+from sinder_jax.state import PRECISIONS
+from sinder_jax.storage import feature_store, paths
 
 LEAST_CHUNK = 64  # images whose features are written at a time, in whole groups
 
@@ -43,6 +44,20 @@ def check_common(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.{name}: got {config[name]}, expected at least {least}"
             )
+    for name, allowed in (
+        ("matmul_precision", PRECISIONS),
+        ("cache_dtype", feature_store.FORMATS),
+    ):
+        if config[name] not in allowed:
+            raise ValueError(
+                f"config.{name}: got {config[name]!r}, expected one of "
+                f"{', '.join(allowed)}"
+            )
+    if paths.is_remote(config.cache):
+        raise ValueError(
+            f"config.cache: got {config.cache}, expected a folder of a disk: features "
+            "are mapped into memory"
+        )
 
 
 def check_options(config: ConfigDict, models: Sequence[Model]) -> None:

@@ -9,6 +9,7 @@ original multiplies in float16; the evaluation may differ by hundredths of a per
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -24,10 +25,21 @@ TOP = (1, 5)
 
 
 def prepare(config: ConfigDict, models: Sequence[Model]) -> Splits:
-    """Lists the photographs of both splits; errors as `labelled.open_classes`."""
+    """Lists the photographs of both splits; errors as `labelled.open_classes`.
+
+    Raises:
+      ValueError: a setting out of range; a K beyond the training images.
+    """
     images.check_options(config, models)
+    if config.resize < config.image_size:
+        raise ValueError(
+            f"config.resize: got {config.resize}, expected at least config.image_size, "
+            f"{config.image_size}"
+        )
+    ks = ks_of(config)
+    knn.check_temperature(config.temperature)
     splits = labelled.open_classes(config.data)
-    knn.check_ks(ks_of(config), len(splits.train.photographs))
+    knn.check_ks(ks, len(splits.train.photographs))
     return splits
 
 
@@ -59,14 +71,24 @@ def run(job: Job) -> Result:
     return Result(
         counts=counts[None].astype(np.float64),
         score=functools.partial(score, tuple(votes)),
-        headline=("top1",),
+        headline=("top1", "top5"),
         unit="%",
-        evaluated={
-            "images": len(val.labels),
-            "training images": len(train.labels),
-            "classes": len(train.names),
-        },
+        evaluated=_evaluated(job, hits),
     )
+
+
+def _evaluated(job: Job, hits: dict[int, np.ndarray]) -> dict[str, Any]:
+    train, val = job.data
+    told = {
+        "images": len(val.labels),
+        "training images": len(train.labels),
+        "classes": len(train.names),
+        "K of top1": max(hits, key=lambda k: hits[k][:, 0].sum()),
+        "image size": job.config.image_size,
+    }
+    if absent := len(train.names) - len(np.unique(val.labels)):
+        told["classes without images"] = absent
+    return told
 
 
 def class_tokens(job: Job, name: str, split: Classes) -> np.ndarray:

@@ -6,6 +6,7 @@ spec --open_classes--> Classes: photographs, labels, names     nothing decoded y
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,13 +72,13 @@ def open_classes(spec: str) -> Splits:
     kind, colon, rest = spec.partition(":")
     if colon and kind == "tfds":
         return _of_tfds(spec)
-    if colon and kind not in ("folder", "gs"):
+    if colon and kind not in ("folder", "gs") and not Path(spec).exists():
         raise ValueError(f"got the data {spec}, expected {KINDS}")
     folder = rest if colon and kind == "folder" else spec
     train, val = (_of_folder(folder, split) for split in SPLITS)
-    if strange := sorted(set(val.names) - set(train.names)):
+    if unknown := sorted(set(val.names) - set(train.names)):
         raise ValueError(
-            f"{folder}: got the class {strange[0]} in val but not in train; each class "
+            f"{folder}: got the class {unknown[0]} in val but not in train; each class "
             "needs a folder in train/"
         )
     places = np.array([train.names.index(name) for name in val.names], np.int32)

@@ -77,6 +77,7 @@ def classify(
     labels = _checked_labels(bank_labels, len(bank), num_classes)
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     check_ks(ks, len(bank))
+    check_temperature(temperature)
     found = neighbors(bank, queries, max(ks), devices=devices, tile=tile)
     return votes(
         found.cosines,
@@ -85,6 +86,12 @@ def classify(
         temperature=temperature,
         num_classes=classes,
     )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises ValueError unless a temperature is above 0."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"got temperature={temperature}, expected a number above 0")
 
 
 def check_ks(ks: Sequence[int], rows: int) -> None:
@@ -297,8 +304,7 @@ def votes(
     Raises:
       ValueError: a temperature that is not above 0.
     """
-    if not temperature > 0:
-        raise ValueError(f"got temperature={temperature}, expected a number above 0")
+    check_temperature(temperature)
     logits = cosines / np.float32(temperature)
     weights = np.exp(logits - logits[:, :1])
     weights /= weights.sum(axis=1, keepdims=True)
