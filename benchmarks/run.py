@@ -324,6 +324,13 @@ def bench_convert(rounds: int, quick: bool) -> Numbers:
     return json.loads(ended.stdout)
 
 
+def bench_linear(rounds: int, quick: bool) -> Numbers:
+    """Compares a step of the linear probe's 52 heads with PyTorch loops."""
+    from benchmarks import linear_probe  # imports torch
+
+    return linear_probe.bench_linear(rounds, quick, in_turn)
+
+
 BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "repair": bench_repair,
     "images": bench_images,
@@ -332,6 +339,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "depth": bench_depth,
     "memory": bench_memory,
     "features": bench_features,
+    "linear": bench_linear,
     "convert": bench_convert,
     "decode": decode.bench_decode,
 }
