@@ -7,6 +7,7 @@ from typing import Any, Self
 from rich import progress
 from rich.console import Console
 
+from experiments.run.progress import duration
 from sinder_jax import cli
 
 EVERY = 10.0  # seconds between two plain lines
@@ -62,10 +63,9 @@ class Progress:
         if now - self._shown > EVERY:
             self._shown = now
             rate = (done - self._first) / (now - self._began)
+            left = duration((self._total - done) / rate) if rate else "unknown time"
             end = f"  {note}" if note else ""
-            self.say(
-                f"{self._label}: {done} of {self._total}, {rate:.1f} a second{end}"
-            )
+            self.say(f"{self._label}: {done} of {self._total}, {left} left{end}")
 
     def end(self) -> None:
         """Removes the bar of the step, if there is one."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import real
 from benchmarks import synthetic
 from experiments import evaluate
 from experiments.evaluation.progress import Progress
@@ -176,3 +177,22 @@ def test_an_unreadable_training_image_is_named(given, tmp_path):
     (broken / "train" / "red" / "b.png").write_bytes(b"no image")
     message = error_of(evaluate.main, command(given, tmp_path / "out", data=broken))
     assert "train/red/b.png" in message
+
+
+@pytest.mark.real
+def test_a_trained_model_knows_which_photograph_a_crop_is_from(tmp_path):
+    out = tmp_path / "out"
+    assert (
+        evaluate.main(
+            [
+                "--config=linear.py",
+                f"--checkpoint={real.backbone()}",
+                "--config.data=sample:crops",
+                f"--workdir={out}",
+            ]
+        )
+        == 0
+    )
+    (row,) = results(out)
+    assert row["metrics"]["top1"] > 95  # 100.0 found
+    assert row["evaluated"]["iterations"] == 30
