@@ -41,7 +41,8 @@ class Progress:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._bars.stop()
+        if self._console.is_terminal:
+            self._bars.stop()
 
     def begin(self, label: str, total: int, done: int = 0) -> None:
         """Starts a step of `total` items, of which `done` are done already."""

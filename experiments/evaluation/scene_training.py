@@ -44,12 +44,11 @@ class Data(NamedTuple):
     sizes: Sequence[tuple[int, int]]
     schedule: Schedule
 
-    @property
-    def digest(self) -> str:
-        """Of the names, sizes and times of all files."""
-        every = (*self.found.train, *self.found.val)
-        facts = [[each.name, each.stamp()] for each in every]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+def digest(some: Sequence[AnyScene]) -> str:
+    """Of the names, sizes and times of the files of some scenes."""
+    facts = [[each.name, each.stamp()] for each in some]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 # --- Features -------------------------------------------------------------------------
@@ -182,7 +181,12 @@ def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
     start = segmentation.init(jax.random.key(seed), source.channels, data.num_classes)
     plan = training.Plan(
         folder=job.folder / name / "head",
-        key={"seed": seed, "channels": source.channels, "scenes": data.digest},
+        key={
+            "seed": seed,
+            "channels": source.channels,
+            "classes": data.num_classes,
+            "training images": digest(data.found.train),
+        },
         total=schedule.options.total_steps,
         save_every=config.save_every,
         evaluate_every=0,

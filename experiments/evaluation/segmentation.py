@@ -103,7 +103,8 @@ def evaluate(
     areas: list[np.ndarray] = []
     for first in range(0, len(found), AT_ONCE):
         part = found[first : first + AT_ONCE]
-        path = job.folder / name / f"areas_{first:06d}.npz"
+        key = scene_training.digest(part)[:16]
+        path = job.folder / name / f"areas_{first:06d}_{key}.npz"
         kept = read_arrays(path)
         if kept is None:
             kept = {"areas": _areas(job, source, state, part, first)}
