@@ -17,13 +17,14 @@ from sinder_jax.plots.style import Photo
 PANEL = 1.6  # inches of a photograph's short side
 MOST_NAMED = 24  # classes in the legend
 IGNORED = (1.0, 1.0, 1.0)
-Classes = UInt8[np.ndarray, "height width"]
+# Photograph, prediction and mask; each of the photographs has a size of its own.
+Shown = tuple[
+    UInt8[np.ndarray, "_ _ 3"], UInt8[np.ndarray, "_ _"], UInt8[np.ndarray, "_ _"]
+]
 
 
 @style.styled
-def scenes(
-    shown: Sequence[tuple[Photo, Classes, Classes]], names: Sequence[str] = ()
-) -> Figure:
+def scenes(shown: Sequence[Shown], names: Sequence[str] = ()) -> Figure:
     """A row for each photograph: the photograph, its prediction, its mask.
 
     Args:
@@ -51,7 +52,7 @@ def scenes(
     return figure
 
 
-def colored(classes: Classes) -> Photo:
+def colored(classes: UInt8[np.ndarray, "height width"]) -> Photo:
     """A color for each class, the same in every picture; 255 white."""
     return (255 * _COLORS[classes]).astype(np.uint8)
 
