@@ -2,10 +2,11 @@
 
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
-Names: repair, depth, images, directions, factorize, memory, features, convert, decode;
-without a name all of them run. Prints Markdown tables; --out also writes them to a
-folder, with all numbers as JSON. --quick uses small models, to check that everything
-runs. Competitors are timed in turn, A B A B …, and compared by their medians.
+Names: repair, depth, images, directions, factorize, memory, features, convert, decode,
+class_tokens, knn; without a name all of them run. Prints Markdown tables; --out also
+writes them to a folder, with all numbers as JSON. --quick uses small models, to check
+that everything runs. Competitors are timed in turn, A B A B …, and compared by their
+medians.
 """
 
 import argparse
@@ -26,37 +27,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import decode, memory, operations, process, synthetic
+from benchmarks import decode, evals, memory, operations, process, synthetic
+from benchmarks.timing import Numbers, in_turn, summary
 from sinder_jax import defects, factor, families, kernels, repair, vit
 
-Numbers = dict[str, Any]
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "torch")
-
-
-def in_turn(rounds: int, **calls: Callable[[], Any]) -> dict[str, list[float]]:
-    """Seconds of each call, by name, in `rounds` rounds after a warm-up round."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for count in range(rounds + 1):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            if count:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def summary(seconds: dict[str, list[float]], baseline: str) -> Numbers:
-    """Medians, and how many times as fast as the baseline each call is."""
-    medians = {name: float(np.median(each)) for name, each in seconds.items()}
-    return {
-        "seconds": medians,
-        "all seconds": seconds,
-        f"times faster than {baseline}": {
-            name: medians[baseline] / median
-            for name, median in medians.items()
-            if name != baseline
-        },
-    }
 
 
 class Case:
@@ -342,6 +317,8 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "linear": bench_linear,
     "convert": bench_convert,
     "decode": decode.bench_decode,
+    "class_tokens": evals.bench_class_tokens,
+    "knn": evals.bench_knn,
 }
 
 
