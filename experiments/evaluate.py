@@ -80,7 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             cache = Path(config.cache) if config.cache else out / FEATURES
             given = job.Job(config, model, data, folder, cache, progress, stopping)
-            found.append(protocol.run(given))
+            result = protocol.run(given)
+            told = {**result.evaluated, "positions": resampling(model)}
+            found.append(result._replace(evaluated=told))
             model.forget()  # another may come
         rows = report.rows(config, args.checkpoint, models, found)
         report.write(out, rows)
@@ -146,6 +148,13 @@ def open_models(checkpoints: Sequence[str]) -> "list[Model]":
         if untold := "; ".join(lines.untold(model)):
             cli.warn(f"{path}: no file tells {untold}; convert it by to-jax to say it")
     return models
+
+
+def resampling(model: "Model") -> str:
+    """How a model resamples its position embedding for other image sizes."""
+    config = model.config
+    antialias = "with" if config.interpolate_antialias else "without"
+    return f"{antialias} antialias and offset {config.interpolate_offset:g}"
 
 
 def state_key(config: "ConfigDict", model: "Model") -> str:

@@ -39,6 +39,7 @@ def check_common(config: ConfigDict) -> None:
         ("read_threads", 0),
         ("read_workers", 0),
         ("resamples", 0),
+        ("seed", 0),
     ):
         if config[name] < least:
             raise ValueError(

@@ -191,6 +191,7 @@ def test_photographs_that_changed_are_read_again(models, data, tmp_path):
         ("--config.temperature=0", "got temperature=0.0, expected a number above 0"),
         ("--config.image_size=30", "expected a multiple of the patch size 14"),
         ("--config.resize=14", "config.resize: got 14, expected at least"),
+        ("--config.seed=-1", "config.seed: got -1, expected at least 0"),
         ("--config.batch_size=0", "config.batch_size: got 0, expected at least 1"),
         ("--config.cache_dtype=int8", "expected one of float32, float16"),
         ("--config.matmul_precision=low", "expected one of highest, high, default"),
@@ -275,3 +276,12 @@ def test_any_number_of_devices_gives_the_same_bytes(models, data, tmp_path):
         assert results(out) == results(one)
         for file, expected in zip(cached(out), cached(one), strict=True):
             assert file.read_bytes() == expected.read_bytes()
+
+
+@pytest.mark.real
+def test_k_nn_tells_of_which_photograph_a_crop_is(tmp_path):
+    """400 crops in the bank, 200 others classified; chance is 12.5 percent."""
+    import real
+
+    run(tmp_path, "sample:crops", real.backbone(), arguments=["--config.ks=10,200"])
+    assert results(tmp_path)[0]["metrics"]["top1"] > 90
