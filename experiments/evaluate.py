@@ -146,7 +146,10 @@ def open_models(checkpoints: Sequence[str]) -> "list[Model]":
     models = [convert.open_model(path) for path in checkpoints]
     for path, model in zip(checkpoints, models, strict=True):
         if untold := "; ".join(lines.untold(model)):
-            cli.warn(f"{path}: no file tells {untold}; convert it by to-jax to say it")
+            cli.warn(
+                f"{path}: no file tells {untold}; what is in brackets is taken, unless "
+                "`python -m convert to-jax` writes a checkpoint that says otherwise"
+            )
     return models
 
 
