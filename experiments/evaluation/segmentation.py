@@ -71,13 +71,16 @@ def _check_masks(
             f"config.num_classes: got {given}, but {config.data} has {named} classes"
         )
     known = given or named
-    every = [*found.train, *found.val]
-    with Progress() as progress:
-        progress.begin("checking masks", len(every))
-        largest, sizes = scenes.survey(
-            every, known, num_threads=config.read_threads, seen=progress.at
-        )
-        progress.end()
+    every, threads = [*found.train, *found.val], config.read_threads
+    if config.data == scenes.MOSAICS:  # there are no files to check
+        largest, sizes = scenes.survey(every, known, num_threads=threads)
+    else:
+        with Progress() as progress:
+            progress.begin("checking masks", len(every))
+            largest, sizes = scenes.survey(
+                every, known, num_threads=threads, seen=progress.at
+            )
+            progress.end()
     count = known or largest + 1
     if not 2 <= count <= masks.MOST_CLASSES:
         raise ValueError(
