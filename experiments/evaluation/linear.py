@@ -130,7 +130,7 @@ def run(job: Job) -> Result:
     return Result(
         counts=np.stack(counts).astype(np.float64),
         score=score,
-        headline=("top1", "top5"),
+        headline=("top1", "top5", *(f"top1_{name_of(kind)}" for kind in KINDS)),
         unit="%",
         evaluated={
             "images": len(splits.val.labels),
@@ -330,7 +330,7 @@ def _counts(data: Data, arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, s
     kind, number = linear.best(accuracy)
     chosen = [by_kind[kind][number]]
     chosen += [each[np.argmax(accuracy[kind])] for kind, each in by_kind.items()]
-    name = f"{name_of(kind)} at learning rate {data.learning_rates[number]:g}"
+    name = f"{name_of(kind)} at base learning rate {data.learning_rates[number]:g}"
     return np.stack(chosen, axis=1), name
 
 

@@ -88,9 +88,11 @@ def test_the_best_head_and_that_of_each_kind_are_reported(whole):
     # The mean over seeds of each one's best; colors are easy, and chance is 33.
     assert row["metrics"]["top1"] >= max(best) > 80
     assert row["metrics"]["top5"] == 100  # of three classes
+    table = (whole / "results.md").read_text()
+    assert all(f"top1_{kind} (%)" in table for kind in kinds)
     told = row["evaluated"]
     assert (told["images"], told["training images"], told["classes"]) == (15, 18, 3)
-    assert " at learning rate " in told["best head"]
+    assert " at base learning rate " in told["best head"]
 
 
 def test_each_seed_trains_heads_of_its_own(whole):
