@@ -174,6 +174,7 @@ def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
             ),
             per_step,
             start=first * per_step,
+            stop=schedule.options.total_steps * per_step,
             num_threads=config.read_threads,
             num_workers=config.read_workers,
         )
