@@ -84,9 +84,9 @@ def test_results_tell_what_was_evaluated(whole, model, data):
 def test_the_multiscale_protocol_runs_to_its_end(model, data, tmp_path):
     changes = {"blocks": 2, "ratios": "1.0,1.32", "seeds": 2, "raw_colors": "true"}
     changes |= {"iterations": 2, "resamples": 50}
-    code, out = run(
-        "segmentation_multiscale", model, data, tmp_path, models=[model], **changes
-    )
+    models = [shutil.copytree(model, tmp_path / "copy")]
+    out = tmp_path / "out"
+    code, _ = run("segmentation_multiscale", model, data, out, models=models, **changes)
     first, second = results(out)
     assert code == 0 and first["metrics"] == second["metrics"]
     assert second["difference_intervals"]["miou"] == [0, 0]
