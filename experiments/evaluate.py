@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -230,7 +231,7 @@ def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
         there = json.loads((out / SETTINGS).read_text())
         results = out / report.JSON
         rows = json.loads(results.read_text()) if results.exists() else []
-        lost = {row["checkpoint"]: row["digest"] for row in rows}
+        found = [(row["digest"], row["checkpoint"]) for row in rows]
     except FileNotFoundError:
         return "something else" if any(out.iterdir()) else ""
     except (ValueError, KeyError, TypeError):
@@ -240,9 +241,12 @@ def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
         keys = [key for key in now if there.get(key) != now[key]]
         told = ", ".join(f"{k} {there.get(k)!r} then, {now[k]!r} now" for k in keys)
         return f"an evaluation by other settings ({told})"
-    known = {model.digest for model in models}
-    others = [name for name, digest in lost.items() if digest not in known]
-    return f"the results of {others[0]}" if others else ""
+    kept = Counter(model.digest for model in models)
+    for digest, checkpoint in found:
+        if not kept[digest]:
+            return f"the results of {checkpoint}"
+        kept[digest] -= 1  # two checkpoints may have the same weights
+    return ""
 
 
 if __name__ == "__main__":

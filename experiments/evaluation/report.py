@@ -199,7 +199,8 @@ def _with_interval(row: Row, name: str, *, unit: bool = True) -> str:
 
 def _difference(row: Row, name: str, *, unit: bool = True) -> str:
     kind = row.result.unit
-    shown = _format(row.differences[name], kind, "+") + f" {kind}" * unit
+    words = "points" if kind == "%" else kind
+    shown = _format(row.differences[name], kind, "+") + f" {words}" * unit
     if name in row.difference_intervals:
         low, high = (_format(x, kind, "+") for x in row.difference_intervals[name])
         shown += f" [{low}, {high}]"

@@ -244,6 +244,8 @@ def test_other_results_are_not_overwritten(models, data, tmp_path, capsys):
     assert results(out) == before
     run(out, data, models / "first", models / "second")  # keeps what there was
     assert results(out)[0] == before[0]
+    message = failure(capsys, out, data, models / "second")
+    assert f"holds the results of {models / 'first'}" in message
     run(out, data, models / "second", arguments=[*SMALL, "--overwrite"])
     assert len(results(out)) == 1
     (tmp_path / "mine").mkdir()
