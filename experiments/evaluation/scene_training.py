@@ -148,7 +148,12 @@ def scene_of(number: int, count: int, per_step: int, seed: int) -> int:
 
 
 def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
-    """Trains one head, from where an earlier start was stopped; on the host."""
+    """Trains one head, from where an earlier start was stopped; on the host.
+
+    Raises:
+      FloatingPointError: it diverged.
+      UnreadableImage: a training image cannot be decoded.
+    """
     data: Data = job.data
     schedule, config = data.schedule, job.config
     per_step = schedule.images_per_step
@@ -202,7 +207,13 @@ def train(job: Job, source: Backbone, name: str, seed: int) -> Any:
         progress=job.progress,
         stopping=job.stopping,
     )
-    return jax.tree.map(np.asarray, trained.state)
+    state = jax.tree.map(np.asarray, trained.state)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(state)):
+        raise FloatingPointError(
+            f"training {name} diverged, its weights are not finite: give a smaller "
+            f"--config.lr than {schedule.options.lr:g}, and another --workdir"
+        )
+    return state
 
 
 def _nothing(state: Any) -> training.Evaluation:

@@ -3,10 +3,12 @@
     image --center_padding, backbone--> features [B, h, w, C]
     features, labels --make_step--> BatchNorm and a linear layer, trained
     features --predict--> logits of one window
-    patch logits of all windows --merge--> class probabilities of the whole image
+    logits of all windows --merge_weights, probabilities--> those of the whole image
 
-DINOv2 runs this protocol in mmsegmentation 0.27. Cited are its files and the ones of
-facebookresearch/dinov2.
+DINOv2 runs this protocol in mmsegmentation 0.27. Cited are its functions and those of
+facebookresearch/dinov2. Where the sources leave something open: windows are padded, not
+resized, to whole patches; the head after the last iteration counts; the long side of a
+resized image has no limit.
 """
 
 import dataclasses
@@ -316,7 +318,8 @@ def make_step(
     Returns:
       A jitted function of the state, features [B, h, w, C] and integer labels [B,
       height, width] with `IGNORE` for pixels without class. The loss is that before the
-      update; it is NaN if a label is beyond the classes.
+      update; it is NaN if a label is beyond the classes. Raises ValueError for arrays
+      that do not go together.
     """
     axis = None
     if sharding is not None:
@@ -347,6 +350,11 @@ def _step(
     labels: Array,
 ) -> tuple[SegmentationState, Array]:
     """One iteration, of which this device has some images."""
+    if features.ndim != 4 or labels.ndim != 3 or len(features) != len(labels):
+        raise ValueError(
+            f"got features {features.shape} and labels {labels.shape}, expected "
+            "[B, h, w, C] and [B, height, width]"
+        )
     features = _all(features, axis)
     mean = jnp.mean(features, axis=(0, 1, 2))
     variance = jnp.mean(jnp.square(features - mean[None, None, None]), axis=(0, 1, 2))

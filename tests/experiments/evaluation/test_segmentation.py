@@ -253,6 +253,11 @@ def test_masks_of_0_and_255_are_no_two_classes(model, tmp_path):
     assert "the largest label is 0, which makes 1 classes" in said
 
 
+def test_a_training_that_diverges_is_told(model, data, tmp_path):
+    said = refused("segmentation_linear", model, data, tmp_path / "out", lr=1e38)
+    assert "diverged" in said and "smaller --config.lr than 1e+38" in said
+
+
 # --- The trained model ----------------------------------------------------------------
 
 

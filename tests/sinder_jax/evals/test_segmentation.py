@@ -327,6 +327,12 @@ def test_a_batch_of_ignored_pixels_has_no_loss():
     assert loss == 0 and all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
+def test_features_and_labels_of_different_images_are_refused():
+    features, labels = batch_of(0)
+    said = error_of(segmentation.make_step(), trained(), features, labels[1:])
+    assert "got features (4, 5, 6, 6) and labels (3, 20, 23)" in said
+
+
 def test_options_out_of_range_are_refused():
     assert "total_steps" in error_of(SegmentationOptions, total_steps=0)
     assert "from 0 to total_steps, 9" in error_of(
