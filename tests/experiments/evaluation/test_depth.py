@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import types
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from experiments.evaluation import depth as protocol
 from experiments.evaluation.progress import Progress
 from samples import error_of
 from sinder_jax import checkpoint, cli, vit
+from sinder_jax.evals import depth
 
 TINY = vit.ViTConfig(16, 4, 1, "mlp", img_size=28)
 SHORT = {
@@ -81,6 +83,21 @@ def test_a_stopped_training_resumes_on_another_number_of_devices(
     monkeypatch.setattr(jax, "devices", lambda *_: first)
     assert evaluate.main(command(given, out)) == 0
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+
+
+def test_the_mirrored_image_gets_the_mirrored_depth():
+    def extract(images):  # the mean color of each patch
+        count, height, width, _ = images.shape
+        return images.reshape(count, height // 14, 14, width // 14, 14, 3).mean((2, 4))
+
+    data = types.SimpleNamespace(options=depth.Options())
+    job = types.SimpleNamespace(model=types.SimpleNamespace(config=TINY), data=data)
+    image = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    state = depth.init(jax.random.key(0), 3)
+    (one,) = protocol.predict(job, extract, state, [image])
+    (other,) = protocol.predict(job, extract, state, [image[:, ::-1]])
+    assert one.shape == (48, 64) and not np.array_equal(one, other)
+    assert np.array_equal(one, other[:, ::-1])
 
 
 def test_an_image_without_a_known_pixel_is_left_out_of_the_mean():

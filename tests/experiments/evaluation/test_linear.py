@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,9 +15,11 @@ from PIL import Image
 import real
 from benchmarks import synthetic
 from experiments import evaluate
+from experiments.evaluation import linear as protocol
 from experiments.evaluation.progress import Progress
 from samples import error_of
 from sinder_jax import checkpoint, cli, vit
+from sinder_jax.evals import linear
 
 TINY = vit.ViTConfig(32, 4, 1, "mlp", img_size=28)
 COLORS = {"blue": (20, 20, 220), "green": (20, 220, 20), "red": (220, 20, 20)}
@@ -93,6 +96,20 @@ def test_the_best_head_and_that_of_each_kind_are_reported(whole):
     told = row["evaluated"]
     assert (told["images"], told["training images"], told["classes"]) == (15, 18, 3)
     assert " at base learning rate " in told["best head"]
+
+
+def test_right_means_that_no_class_is_preferred():
+    """Heads that always say class 0, then 1, then 2 ..."""
+    state = {}
+    for kind in linear.KINDS:
+        heads = linear.init(jax.random.key(0), 2 * sum(kind), 8, [0.1])
+        bias = -jnp.arange(8, dtype=jnp.float32)[None]
+        made = heads.replace(kernel=jnp.zeros_like(heads.kernel), bias=bias)
+        state[protocol.name_of(kind)] = made
+    found = protocol.evaluate(state, np.ones((8, 5, 2), np.float32), np.arange(8))
+    assert found.arrays["top1"].tolist() == [[1] + 7 * [0]] * 4
+    assert found.arrays["top5"].tolist() == [5 * [1] + 3 * [0]] * 4
+    assert found.summary == {"top1": 12.5}
 
 
 def test_each_seed_trains_heads_of_its_own(whole):
