@@ -231,7 +231,7 @@ def evaluated(job: Job) -> dict[str, Any]:
     if schedule.whole:
         window = "whole images"
     return {
-        "data": data.found.title,
+        "data": data.found.title + ", incomplete" * bool(data.found.lacks),
         "training images": len(data.found.train),
         "images": len(data.found.val),
         "masks": f"{_range(longs)} x {_range(shorts)} pixels, as they are",
