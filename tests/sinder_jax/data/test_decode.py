@@ -441,3 +441,13 @@ def test_normalizing_keeps_all_256_levels():
     mean, std = np.asarray(FAMILY.statistics, np.float32)
     back = np.rint((normalize(Image.fromarray(levels)) * std + mean) * 255)
     np.testing.assert_array_equal(back, levels)
+
+
+def test_an_evaluation_s_crop_is_that_of_the_spec():
+    """Spec knn.md, section 8: 500 x 375 -> 341 x 256 -> 224 at left 58, top 16."""
+    noise = np.random.default_rng(0).integers(0, 256, (375, 500, 3), np.uint8)
+    image = Image.fromarray(noise)
+    found = decode.evaluation_crop(image, 256, 224)
+    resized = image.resize((341, 256), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized)[16 : 16 + 224, 58 : 58 + 224]
+    np.testing.assert_array_equal(np.asarray(found), expected)

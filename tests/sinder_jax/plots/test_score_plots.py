@@ -1,0 +1,23 @@
+from sinder_jax.plots import score_plots
+
+
+def test_every_metric_has_a_panel_and_every_model_a_point():
+    points = {
+        "a": {"top1": (80.0, (78.0, 82.0)), "top5": (95.0, None)},
+        "some/$very$/" + "long" * 20: {
+            "top1": (81.0, (79.0, 83.0)),
+            "top5": (96.0, None),
+        },
+    }
+    figure = score_plots.scores(points, "%")
+    assert [ax.get_xlabel() for ax in figure.axes] == ["top1 (%)", "top5 (%)"]
+    first, second = figure.axes
+    assert [list(line.get_xdata()) for line in first.lines] == [
+        [78.0, 82.0],
+        [80.0],
+        [79.0, 83.0],
+        [81.0],
+    ]
+    assert [list(line.get_xdata()) for line in second.lines] == [[95.0], [96.0]]
+    name = first.get_yticklabels()[1].get_text()
+    assert len(name) == score_plots.MOST_NAME and name.startswith("…")
