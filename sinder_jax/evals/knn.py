@@ -25,7 +25,7 @@ KS = (10, 20, 100, 200)  # SINDER's, appendix G.3
 TEMPERATURE = 0.07
 LEAST_NORM = 1e-12  # a zero feature has cosine 0 with everything
 TILE = 65_536  # rows of the bank that a device compares at a time ...
-QUERIES = 256  # ... with so many queries
+QUERIES = 512  # ... with so many queries
 GROUP = 16  # rows, of which the largest cosine is looked at first
 
 
@@ -65,7 +65,7 @@ def classify(
       temperature: of the softmax.
       num_classes: C; None: the largest label plus 1.
       devices: None means all.
-      tile: rows of the bank that a device compares at a time.
+      tile: rows of the bank that a device compares at a time, at most (and 15 more).
 
     Returns:
       By K, the votes. Of classes with the same vote, `argmax` takes the lowest.
@@ -140,7 +140,7 @@ def neighbors(
       queries: [Q, D].
       k: at most N.
       devices: None means all.
-      tile: rows of the bank that a device compares at a time.
+      tile: rows of the bank that a device compares at a time, at most (and 15 more).
 
     Raises:
       ValueError: shapes that do not fit, k beyond the bank, a feature that is not
@@ -156,7 +156,8 @@ def neighbors(
     sharding = placement.over(devices)
     mesh, _ = placement.axis_of(sharding)
     part = -(-len(bank) // mesh.size)  # rows of a device
-    tile = min(-(-tile // GROUP), -(-part // GROUP)) * GROUP
+    count = -(-part // tile)  # of tiles, all of one size, with little to fill up
+    tile = -(-part // (count * GROUP)) * GROUP
     together = min(QUERIES, max(1, len(queries)))
     placed = jax.device_put(
         _tiled(_finite(queries, "query"), together),
