@@ -2,11 +2,11 @@
 
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
-Names: repair, depth, images, directions, factorize, memory, features, convert, decode,
-class_tokens, knn; without a name all of them run. Prints Markdown tables; --out also
-writes them to a folder, with all numbers as JSON. --quick uses small models, to check
-that everything runs. Competitors are timed in turn, A B A B …, and compared by their
-medians.
+Names: repair, depth, images, directions, factorize, memory, features, linear, convert,
+decode, class_tokens, knn; without a name all of them run. Prints Markdown tables; --out
+also writes them to a folder, with all numbers as JSON. --quick uses small models, to
+check that everything runs. Competitors are timed in turn, A B A B …, and compared by
+their medians.
 """
 
 import argparse
