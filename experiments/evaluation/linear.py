@@ -45,6 +45,7 @@ SHORT = {
     "evaluate_every": 30,
 }
 BLOCKS = 4
+SHARES = 8
 TOP = (1, 5)
 AT_ONCE = 4_096  # validation images whose logits are in memory at a time
 
@@ -88,8 +89,8 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
             f"config.resize: got {filled.resize}, expected at least the "
             f"{filled.image_size} pixels of config.image_size"
         )
-    # No group of images is larger than a step: the rest would be computed for nothing.
-    filled.batch_size = min(filled.batch_size, filled.images_per_step)
+    # Up to `SHARES` devices share a step without computing anything for nothing.
+    filled.batch_size = min(filled.batch_size, max(filled.images_per_step // SHARES, 1))
     filled.lock()
     images.check_options(filled, models)
     for model in models:
