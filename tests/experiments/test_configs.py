@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import analyze, visualize
+from experiments import analyze, evaluate, visualize
 from experiments import config as config_files
+from experiments.evaluation import protocols
 from experiments.run import inputs
 from sinder_jax import repair, vit
 
@@ -339,3 +340,25 @@ def test_no_defect_is_planted_in_the_demo_s_model():
     config = overridden("--config.plant=4", file="tiny.py")
     with pytest.raises(ValueError, match="needs a trained model"):
         inputs.check_weights_given(config)
+
+
+@pytest.mark.parametrize("name", protocols.PROTOCOLS)
+def test_every_protocol_has_a_config_of_its_name(name):
+    config = evaluate._config(name, [])
+    assert config.protocol == name and config.data == ""
+    assert f"--config={name}.py" in docstring(f"evals.{name}.py")
+
+
+def test_an_evaluation_s_config_of_one_s_own_needs_its_protocol_s_keys(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from experiments.configs.evals import knn\n\n\ndef get_config():\n"
+        "    config = knn.get_config()\n    config.ks = '5'\n    return config\n"
+    )
+    assert evaluate._config(str(mine), []).ks == "5"
+    mine.write_text(mine.read_text().replace("ks = '5'", "protocol = 'linear'"))
+    with pytest.raises(ValueError, match="learning_rates is missing"):
+        evaluate._config(str(mine), [])
+    mine.write_text(mine.read_text().replace("'linear'", "'kn'"))
+    with pytest.raises(ValueError, match="got 'kn', expected knn"):
+        evaluate._config(str(mine), [])
