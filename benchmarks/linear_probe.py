@@ -51,7 +51,7 @@ class Case:
             batch_axis=0,
             group=images,
         )
-        self._step = linear.make_step(10_000)
+        self._step = linear.make_step(10_000, donate=True)
         self.heads = {
             kind: linear.init(
                 jax.random.key(number),

@@ -229,7 +229,7 @@ def _of_seed(job: Job, val: np.ndarray, seed: int) -> Mapping[str, np.ndarray]:
 
 
 def _step(total: int) -> Callable[[State, Any], tuple[State, jax.Array]]:
-    step, device = linear.make_step(total), placement.first()
+    step, device = linear.make_step(total, donate=True), placement.first()
 
     def take(state: State, batch: tuple[jax.Array, np.ndarray]) -> Any:
         tokens, labels = batch

@@ -306,8 +306,7 @@ def make_step(options: Options) -> Callable[..., tuple[Head, Float[Array, ""]]]:
       step(state, features [B, h, w, channels], truth [B, height, width]) -> (state,
       loss before the step). B is a multiple of `options.group`; the truth is in meters,
       0 where unknown; it covers the image that was padded to whole patches, and the
-      prediction is resized to it as a whole, padding included, as in the originals. The
-      given state is donated.
+      prediction is resized to it as a whole, padding included, as in the originals.
     """
 
     def step(
@@ -327,7 +326,7 @@ def make_step(options: Options) -> Callable[..., tuple[Head, Float[Array, ""]]]:
     return step
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+@functools.partial(jax.jit, static_argnums=3)
 def _step(
     state: Head, features: Any, truth: Any, options: Options
 ) -> tuple[Head, Array]:

@@ -151,36 +151,40 @@ def cosine(step: ArrayLike, total_steps: ArrayLike) -> Float[Array, ""]:
 
 
 def make_step(
-    total_steps: int,
+    total_steps: int, *, donate: bool = False
 ) -> Callable[..., tuple[Heads, Float[Array, " K"]]]:
     """One step of SGD with momentum 0.9 for every head.
 
     The learning rate falls by `cosine` to 0 after `total_steps`. It is no part of the
     velocity: v ← 0.9·v + gradient, w ← w − rate·v.
 
+    Args:
+      total_steps: of the schedule.
+      donate: True gives the memory of a step's state to the next one: the state passed
+        in can then not be used again, and half the memory is enough.
+
     Returns:
       step(state, features [B, dim], labels int32 [B]) -> (state, losses [K]): the mean
-      cross-entropy of each head before the step, in nats. The given state is donated.
-      The step raises ValueError for labels beyond the classes and for features of
-      another width.
+      cross-entropy of each head before the step, in nats. The step raises ValueError
+      for labels beyond the classes and for features of another width.
 
     Raises:
       ValueError: `total_steps` is below 1.
     """
     if total_steps < 1:
         raise ValueError(f"got total_steps={total_steps}, expected at least 1")
+    run = _donating_step if donate else _step
 
     def step(
         state: Heads, features: Float[ArrayLike, "B dim"], labels: Int[ArrayLike, " B"]
     ) -> tuple[Heads, Float[Array, " K"]]:
         _check(state, features, labels)
-        return _step(state, features, labels, total_steps)
+        return run(state, features, labels, total_steps)
 
     return step
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _step(
+def _all_heads(
     state: Heads, features: Array, labels: Array, total_steps: ArrayLike
 ) -> tuple[Heads, Array]:
     rates = state.learning_rates * cosine(state.step, total_steps)
@@ -215,6 +219,10 @@ def _step(
         step=state.step + 1,
     )
     return moved, losses
+
+
+_step = jax.jit(_all_heads)
+_donating_step = jax.jit(_all_heads, donate_argnums=0)
 
 
 def _logits(weights: tuple[Array, Array], features: Array) -> Array:

@@ -224,3 +224,14 @@ def test_senseless_arguments_are_refused():
     assert "learning rates" in error_of(linear.init, key, 3, 5, [])
     assert "1 classes" in error_of(linear.init, key, 3, 1, [0.1])
     assert "total_steps=0" in error_of(linear.make_step, 0)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_a_state_can_be_used_again_unless_it_is_donated(donate):
+    features, labels = data(1)
+    state = linear.init(jax.random.key(0), 12, 7, RATES)
+    kernel = np.array(state.kernel)
+    moved, _ = linear.make_step(5, donate=donate)(state, features[0], labels[0])
+    assert not np.array_equal(moved.kernel, kernel)
+    assert state.kernel.is_deleted() == donate
+    assert donate or np.array_equal(state.kernel, kernel)
