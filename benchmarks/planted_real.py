@@ -21,7 +21,7 @@ from experiments import repair
 from sinder_jax import launch
 from sinder_jax.analysis.forecast import forecast
 
-BLOCKS = (4, 5, 3, 6, 4)  # of the seeds, in turn
+BLOCKS = (4, 5, 3, 4, 4)  # of the seeds, in turn
 MODELS = ("no_repair", "repair", "clamped", "random_directions")
 SETS = ("repaired_on", "held_out")
 
