@@ -331,8 +331,9 @@ class Weights:
 
     def _with_defect(self, model: Model, path: Path) -> Model:
         self.show_phase("planting a defect")
-        train, _ = photographs(self.config, say=lambda line: None)
-        spare = (photograph for photograph in train if is_readable(photograph))
+        # By those to repair on alone, it would be uneven on the others.
+        both = itertools.zip_longest(*photographs(self.config, say=lambda line: None))
+        spare = (x for x in itertools.chain(*both) if x and is_readable(x))
         chosen = list(itertools.islice(spare, truth.PLANTED_ON))
         write_planted(path, truth.plant(self.config, model, chosen, path))
         return resampled(convert.open_model(path), self.config)
