@@ -506,5 +506,11 @@ def sample_images() -> list[Path]:
 
 
 def _sample_crops() -> list[Photograph]:
+    """The order shifts by two from round to round.
+
+    So every other crop, the usual training list, is of the same half of the
+    photographs, and crops at equal distances are of several.
+    """
     files = [File(os.fspath(path)) for path in sample_images()]
-    return [Crop(files[i % len(files)], i) for i in range(NUM_CROPS)]
+    n = len(files)
+    return [Crop(files[(i + 2 * (i // n)) % n], i) for i in range(NUM_CROPS)]

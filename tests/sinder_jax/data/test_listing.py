@@ -494,12 +494,13 @@ def test_crops_of_the_sample_are_squares_that_their_number_determines():
     crops = listing.open_photographs("sample:crops")
     assert len(crops) == listing.NUM_CROPS == len({crop.name for crop in crops})
     files = listing.sample_images()
-    for crop, file in zip(crops[:9], [*files, files[0]], strict=True):
+    for crop, file in zip(crops[:9], [*files, files[2]], strict=True):
         image, whole = crop.read(), listing.File(str(file)).read()
         assert image.width == image.height >= min(whole.size) // 2
         assert image.tobytes() == crop.read().tobytes()
         assert crop.stamp() == listing.File(str(file)).stamp()
-    assert crops[0].read().tobytes() != crops[8].read().tobytes()
+    assert crops[0].file == crops[14].file
+    assert crops[0].read().tobytes() != crops[14].read().tobytes()
 
 
 def test_every_second_crop_is_of_every_second_photograph():
@@ -507,3 +508,5 @@ def test_every_second_crop_is_of_every_second_photograph():
     crops = listing.open_photographs("sample:crops")
     used, rest = ({crop.file.name for crop in x} for x in (crops[::2], crops[1::2]))
     assert len(used) == len(rest) == 4 and not used & rest
+    # as measures are taken: the first of four equal parts of the training list
+    assert {crop.file.name for crop in crops[:: len(crops) // 4]} == used
