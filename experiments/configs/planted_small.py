@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.lr = 0.00003  # the first losses are near 50
     # A step in a late block shall not move the planted one by the momentum left in it.
     config.active_blocks = 5
-    config.history = 40
+    config.history = 80
     config.log_every = 10
     config.picture_every = 100
     config.checkpoint_every = 100
