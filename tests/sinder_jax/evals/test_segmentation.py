@@ -1,9 +1,9 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from samples import error_of
 from sinder_jax import placement
@@ -151,49 +151,29 @@ def test_head_shapes(channels, classes, params):
 
 @pytest.mark.parametrize("old, new", [((5, 7), (20, 23)), ((9, 8), (4, 8))])
 def test_resize_equals_pytorch(old, new):
+    torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(*old, 3)).astype(np.float32)
-    want = nn.functional.interpolate(
+    want = torch.nn.functional.interpolate(
         torch.tensor(x).permute(2, 0, 1)[None], new, mode="bilinear"
     )[0].permute(1, 2, 0)
     np.testing.assert_allclose(segmentation.resize(x, new), want, atol=2e-6)
 
 
-class TorchHead(nn.Module):
-    def __init__(self, state):
-        super().__init__()
-        channels, classes = state.head.kernel.shape
-        self.bn, self.conv = nn.BatchNorm2d(channels), nn.Conv2d(channels, classes, 1)
-        with torch.no_grad():
-            kernel = np.array(state.head.kernel).T[..., None, None]
-            self.conv.weight.copy_(torch.tensor(kernel))
-            for ours, theirs in (
-                (state.head.bias, self.conv.bias),
-                (state.head.scale, self.bn.weight),
-                (state.head.shift, self.bn.bias),
-                (state.mean, self.bn.running_mean),
-                (state.variance, self.bn.running_var),
-            ):
-                theirs.copy_(torch.tensor(np.array(ours)))
-
-    def forward(self, features, size):
-        x = self.conv(self.bn(torch.tensor(features).permute(0, 3, 1, 2)))
-        return nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
-
-
 def test_training_equals_a_pytorch_loop():
     """40 steps of AdamW, weight decay strong enough to show."""
+    torch, heads = (pytest.importorskip(name) for name in ("torch", "torch_heads"))
     options = SegmentationOptions(
         total_steps=40, warmup_steps=5, lr=0.02, weight_decay=0.5
     )
     state = trained()
-    head = TorchHead(state)
+    head = heads.SegmentationHead(state)
     adam = torch.optim.AdamW(head.parameters(), lr=1.0, weight_decay=0.5)
     step = segmentation.make_step(options)
     for i in range(options.total_steps):
         features, labels = batch_of(i)
         adam.param_groups[0]["lr"] = float(segmentation.learning_rate(i, options))
         scores = head(features, labels.shape[1:])
-        want = nn.functional.cross_entropy(
+        want = torch.nn.functional.cross_entropy(
             scores, torch.tensor(labels).long(), ignore_index=255, reduction="sum"
         )
         want = want / labels.size
@@ -217,22 +197,6 @@ def test_training_equals_a_pytorch_loop():
     want = head(features, (31, 17)).permute(0, 2, 3, 1).detach()
     got = segmentation.predict(state, features, (31, 17))
     np.testing.assert_allclose(got, want, atol=1e-3)
-
-
-def sliding(head, image, crop, stride, patch, size):
-    """mmsegmentation's way: whole arrays of window logits, summed and divided."""
-    height, width, _ = image.shape
-    total, count = 0, torch.zeros(height, width)
-    for y in windows(height, crop, stride):
-        for x in windows(width, crop, stride):
-            features = patch_means(image[y[0] : y[1], x[0] : x[1]], patch)
-            scores = head(features[None], (y[1] - y[0], x[1] - x[0]))[0]
-            placed = torch.zeros(len(scores), height, width)
-            placed[:, y[0] : y[1], x[0] : x[1]] = scores
-            total = total + placed
-            count[y[0] : y[1], x[0] : x[1]] += 1
-    merged = nn.functional.interpolate((total / count)[None], size, mode="bilinear")
-    return merged[0].softmax(0).permute(1, 2, 0).detach().numpy()
 
 
 def patch_means(image, patch):
@@ -265,9 +229,11 @@ def window_logits(state, image, crop, stride, patch):
 def test_merged_windows_equal_mmsegmentations_loop(size):
     """The same numbers from one matrix per axis as from whole arrays of logits."""
     state, crop, stride, patch = trained(3), 26, 15, 4
-    head = TorchHead(state).eval()
+    heads = pytest.importorskip("torch_heads")
+    head = heads.SegmentationHead(state).eval()
     image = np.random.default_rng(5).normal(size=(41, 57, 3)).astype(np.float32)
-    want = sliding(head, image, crop, stride, patch, size)
+    features_of = functools.partial(patch_means, patch=patch)
+    want = heads.sliding(head, image, features_of, crop, stride, size)
     rows, columns = (
         jnp.asarray(
             segmentation.merge_weights(
