@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     # A dozen thrown tokens stand six deviations out, and hardly anything else does. At
     # the authors' 4 the search goes on to find something in sound models.
     config.mask_thr = 6.0
+    config.min_outliers = 1  # to the last token
     config.max_iter = 600
     config.lr = 0.00003  # the first losses are near 50
     # A step in a late block shall not move the planted one by the momentum left in it.
