@@ -138,9 +138,11 @@ def test_a_kernel_is_factorized_with_one_thread_whoever_asks(monkeypatch):
 
     monkeypatch.setattr(np.linalg, "svd", counted)
     with threadpool_limits(2):
+        before = [pool["num_threads"] for pool in threadpool_info()]
+        assert 2 in before  # not in all: some library may have a single thread
         factor.factorize_kernel(AWKWARD["square"])
         assert threads and set(threads) == {1}
-        assert {pool["num_threads"] for pool in threadpool_info()} == {2}
+        assert [pool["num_threads"] for pool in threadpool_info()] == before
 
 
 @pytest.mark.parametrize("name", golden.REPAIRED)
