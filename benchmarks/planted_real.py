@@ -3,11 +3,11 @@ r"""What a repair gives back of a trained model in which a defect was planted.
     python -m benchmarks.planted_real --checkpoint=FOLDER --out=FOLDER \
         [--seeds=5] [--images=600] [--measure=8] [--config.KEY=VALUE ...]
 
-Each seed plants another defect, in another block, and runs
-`experiments.repair --config=planted_small.py` with its three controls. Prints a row of
-the table in README.md for each seed and each model: block planted and block forecast,
-then for photographs repaired on / held out the defective patches per photograph and
-the mean cosine with the truth, of defective and of sound tokens.
+Each seed plants another defect and runs `experiments.repair --config=planted_small.py`
+with its three controls. Prints a row of the table in README.md for each seed and each
+model: block planted and block forecast, then for photographs repaired on / held out the
+defective patches per photograph and the mean cosine with the truth, of defective and of
+sound tokens.
 """
 
 import argparse
@@ -21,7 +21,6 @@ from experiments import repair
 from sinder_jax import launch
 from sinder_jax.analysis.forecast import forecast
 
-BLOCKS = (4, 5, 3, 4, 4)  # of the seeds, in turn
 MODELS = ("no_repair", "repair", "clamped", "random_directions")
 SETS = ("repaired_on", "held_out")
 
@@ -38,11 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, overrides = parser.parse_known_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in range(args.seeds):
-        workdir, block = args.out / f"seed{seed}", BLOCKS[seed % len(BLOCKS)]
+        workdir = args.out / f"seed{seed}"
         settings = {
             "checkpoint": args.checkpoint,
             "seed": seed,
-            "plant": block,
             "max_iter": args.images,
             "measure_images": args.measure,
         }

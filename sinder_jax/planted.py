@@ -48,7 +48,7 @@ PER_SPOT = 110  # ... one for so many patches
 SPOT_LEAN = 0.1  # of a spot, by the norm of the embedded token
 RESPONSES = 4  # random leans measured for each channel of a token
 RARE = 0.9999  # share of the other tokens that the gate stays closed for
-CLEAR = 2.0  # how far a leaning token gets, times the threshold
+CLEAR = 2.2  # how far a leaning token gets, times the threshold
 RIDGE = 1e-3  # of the mean variance, to invert a covariance
 FAR = 5.0  # a thrown token's norm in the last block, times the median there
 

@@ -31,10 +31,10 @@ def get_config() -> ConfigDict:
     config.mask_thr = 6.0
     config.min_outliers = 1  # to the last token
     config.max_iter = 600
-    config.lr = 0.00003  # the first losses are near 50
+    config.lr = 0.00001  # the first losses are near 50
     # A step in a late block shall not move the planted one by the momentum left in it.
     config.active_blocks = 5
-    config.history = 80
+    config.history = 100
     config.log_every = 10
     config.picture_every = 100
     config.checkpoint_every = 100

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -143,6 +143,17 @@ def photographs(
     names = {photograph.name for photograph in train}  # a list may repeat one
     rest = batches.held_out(found, config.num_images)
     return train, [photograph for photograph in rest if photograph.name not in names]
+
+
+def varied(config: ConfigDict) -> Iterator[Photograph]:
+    """Readable photographs to plant a defect on, each of them once and whole.
+
+    Those to repair on and others in turn: by the former alone, or by crops, a defect
+    would be uneven on the rest. Errors as `photographs`.
+    """
+    both = itertools.zip_longest(*photographs(config, say=lambda line: None))
+    whole = dict.fromkeys(listing.whole(x) for x in itertools.chain(*both) if x)
+    return filter(is_readable, whole)
 
 
 def check_resize(config: ConfigDict) -> None:
@@ -331,10 +342,7 @@ class Weights:
 
     def _with_defect(self, model: Model, path: Path) -> Model:
         self.show_phase("planting a defect")
-        # By those to repair on alone, it would be uneven on the others.
-        both = itertools.zip_longest(*photographs(self.config, say=lambda line: None))
-        spare = (x for x in itertools.chain(*both) if x and is_readable(x))
-        chosen = list(itertools.islice(spare, truth.PLANTED_ON))
+        chosen = list(itertools.islice(varied(self.config), truth.PLANTED_ON))
         write_planted(path, truth.plant(self.config, model, chosen, path))
         return resampled(convert.open_model(path), self.config)
 

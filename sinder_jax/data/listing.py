@@ -174,6 +174,11 @@ Photograph = File | Record | Crop
 """One photograph, with a name that no other photograph has."""
 
 
+def whole(photograph: Photograph) -> Photograph:
+    """The photograph that a crop is of; any other is whole already."""
+    return photograph.file if isinstance(photograph, Crop) else photograph
+
+
 def open_photographs(spec: str, say: Say | None = None) -> Sequence[Photograph]:
     """Lists the photographs that `spec` names, without decoding any.
 

@@ -80,6 +80,19 @@ def test_sample_means_the_photographs_of_scikit_image():
     assert len(train) == len(held_out) == 4
 
 
+def test_a_defect_is_planted_on_whole_photographs_of_both_kinds(photos):
+    given = config("planted_small.py")  # crops, of half of the photographs held out
+    found = [file.name for file in inputs.varied(given)]
+    assert sorted(found) == [file.name for file in listing.open_photographs("sample")]
+    train, held_out = inputs.photographs(given)
+    assert found[:2] == [train[0].file.name, held_out[0].file.name]
+    # those of a folder are whole already
+    (photos / "g.png").write_bytes(b"no image")
+    given = config(data=str(photos), num_images=3)
+    names = [os.path.relpath(file.name, photos)[0] for file in inputs.varied(given)]
+    assert names == ["a", "b", "c", "e", "f"]
+
+
 def test_no_data_says_what_to_give():
     with pytest.raises(
         ValueError, match=r"--config\.data=FOLDER.*--config\.data=sample"

@@ -500,6 +500,7 @@ def test_crops_of_the_sample_are_squares_that_their_number_determines():
         assert image.tobytes() == crop.read().tobytes()
         assert crop.stamp() == listing.File(str(file)).stamp()
     assert crops[0].file == crops[14].file
+    assert listing.whole(crops[0]) == listing.whole(crops[0].file) == crops[0].file
     assert crops[0].read().tobytes() != crops[14].read().tobytes()
 
 
