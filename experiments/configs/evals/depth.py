@@ -11,12 +11,12 @@ default here. For four layers give --config.layers=4.
 
 from ml_collections import ConfigDict
 
-from experiments.configs.evals import base
+from experiments.configs import evals
 
 
 def get_config() -> ConfigDict:
     """The settings of dinov2's linear depth heads."""
-    config = base.get_config()
+    config = evals.shared()
     config.protocol = "depth"
     config.layers = 1  # 1: the last block; 4: four blocks spread over all
     config.batch_size = 2  # images that a device takes at once

@@ -9,12 +9,12 @@ Source: dinov2/eval/knn.py; SINDER's appendix G.3.
 
 from ml_collections import ConfigDict
 
-from experiments.configs.evals import base
+from experiments.configs import evals
 
 
 def get_config() -> ConfigDict:
     """The settings of dinov2's k-NN."""
-    config = base.get_config()
+    config = evals.shared()
     config.protocol = "knn"
     config.resize = 256  # pixels of the short side ...
     config.image_size = 224  # ... and of the middle square that is cut out

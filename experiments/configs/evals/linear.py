@@ -12,12 +12,12 @@ that ends within minutes.
 
 from ml_collections import ConfigDict
 
-from experiments.configs.evals import base
+from experiments.configs import evals
 
 
 def get_config() -> ConfigDict:
     """The settings of dinov2's linear probe."""
-    config = base.get_config()
+    config = evals.shared()
     config.protocol = "linear"
 
     # Validation images, and the side of the training crops.

@@ -13,12 +13,12 @@ one of a schedule that ends within minutes (`experiments.evaluation.schedule`).
 
 from ml_collections import ConfigDict
 
-from experiments.configs.evals import base
+from experiments.configs import evals
 
 
 def get_config() -> ConfigDict:
     """The settings of dinov2's linear heads."""
-    config = base.get_config()
+    config = evals.shared()
     config.protocol = "segmentation_linear"
 
     # Data.
