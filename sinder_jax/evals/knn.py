@@ -5,10 +5,13 @@
 
 Source: dinov2/eval/knn.py. The bank stays on the host, or on a disk as a memory map;
 each device looks through its own consecutive part of it, a tile at a time. Of equal
-cosines the row with the lower index is nearer, on any number of devices and tiles.
+cosines the row with the lower index is nearer. The product is that of a block of
+queries and a block of rows, always of the same shape and at the same place of the bank,
+so neither tiles nor the number of devices change a bit of a cosine.
 """
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,7 +27,9 @@ from sinder_jax import placement
 KS = (10, 20, 100, 200)  # SINDER's, appendix G.3
 TEMPERATURE = 0.07
 LEAST_NORM = 1e-12  # a zero feature has cosine 0 with everything
-TILE = 65_536  # rows of the bank that a device compares at a time ...
+TEMPERATURES = (1e-30, 1e30)  # beyond them float32 has no quotient
+TILE = 65_536  # rows of the bank that a device compares at a time
+BLOCK = 2_048  # rows of one product ...
 QUERIES = 512  # ... with so many queries
 GROUP = 16  # rows, of which the largest cosine is looked at first
 
@@ -46,7 +51,7 @@ def classify(
     bank_labels: Any,
     queries: Any,
     *,
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] | Int[np.ndarray, " K"] = KS,
     temperature: float = TEMPERATURE,
     num_classes: int | None = None,
     devices: Sequence[jax.Device] | None = None,
@@ -62,10 +67,11 @@ def classify(
       bank_labels: integers [N], 0 to C-1.
       queries: features as they come, [Q, D].
       ks: numbers of neighbors, at most N.
-      temperature: of the softmax.
+      temperature: of the softmax, 1e-30 to 1e30.
       num_classes: C; None: the largest label plus 1.
       devices: None means all.
-      tile: rows of the bank that a device compares at a time, at most (and 15 more).
+      tile: rows of the bank that a device compares at a time, at most, in whole
+        blocks of 2,048.
 
     Returns:
       By K, the votes. Of classes with the same vote, `argmax` takes the lowest.
@@ -76,6 +82,7 @@ def classify(
     """
     labels = _checked_labels(bank_labels, len(bank), num_classes)
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
+    ks = [operator.index(k) for k in ks]
     check_ks(ks, len(bank))
     check_temperature(temperature)
     found = neighbors(bank, queries, max(ks), devices=devices, tile=tile)
@@ -89,9 +96,13 @@ def classify(
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises ValueError unless a temperature is above 0."""
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"got temperature={temperature}, expected a number above 0")
+    """Raises ValueError unless a temperature is one of `TEMPERATURES`."""
+    least, most = TEMPERATURES
+    if not least <= temperature <= most:
+        raise ValueError(
+            f"got temperature={temperature}, expected a number from {least:g} to "
+            f"{most:g}"
+        )
 
 
 def check_ks(ks: Sequence[int], rows: int) -> None:
@@ -140,7 +151,8 @@ def neighbors(
       queries: [Q, D].
       k: at most N.
       devices: None means all.
-      tile: rows of the bank that a device compares at a time, at most (and 15 more).
+      tile: rows of the bank that a device compares at a time, at most, in whole
+        blocks of 2,048.
 
     Raises:
       ValueError: shapes that do not fit, k beyond the bank, a feature that is not
@@ -155,12 +167,9 @@ def neighbors(
     check_ks([k], len(bank))
     sharding = placement.over(devices)
     mesh, _ = placement.axis_of(sharding)
-    part = -(-len(bank) // mesh.size)  # rows of a device
-    count = -(-part // tile)  # of tiles, all of one size, with little to fill up
-    tile = -(-part // (count * GROUP)) * GROUP
-    together = min(QUERIES, max(1, len(queries)))
+    part, tile = _shares(len(bank), mesh.size, tile)
     placed = jax.device_put(
-        _tiled(_finite(queries, "query"), together),
+        _blocks_of(_finite(queries, "query"), QUERIES),
         NamedSharding(mesh, PartitionSpec()),
     )
     shape = (mesh.size, *placed.shape[:2], k)
@@ -190,11 +199,22 @@ def _finite(features: Any, what: str) -> Float32[np.ndarray, "n D"]:
     return array
 
 
-def _tiled(rows: np.ndarray, together: int) -> Float32[np.ndarray, "tiles rows D"]:
-    """Rows in tiles of the same size, the last one filled up with zeros."""
-    filled = np.zeros((-(-len(rows) // together) * together, rows.shape[1]), np.float32)
+def _shares(rows: int, devices: int, tile: int) -> tuple[int, int]:
+    """Rows of a device, and of its tiles, all of one size: whole blocks."""
+    part = _ceil(_ceil(rows, BLOCK), devices)
+    count = _ceil(part, max(tile // BLOCK, 1))
+    return part * BLOCK, _ceil(part, count) * BLOCK
+
+
+def _ceil(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _blocks_of(rows: np.ndarray, size: int) -> Float32[np.ndarray, "blocks size D"]:
+    """Rows in blocks of the same size, the last one filled up with zeros."""
+    filled = np.zeros((_ceil(len(rows), size) * size, rows.shape[1]), np.float32)
     filled[: len(rows)] = rows
-    return filled.reshape(-1, together, rows.shape[1])
+    return filled.reshape(-1, size, rows.shape[1])
 
 
 @functools.cache
@@ -203,13 +223,20 @@ def _make_step(mesh: Any) -> Any:
 
     def own(best, queries, rows, first, count):
         rows, first, count = rows[0], first[0], count[0]
-        rows = _normalized(rows)
-        valid = jnp.arange(len(rows)) < count
+        blocks = lax.map(_normalized, rows.reshape(-1, BLOCK, rows.shape[1]))
+        starts = jnp.arange(len(blocks)) * BLOCK
 
         def of_some(arguments):
             cosines, indices, some = arguments
-            product = jnp.matmul(_normalized(some), rows.T, precision="highest")
-            product = jnp.where(valid[None], product, -jnp.inf)
+            some = _normalized(some)
+
+            def of_block(block):
+                rows, start = block
+                product = jnp.matmul(some, rows.T, precision="highest")
+                valid = start + jnp.arange(BLOCK) < count
+                return jnp.where(valid[None], product, -jnp.inf)
+
+            product = lax.map(of_block, (blocks, starts))
             return _keep(cosines, indices, product, first)
 
         cosines, indices = (x[0] for x in best)
@@ -240,7 +267,7 @@ def _normalized(features: Float[Array, "n D"]) -> Float[Array, "n D"]:
 def _keep(
     cosines: Float[Array, "q k"],
     indices: Int[Array, "q k"],
-    product: Float[Array, "q rows"],
+    product: Float[Array, "blocks q rows"],
     first: Int[Array, ""],
 ) -> tuple[Float[Array, "q k"], Int[Array, "q k"]]:
     """The k best of those before and those of a tile; of equal ones, the earlier."""
@@ -253,7 +280,7 @@ def _keep(
 
 
 def _candidates(
-    product: Float[Array, "q rows"], k: int
+    product: Float[Array, "blocks q rows"], k: int
 ) -> tuple[Float[Array, "q some"], Int[Array, "q some"]]:
     """Cosines and rows, in the order of the rows, that hold the k best of a tile.
 
@@ -261,15 +288,18 @@ def _candidates(
     group come these k maxima: each is larger or, as `top_k` prefers the earlier of
     equal groups, equal and earlier.
     """
-    count = product.shape[1]
-    if count % GROUP or count // GROUP < 2 * k:  # too few to gain by it
-        return product, jnp.broadcast_to(jnp.arange(count)[None], product.shape)
-    grouped = product.reshape(len(product), -1, GROUP)
-    _, chosen = lax.top_k(jnp.max(grouped, axis=2), k)
-    chosen = jnp.sort(chosen, axis=1)[:, :, None]
-    rows = chosen * GROUP + jnp.arange(GROUP)[None, None]
-    some = jnp.take_along_axis(grouped, chosen, axis=1)
-    return some.reshape(len(product), -1), rows.reshape(len(product), -1)
+    blocks, q, size = product.shape
+    if blocks * size // GROUP < 2 * k:  # too few to gain by it
+        joined = jnp.moveaxis(product, 0, 1).reshape(q, -1)
+        return joined, jnp.broadcast_to(jnp.arange(blocks * size)[None], joined.shape)
+    grouped = product.reshape(blocks, q, -1, GROUP)
+    largest = jnp.moveaxis(jnp.max(grouped, axis=3), 0, 1).reshape(q, -1)
+    _, chosen = lax.top_k(largest, k)
+    chosen = jnp.sort(chosen, axis=1)
+    block, group = jnp.divmod(chosen, size // GROUP)
+    some = grouped[block, jnp.arange(q)[:, None], group]
+    rows = chosen[:, :, None] * GROUP + jnp.arange(GROUP)[None, None]
+    return some.reshape(q, -1), rows.reshape(q, -1)
 
 
 def _merged(
@@ -299,11 +329,11 @@ def votes(
       cosines: of the k nearest rows, nearest first; k is the largest of `ks`.
       labels: their labels.
       ks: numbers of neighbors that vote.
-      temperature: above 0.
+      temperature: 1e-30 to 1e30.
       num_classes: C.
 
     Raises:
-      ValueError: a temperature that is not above 0.
+      ValueError: a temperature beyond `TEMPERATURES`.
     """
     check_temperature(temperature)
     logits = cosines / np.float32(temperature)

@@ -89,20 +89,34 @@ def test_of_equal_cosines_the_earlier_row_is_nearer():
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-@pytest.mark.parametrize("tile", [32, 96, 1000])
+@pytest.mark.parametrize("tile", [1, 4096, 65_536])
 def test_tiles_and_devices_change_no_neighbor(devices, tile):
-    bank, _ = with_ties()
-    queries = random(300, seed=1)  # more than one tile of queries
+    bank, _ = with_ties(6000)
+    queries = random(600, seed=1)  # more than one block of queries
     _, rows = by_sorting(bank, queries, 7)
     found = knn.neighbors(bank, queries, 7, devices=jax.devices()[:devices], tile=tile)
     np.testing.assert_array_equal(found.rows, rows)
 
 
+def test_tiles_and_devices_change_no_bit():
+    # Cosines of ones and zeros are equal for many rows, up to the order of a sum.
+    rng = np.random.default_rng(0)
+    bank, queries = ((rng.random((n, 64)) > 0.5).astype(np.float32) for n in (4100, 40))
+    whole = knn.neighbors(bank, queries, 200, devices=jax.devices()[:1])
+    assert (np.diff(whole.cosines) > -1e-6).mean() > 0.5
+    for count, tile in ((1, 1000), (2, 1000), (2, 65_536)):
+        devices = jax.devices()[:count]
+        found = knn.neighbors(bank, queries, 200, devices=devices, tile=tile)
+        np.testing.assert_array_equal(found.rows, whole.rows)
+        np.testing.assert_array_equal(found.cosines, whole.cosines)
+
+
 def test_groups_lose_no_neighbor():
     k = 5
-    bank, _ = with_ties(3000)  # 187 groups, of which 5 are looked into
+    bank, _ = with_ties(3000)  # 256 groups of two blocks, of which 5 are looked into
     queries = random(64, seed=2)
-    assert knn._candidates(jax.numpy.zeros((1, 3008)), k)[0].shape == (1, 80)
+    two = jax.numpy.zeros((2, 1, knn.BLOCK))
+    assert knn._candidates(two, k)[0].shape == (1, 80)
     _, rows = by_sorting(bank, queries, k)
     np.testing.assert_array_equal(knn.neighbors(bank, queries, k).rows, rows)
 
@@ -129,8 +143,9 @@ def test_k_1_is_the_nearest_s_label_and_a_cold_vote_too():
     bank, queries = random(300), random(60, seed=1)
     labels = np.random.default_rng(0).integers(0, 5, 300)
     nearest = knn.classify(bank, labels, queries, ks=(1,))[1].argmax(1)
-    cold = knn.classify(bank, labels, queries, ks=(200,), temperature=1e-4)[200]
-    np.testing.assert_array_equal(cold.argmax(1), nearest)
+    for temperature in (1e-4, 1e-30):
+        cold = knn.classify(bank, labels, queries, temperature=temperature)[200]
+        np.testing.assert_array_equal(cold.argmax(1), nearest)
 
 
 def test_votes_for_a_smaller_k_are_those_of_one_softmax():
@@ -149,8 +164,9 @@ def test_classes_of_the_bank_need_not_be_all():
     assert found.shape == (2, 7) and not found[:, 3:].any()
 
 
-def test_jax_arrays_are_taken_too():
-    found = knn.classify(*map(jax.numpy.asarray, (BANK, LABELS, QUERIES)), ks=(3, 5))
+def test_arrays_are_taken_too():
+    arrays = map(jax.numpy.asarray, (BANK, LABELS, QUERIES))
+    found = knn.classify(*arrays, ks=np.array([3, 5]))
     np.testing.assert_allclose(found[3], VOTES[3], atol=1e-6)
 
 
@@ -168,6 +184,7 @@ def test_jax_arrays_are_taken_too():
         ({"queries": np.full((2, 2), np.nan)}, "got a query that is not finite"),
         ({"bank": np.full((6, 2), np.inf)}, "got a row of the bank that is not finite"),
         ({"temperature": 0.0}, "got temperature=0.0"),
+        ({"temperature": 1e-50}, "expected a number from 1e-30 to 1e+30"),
         ({"bank": BANK[:0], "bank_labels": LABELS[:0]}, "got an empty bank"),
     ],
 )
