@@ -11,7 +11,7 @@ images, and is 0 for the two images of each GPU.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Num, PRNGKeyArray, Shaped
 
 BINS = 256
 UPSAMPLING = 4  # of the logits, per side
@@ -31,7 +31,7 @@ LOG_OFFSET = 0.001  # meters, added before a logarithm in SigLoss
 
 
 def depth_from_logits(
-    logits: Float[ArrayLike, "*shape bins"],
+    logits: Num[ArrayLike, "*shape bins"],
     min_depth: float,
     max_depth: float,
 ) -> Float[Array, "*shape"]:
@@ -41,7 +41,7 @@ def depth_from_logits(
     changes the depth.
 
     Args:
-      logits: one for each bin.
+      logits: one for each bin; integers, and narrow floats, are taken as float32.
       min_depth: distance of the first bin, meters.
       max_depth: of the last bin.
 
@@ -49,6 +49,7 @@ def depth_from_logits(
       Meters, between the two.
     """
     z = jnp.asarray(logits)
+    z = z.astype(jnp.promote_types(z.dtype, jnp.float32))
     weights = jax.nn.relu(z) + 0.1
     bins = jnp.asarray(np.linspace(min_depth, max_depth, z.shape[-1]), z.dtype)
     depth = jnp.matmul(weights, bins, precision="highest") / jnp.sum(weights, axis=-1)
@@ -73,7 +74,7 @@ def sig_loss(
 
     Returns:
       The loss; 0 with gradient 0 without a known pixel, and where a root would have
-      none.
+      none. NaN if a known distance, or its prediction, is not finite.
     """
     valid = jnp.asarray(truth) > 0
     count = jnp.sum(valid)
@@ -84,7 +85,7 @@ def sig_loss(
     variance = jnp.where(warm_up, 0, squares / jnp.maximum(count - 1, 1))
     value = variance + VARIANCE_WEIGHT * mean**2
     # The root has an infinite slope at 0.
-    return jnp.where(value > 0, jnp.sqrt(jnp.where(value > 0, value, 1)), 0)
+    return jnp.where(value == 0, 0, jnp.sqrt(jnp.where(value == 0, 1, value)))
 
 
 def scores(
@@ -279,11 +280,11 @@ def learning_rate(step: ArrayLike, options: Options) -> Float[Array, ""]:
     In the configs 12,800 of 38,400 steps, from 0.001 of the cosine's value on.
     """
     total = options.total_steps
-    left = (total - jnp.asarray(step)).astype(jnp.float32)
+    left = jnp.maximum(total - jnp.asarray(step), 0).astype(jnp.float32)
     share = jnp.sin(0.5 * jnp.pi * left / total) ** 2  # (1 + cos)/2 without rounding
     rate = options.learning_rate * (1e-8 + (1 - 1e-8) * share)
     done = jnp.minimum(jnp.asarray(step) / (total // 3 or 1), 1)
-    return rate * (1 - (1 - done) * (1 - 0.001))
+    return rate * (0.001 * (1 - done) + done)
 
 
 def beta1(step: ArrayLike, options: Options) -> Float[Array, ""]:
@@ -311,16 +312,22 @@ def make_step(options: Options) -> Callable[..., tuple[Head, Float[Array, ""]]]:
 
     def step(
         state: Head,
-        features: Float[ArrayLike, "B h w channels"],
-        truth: Float[ArrayLike, "B height width"],
+        features: Float[ArrayLike, "B h w channels"] | Sequence[Any],
+        truth: Float[ArrayLike, "_ height width"] | Sequence[Any],
     ) -> tuple[Head, Float[Array, ""]]:
-        images = jnp.shape(features)[0]
+        features, truth = jnp.asarray(features), jnp.asarray(truth)
+        _check(state, features)
+        images = len(features)
         if images % options.group:
             raise ValueError(
                 f"got {images} images, expected a multiple of the "
                 f"{options.group} that share a loss"
             )
-        _check(state, features)
+        if truth.ndim != 3 or len(truth) != images:
+            raise ValueError(
+                f"got a truth of shape {truth.shape}, expected [{images}, height, "
+                "width]"
+            )
         return _step(state, features, truth, options)
 
     return step
@@ -404,7 +411,7 @@ def _resized(depth: Array, size: tuple[int, ...]) -> Array:
 
 def predict(
     state: Head,
-    features: Float[ArrayLike, "B h w channels"],
+    features: Float[ArrayLike, "B h w channels"] | Sequence[Any],
     size: tuple[int, int],
     *,
     min_depth: float = 0.001,
@@ -421,6 +428,7 @@ def predict(
       min_depth: distance of the first bin, meters.
       max_depth: of the last bin.
     """
+    features = jnp.asarray(features)
     _check(state, features)
     return _predict(
         (state.kernel, state.bias), features, tuple(size), min_depth, max_depth
@@ -442,9 +450,9 @@ def _predict(
     return lax.map(of_image, jnp.asarray(features))
 
 
-def _check(state: Head, features: Any) -> None:
-    if features.shape[-1] != len(state.kernel):
+def _check(state: Head, features: Array) -> None:
+    if features.ndim != 4 or features.shape[-1] != len(state.kernel):
         raise ValueError(
-            f"got features of {features.shape[-1]} channels, expected "
-            f"{len(state.kernel)} as at `init`"
+            f"got features of shape {features.shape}, expected [B, h, w, "
+            f"{len(state.kernel)}], with as many channels as at `init`"
         )

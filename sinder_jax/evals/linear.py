@@ -141,12 +141,12 @@ def _weights(key: Array, numbers: Array, dim: int, num_classes: int) -> Array:
 
 
 def cosine(step: ArrayLike, total_steps: ArrayLike) -> Float[Array, ""]:
-    """½(1 + cos(π·step / total)): 1 at the first step, 0 after the last.
+    """½(1 + cos(π·step / total)): 1 at the first step, 0 after the last and beyond.
 
     As sin² of the steps that are left, which float32 computes to 7 digits to the end.
     """
     total = jnp.asarray(total_steps, jnp.float32)
-    left = (jnp.asarray(total_steps) - step).astype(jnp.float32)
+    left = jnp.maximum(jnp.asarray(total_steps) - step, 0).astype(jnp.float32)
     return jnp.sin(0.5 * jnp.pi * left / total) ** 2
 
 
@@ -166,7 +166,8 @@ def make_step(
     Returns:
       step(state, features [B, dim], labels int32 [B]) -> (state, losses [K]): the mean
       cross-entropy of each head before the step, in nats. The step raises ValueError
-      for labels beyond the classes and for features of another width.
+      for labels beyond the classes, for features of another width and for another
+      number of labels than of features.
 
     Raises:
       ValueError: `total_steps` is below 1.
@@ -176,10 +177,11 @@ def make_step(
     run = _donating_step if donate else _step
 
     def step(
-        state: Heads, features: Float[ArrayLike, "B dim"], labels: Int[ArrayLike, " B"]
+        state: Heads,
+        features: Float[ArrayLike, "B dim"] | Sequence[Any],
+        labels: Int[ArrayLike, "_"] | Sequence[Any],
     ) -> tuple[Heads, Float[Array, " K"]]:
-        _check(state, features, labels)
-        return run(state, features, labels, total_steps)
+        return run(state, *_checked(state, features, labels), total_steps)
 
     return step
 
@@ -240,7 +242,9 @@ def _cross_entropy(
 
 
 def ranks(
-    state: Heads, features: Float[ArrayLike, "B dim"], labels: Int[ArrayLike, " B"]
+    state: Heads,
+    features: Float[ArrayLike, "B dim"] | Sequence[Any],
+    labels: Int[ArrayLike, "_"] | Sequence[Any],
 ) -> Int[Array, "K B"]:
     """How many classes each head prefers to the true one: 0 is right, below 5 is top-5.
 
@@ -248,10 +252,10 @@ def ranks(
     not numbers) prefers all classes.
 
     Raises:
-      ValueError: labels beyond the classes, or features of another width.
+      ValueError: labels beyond the classes, features of another width, or another
+        number of labels than of features.
     """
-    _check(state, features, labels)
-    return _ranks((state.kernel, state.bias), features, labels)
+    return _ranks((state.kernel, state.bias), *_checked(state, features, labels))
 
 
 @jax.jit
@@ -281,14 +285,25 @@ def best(accuracy: Mapping[Kind, Float[np.ndarray, " K"]]) -> tuple[Kind, int]:
     return best, int(np.argmax(accuracy[best]))
 
 
-def _check(state: Heads, features: Any, labels: Any) -> None:
+def _checked(state: Heads, features: Any, labels: Any) -> tuple[Any, Any]:
+    """Both as arrays, where they are."""
+    features, labels = (
+        x if isinstance(x, jax.Array) else np.asarray(x) for x in (features, labels)
+    )
     _, dim, classes = state.kernel.shape
-    if features.shape[-1] != dim:
+    if features.ndim != 2 or features.shape[1] != dim:
         raise ValueError(
-            f"got features of width {features.shape[-1]}, expected {dim} as at `init`"
+            f"got features of shape {features.shape}, expected [B, {dim}], as wide as "
+            "at `init`"
+        )
+    if labels.shape != features.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"got labels {labels.shape} of {labels.dtype} for {len(features)} rows of "
+            "features, expected an integer for each"
         )
     if isinstance(labels, jax.core.Tracer):
-        return  # inside a larger jitted function, whose caller must check
+        # Inside a larger jitted function, whose caller must check.
+        return features, labels
     known = np.asarray(labels)
     if known.size and not (0 <= known.min() and known.max() < classes):
         wrong = known.min() if known.min() < 0 else known.max()
@@ -296,3 +311,4 @@ def _check(state: Heads, features: Any, labels: Any) -> None:
             f"got the label {wrong}, expected 0 to {classes - 1}: the heads have "
             f"{classes} classes"
         )
+    return features, labels

@@ -17,9 +17,10 @@ OFFICIAL = depth.Options()
 
 
 def test_depth_is_the_mean_of_bins():
-    logits = np.array([[0, 2, -1, 1]], np.float32)
-    got = depth.depth_from_logits(logits, 0.001, 10.0)
-    np.testing.assert_allclose(got, [5.490647], rtol=1e-6)
+    for dtype in (np.float32, np.int32, jnp.bfloat16):
+        logits = np.array([[0, 2, -1, 1]], dtype)
+        got = depth.depth_from_logits(logits, 0.001, 10.0)
+        np.testing.assert_allclose(got, [5.490647], rtol=1e-6)
 
 
 def test_depth_of_zero_logits_is_the_middle():
@@ -52,6 +53,12 @@ def test_sig_loss_has_a_gradient_where_a_root_has_none(truth):
         jnp.array([1.0, 2.0]), jnp.array(truth)
     )
     assert loss == 0 and np.array_equal(gradient, [0, 0])
+
+
+def test_sig_loss_hides_nothing_that_is_not_finite():
+    for predicted, truth in (([1.0, 2.0], [1.0, np.inf]), ([np.nan, 2.0], [1.0, 2.0])):
+        assert np.isnan(depth.sig_loss(np.array(predicted), np.array(truth)))
+    assert np.isfinite(depth.sig_loss(np.array([np.nan, 2.0]), np.array([0.0, 3.0])))
 
 
 def test_scores():
@@ -95,7 +102,19 @@ def test_silog_of_equal_errors_is_zero():
 )
 def test_learning_rate(step, rate):
     got = float(depth.learning_rate(step, OFFICIAL))
-    assert got == pytest.approx(rate, rel=3e-4)
+    assert got == pytest.approx(rate, rel=3e-4)  # of the numbers above
+
+
+def test_learning_rate_has_the_digits_of_float32():
+    for step in (0, 1, 2, 100, 12_799, 38_399):
+        done = min(step / 12_800, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / 38_400))
+        rate = 1e-4 * (1e-8 + (1 - 1e-8) * cosine) * (1 - (1 - done) * (1 - 0.001))
+        got = float(depth.learning_rate(step, OFFICIAL))
+        assert got == pytest.approx(rate, rel=5e-7)
+    assert depth.learning_rate(50_000, OFFICIAL) == depth.learning_rate(
+        38_400, OFFICIAL
+    )
 
 
 @pytest.mark.parametrize(
@@ -201,5 +220,7 @@ def test_mistakes_are_named():
     message = error_of(depth.make_step(OFFICIAL), state, x, np.zeros((3, 4, 4)))
     assert "3 images" in message and "multiple of the 2" in message
     wide = np.zeros((2, 2, 2, 5), np.float32)
-    assert "5 channels" in error_of(depth.predict, state, wide, (4, 4))
+    assert "(2, 2, 2, 5)" in error_of(depth.predict, state, wide, (4, 4))
+    one = error_of(depth.make_step(OFFICIAL), state, x[:2], np.zeros((1, 4, 4)))
+    assert "got a truth of shape (1, 4, 4), expected [2, height, width]" in one
     assert "max_depth=0.0" in error_of(depth.Options, max_depth=0.0)

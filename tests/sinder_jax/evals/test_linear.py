@@ -72,6 +72,7 @@ def test_fewer_than_four_blocks_are_refused():
         (6250, 0.2),
         (12_499, 6.3165e-9),
         (12_500, 0),
+        (13_000, 0),
     ],
 )
 def test_learning_rate_falls_by_a_cosine(step, rate):
@@ -216,7 +217,26 @@ def test_features_of_another_width_are_refused():
     message = error_of(
         linear.make_step(5), state, np.ones((2, 4), np.float32), np.zeros(2, np.int32)
     )
-    assert "width 4" in message and "expected 3" in message
+    assert "(2, 4)" in message and "expected [B, 3]" in message
+
+
+@pytest.mark.parametrize("labels", [[1], [1, 0, 2], [[1], [0]], [1.0, 0.0]])
+def test_each_row_of_features_needs_a_label(labels):
+    state = linear.init(jax.random.key(0), 3, 5, RATES)
+    features = np.ones((2, 3), np.float32)
+    for call in (linear.make_step(5), linear.ranks):
+        message = error_of(call, state, features, labels)
+        assert "for 2 rows of features, expected an integer for each" in message
+
+
+def test_lists_are_taken_too():
+    state = linear.init(jax.random.key(0), 3, 5, RATES)
+    x, y = np.ones((2, 3), np.float32), np.array([1, 0], np.int32)
+    for call in (linear.make_step(5), linear.ranks):
+        found, expected = call(state, x.tolist(), y.tolist()), call(state, x, y)
+        jax.tree.map(
+            np.testing.assert_array_equal, *map(jax.tree.leaves, (found, expected))
+        )
 
 
 def test_senseless_arguments_are_refused():
