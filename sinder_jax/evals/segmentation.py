@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,12 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Integer
+from jaxtyping import Array, Float, Int, Integer, Num
 
 from sinder_jax import placement
 
 IGNORE = 255
+WARMUP = 1_500  # iterations of the published heads
 KERNEL_STD = 0.01  # of a new head's kernel
 NORM_EPSILON = 1e-5
 NORM_MOMENTUM = 0.1  # share of the new batch in the running statistics
@@ -120,14 +121,17 @@ def _apply(
 
 
 def resize(
-    x: Float[Numbers, "h w C"], size: tuple[int, int]
+    x: Num[Numbers, "h w C"], size: tuple[int, int]
 ) -> Float[Array, "height width C"]:
-    """Bilinear resize to `size`, see `bilinear_weights`."""
+    """Bilinear resize to `size`, see `bilinear_weights`; integers become float32."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.float32)
     rows, columns = (
         jnp.asarray(bilinear_weights(old, new), x.dtype)
         for old, new in zip(x.shape[:2], size, strict=True)
     )
-    return _apply(rows, columns, jnp.asarray(x))
+    return _apply(rows, columns, x)
 
 
 # --- The head -------------------------------------------------------------------------
@@ -167,7 +171,7 @@ class SegmentationOptions:
     Attributes:
       total_steps: iterations; the learning rate reaches 0 after the last one.
       lr: AdamW's learning rate, decreasing linearly (mmcv's "poly" of power 1).
-      warmup_steps: of the linear warm-up.
+      warmup_steps: of the linear warm-up; None: 1,500, or all of a shorter training.
       warmup_ratio: share of the learning rate with which the warm-up begins.
       weight_decay: decoupled, of all parameters, BatchNorm's and biases too.
       beta1, beta2, epsilon: Adam's.
@@ -178,7 +182,7 @@ class SegmentationOptions:
 
     total_steps: int = 40_000
     lr: float = 1e-3
-    warmup_steps: int = 1_500
+    warmup_steps: int | None = None
     warmup_ratio: float = 1e-6
     weight_decay: float = 1e-4
     beta1: float = 0.9
@@ -186,11 +190,15 @@ class SegmentationOptions:
     epsilon: float = 1e-8
 
     def __post_init__(self):
+        warmup = self.warmup_steps
+        if warmup is None:
+            warmup = min(WARMUP, self.total_steps)
+            object.__setattr__(self, "warmup_steps", warmup)  # it is frozen
         rules = {
             "total_steps": (self.total_steps >= 1, "at least 1"),
             "lr": (0 < self.lr < math.inf, "above 0"),
             "warmup_steps": (
-                0 <= self.warmup_steps <= self.total_steps,
+                0 <= warmup <= self.total_steps,
                 f"from 0 to total_steps, {self.total_steps}",
             ),
             "warmup_ratio": (0 <= self.warmup_ratio <= 1, "from 0 to 1"),
@@ -213,9 +221,10 @@ def learning_rate(
     i = jnp.asarray(step, jnp.float32)
     base = options.lr * (options.total_steps - i) / options.total_steps
     # Their 1 − (1 − done)·(1 − ratio) would lose all digits of the first rates.
-    done = i / max(options.warmup_steps, 1)
+    steps = options.warmup_steps or 0  # a number, since the options were made
+    done = i / max(steps, 1)
     warm = base * (done + options.warmup_ratio * (1 - done))
-    return jnp.where(i < options.warmup_steps, warm, base)
+    return jnp.where(i < steps, warm, base)
 
 
 def init(key: Array, channels: int, num_classes: int) -> SegmentationState:
@@ -278,6 +287,7 @@ def cross_entropy(
       logits: of patches; resized to the labels.
       labels: classes, or `IGNORE`. Any other label makes the sum NaN.
     """
+    labels = jnp.asarray(labels)
     height, width = labels.shape
     scores = resize(logits, (height, width))
     classes = scores.shape[-1]
@@ -319,7 +329,7 @@ def make_step(
       A jitted function of the state, features [B, h, w, C] and integer labels [B,
       height, width] with `IGNORE` for pixels without class. The loss is that before the
       update; it is NaN if a label is beyond the classes. Raises ValueError for arrays
-      that do not go together.
+      that do not go together, or not with the head.
     """
     axis = None
     if sharding is not None:
@@ -328,18 +338,32 @@ def make_step(
     def step(state, features, labels):
         return _step(options, axis, state, features, labels)
 
-    if sharding is None:
-        return jax.jit(step)
-    split, whole = PartitionSpec(axis), PartitionSpec()
-    return jax.jit(
-        jax.shard_map(
+    run = step
+    if sharding is not None:
+        split, whole = PartitionSpec(axis), PartitionSpec()
+        run = jax.shard_map(
             step,
             mesh=mesh,
             in_specs=(whole, split, split),
             out_specs=whole,
             check_vma=False,  # all devices compute the same from the same
         )
-    )
+    compiled = jax.jit(run)
+    return lambda state, *arrays: compiled(state, *map(_array, arrays))
+
+
+def _array(x: Any) -> Numbers:
+    """Also lists become an array; one that is on devices stays there."""
+    return x if isinstance(x, Array) else np.asarray(x)
+
+
+def _check_features(state: SegmentationState, features: Numbers) -> None:
+    channels = len(state.mean)
+    if features.ndim != 4 or features.shape[-1] != channels:
+        raise ValueError(
+            f"got features {features.shape}, expected [B, h, w, C] with the {channels} "
+            "channels that the head was made for"
+        )
 
 
 def _step(
@@ -355,6 +379,9 @@ def _step(
             f"got features {features.shape} and labels {labels.shape}, expected "
             "[B, h, w, C] and [B, height, width]"
         )
+    _check_features(state, features)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"got labels of {labels.dtype}, expected integers")
     features = _all(features, axis)
     mean = jnp.mean(features, axis=(0, 1, 2))
     variance = jnp.mean(jnp.square(features - mean[None, None, None]), axis=(0, 1, 2))
@@ -411,13 +438,24 @@ def _update(
 # --- Inference ------------------------------------------------------------------------
 
 
-@jax.jit
 def patch_logits(
     state: SegmentationState, features: Float[Numbers, "B h w C"]
 ) -> Float[Array, "B h w classes"]:
-    """Logits of patches, by the running statistics."""
-    normalized = _normalize(jnp.asarray(features), state.mean, state.variance)
-    return _logits(state.head, normalized)
+    """Logits of patches, by the running statistics.
+
+    Raises:
+      ValueError: features of other channels than the head's.
+    """
+    features = _array(features)
+    _check_features(state, features)
+    return _patch_logits(state, features)
+
+
+@jax.jit
+def _patch_logits(
+    state: SegmentationState, features: Float[Array, "B h w C"]
+) -> Float[Array, "B h w classes"]:
+    return _logits(state.head, _normalize(features, state.mean, state.variance))
 
 
 def predict(
@@ -434,6 +472,9 @@ def predict(
       state: the head.
       features: of patches.
       size: (height, width) in pixels.
+
+    Raises:
+      ValueError: as `patch_logits`.
     """
     return _upsampled(patch_logits(state, features), tuple(size))
 

@@ -159,6 +159,13 @@ def test_resize_equals_pytorch(old, new):
     np.testing.assert_allclose(segmentation.resize(x, new), want, atol=2e-6)
 
 
+def test_integers_are_resized_like_floats():
+    got = segmentation.resize(np.arange(4).reshape(1, 4, 1), (1, 6))[0, :, 0]
+    # Centers at 2/3·(j + ½) - ½: 1/6 beyond the pixel before or below the one after.
+    want = [0, 0.5, 7 / 6, 11 / 6, 2.5, 3]
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
 def test_training_equals_a_pytorch_loop():
     """40 steps of AdamW, weight decay strong enough to show."""
     torch, heads = (pytest.importorskip(name) for name in ("torch", "torch_heads"))
@@ -297,6 +304,31 @@ def test_features_and_labels_of_different_images_are_refused():
     features, labels = batch_of(0)
     said = error_of(segmentation.make_step(), trained(), features, labels[1:])
     assert "got features (4, 5, 6, 6) and labels (3, 20, 23)" in said
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_features_of_other_channels_are_refused(channels):
+    """One channel would be spread over all of the head's."""
+    features, labels = batch_of(0, channels=channels)
+    for sharding in (None, placement.over(jax.devices()[:1])):
+        step = segmentation.make_step(sharding=sharding)
+        said = error_of(step, trained(), features, labels)
+        assert f"(4, 5, 6, {channels})" in said and "the 6 channels" in said
+    said = error_of(segmentation.predict, trained(), features, (20, 23))
+    assert "the 6 channels" in said
+
+
+def test_a_step_takes_lists():
+    features, labels = batch_of(0)
+    step, state = segmentation.make_step(PUBLISHED), trained()
+    _, want = step(state, features, labels)
+    assert step(state, features.tolist(), labels.tolist())[1] == want
+    assert "expected integers" in error_of(step, state, features, labels * 1.0)
+
+
+def test_the_warm_up_of_a_short_training_is_no_longer_than_it():
+    for total, steps in ((40_000, 1_500), (1_500, 1_500), (100, 100)):
+        assert SegmentationOptions(total_steps=total).warmup_steps == steps
 
 
 def test_options_out_of_range_are_refused():
