@@ -26,10 +26,13 @@ from sinder_jax.state import PRECISIONS
 from sinder_jax.storage import feature_store, paths
 
 LEAST_CHUNK = 64  # images whose features are written at a time, in whole groups
+KEEPING = ("knn", "linear")  # protocols that find features again
 
 
 def check_common(config: ConfigDict) -> None:
     """Refuses settings of every protocol that no pass could run with.
+
+    Warns of settings of the features on the disk where a protocol keeps none.
 
     Raises:
       ValueError: a number out of range; names the key.
@@ -58,6 +61,16 @@ def check_common(config: ConfigDict) -> None:
         raise ValueError(
             f"config.cache: got {config.cache}, expected a folder of a disk: features "
             "are mapped into memory"
+        )
+    given = [
+        f"config.{name}={config[name]}"
+        for name, default in (("cache", ""), ("cache_dtype", feature_store.FORMATS[0]))
+        if config[name] != default
+    ]
+    if given and config.protocol not in KEEPING:
+        cli.warn(
+            f"{' and '.join(given)} without effect: {config.protocol} computes the "
+            "features of each image when it needs them, and keeps none"
         )
 
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from sinder_jax.data import decode
+from experiments.evaluation import images
+from sinder_jax.data import decode, masks
 from sinder_jax.data.scenes import MOSAICS
 from sinder_jax.evals.segmentation import SegmentationOptions
 
@@ -62,6 +63,7 @@ def settle(config: ConfigDict) -> Schedule:
     Raises:
       ValueError: a number out of range; names the key.
     """
+    images.check_common(config)
     protocol, mosaics = config.protocol, config.data == MOSAICS
     published = {**TRAINING, **PUBLISHED[protocol]}
     open_keys = {**published, **(SHORT if mosaics else {})}
@@ -80,10 +82,14 @@ def settle(config: ConfigDict) -> Schedule:
     _check("mode", config.mode, config.mode in MODES, " or ".join(MODES))
     for key in ("iterations", "images_per_step"):
         _check(key, values[key], values[key] >= 1, "at least 1")
-    for key in ("blocks", "seeds", "save_every", "batch_size"):
+    for key in ("blocks", "seeds", "save_every"):
         _check(key, config[key], config[key] >= 1, "at least 1")
-    for key in ("pictures", "resamples", "read_threads", "read_workers"):
-        _check(key, config[key], config[key] >= 0, "at least 0")
+    _check("pictures", config.pictures, config.pictures >= 0, "at least 0")
+    _check("lr", values["lr"], 0 < values["lr"] < math.inf, "above 0")
+    decay = config.weight_decay
+    _check("weight_decay", decay, 0 <= decay < math.inf, "at least 0")
+    count, most = config.num_classes, masks.MOST_CLASSES
+    _check("num_classes", count, count == 0 or 2 <= count <= most, f"0, or 2 to {most}")
     total = values["iterations"]
     options = SegmentationOptions(
         total_steps=total,

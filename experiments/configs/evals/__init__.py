@@ -14,6 +14,7 @@ def shared() -> ConfigDict:
     config.read_threads = 4
     config.read_workers = 0  # processes that read; 0: threads of this one
     config.matmul_precision = "highest"  # float32; "high": TF32 on a GPU
+    # Of k-NN and the linear probe; the others keep no features.
     config.cache = ""  # folder of the features; empty: features/ in the workdir
     config.cache_dtype = "float32"  # or "float16", half as large
 

@@ -43,6 +43,14 @@ def test_mosaics_have_a_short_schedule():
     assert settled("segmentation_multiscale", data="sample:mosaics").stride == 80
 
 
+def test_settings_of_features_that_are_not_kept_are_told(capsys):
+    settled("segmentation_linear", data="x")
+    assert not capsys.readouterr().err
+    settled("segmentation_linear", data="x", cache="a", cache_dtype="float16")
+    told = " ".join(capsys.readouterr().err.split())
+    assert "config.cache=a and config.cache_dtype=float16 without effect" in told
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
@@ -51,7 +59,13 @@ def test_mosaics_have_a_short_schedule():
         ({"stride": 600}, "config.stride: got 600, expected 1 to 512"),
         ({"iterations": -2}, "config.iterations: got -2"),
         ({"images_per_step": -2}, "config.images_per_step: got -2"),
-        ({"lr": -1.0}, "lr=-1.0"),
+        ({"lr": -1.0}, "config.lr: got -1.0, expected above 0"),
+        ({"weight_decay": -1.0}, "config.weight_decay: got -1.0"),
+        ({"num_classes": -3}, "config.num_classes: got -3, expected 0, or 2 to 255"),
+        ({"seed": -1}, "config.seed: got -1"),
+        ({"matmul_precision": "foo"}, "config.matmul_precision: got 'foo'"),
+        ({"cache_dtype": "foo"}, "config.cache_dtype: got 'foo'"),
+        ({"cache": "gs://a/b"}, "config.cache: got gs://a/b"),
         ({"ratios": "1.0;2"}, "config.ratios: got '1.0;2'"),
         ({"ratios": "0"}, "config.ratios"),
         ({"least_ratio": 3.0}, "config.least_ratio: got 3.0"),
