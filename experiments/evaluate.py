@@ -14,9 +14,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sinder_jax import cli, launch
 
@@ -42,6 +42,8 @@ SINDER_TRACEBACK=1 in the environment shows where an error comes from.
 SETTINGS = "config.json"
 FEATURES = "features"
 STATES = "states"
+# Keys of a config that may change from one start to the next.
+FREE = ("read_threads", "read_workers", "cache", "save_every", "resamples", "pictures")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.evaluation import job, protocols, report
     from experiments.evaluation.progress import Progress
     from experiments.run.stopping import Stopping
+    from sinder_jax.storage import paths
 
     launch.start_jax()
     # First everything that can be checked before the long part begins.
@@ -74,10 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         Stopping() as stopping,
         Progress() as progress,
     ):
+        if args.overwrite:  # neither a head nor what it predicted is taken over
+            for model in models:
+                paths.remove(state_folder(out, config, model))
         found: list[Result] = []
         for name, model in zip(args.checkpoint, models, strict=True):
             progress.say(f"{name}: {config.protocol} on {config.data}")
-            folder = out / STATES / state_key(config, model)
+            folder = state_folder(out, config, model)
             folder.mkdir(parents=True, exist_ok=True)
             cache = Path(config.cache) if config.cache else out / FEATURES
             given = job.Job(config, model, data, folder, cache, progress, stopping)
@@ -111,7 +117,7 @@ def _parser() -> cli.Parser:
         "layout; given several times, the others are compared with the first",
     )
     add("--workdir", required=True, metavar="DIR", help="where results are written")
-    add("--overwrite", action="store_true", help="replace other results there")
+    add("--overwrite", action="store_true", help="start over: replace results, heads")
     return parser
 
 
@@ -141,9 +147,16 @@ def open_models(checkpoints: Sequence[str]) -> "list[Model]":
     """
     import convert
     from convert.commands import lines
+    from sinder_jax.storage import paths
 
-    if twice := [path for path in checkpoints if checkpoints.count(path) > 1]:
-        raise ValueError(f"got --checkpoint={twice[0]} more than once")
+    places: dict[str, str] = {}
+    for path in checkpoints:
+        place = str(paths.located(path))
+        place = place if paths.is_remote(place) else os.path.realpath(place)
+        if place in places:
+            others = "" if places[place] == path else f", first as {places[place]}"
+            raise ValueError(f"got --checkpoint={path} more than once{others}")
+        places[place] = path
     models = [convert.open_model(path) for path in checkpoints]
     for path, model in zip(checkpoints, models, strict=True):
         if untold := "; ".join(lines.untold(model)):
@@ -161,19 +174,18 @@ def resampling(model: "Model") -> str:
     return f"{antialias} antialias and offset {config.interpolate_offset:g}"
 
 
-def state_key(config: "ConfigDict", model: "Model") -> str:
-    """Names the folder of what an evaluation keeps: one for each model and config."""
+def state_folder(out: Path, config: "ConfigDict", model: "Model") -> Path:
+    """The folder of what an evaluation keeps: one for each model and config."""
     from experiments.evaluation import job
 
     facts = [job.model_key(model), settings(config)]
     text = json.dumps(facts, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return out / STATES / hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def settings(config: "ConfigDict") -> dict[str, str | int | float | bool]:
-    """The settings that decide a result: not how photographs are read or kept."""
-    ignored = ("read_threads", "read_workers", "cache")
-    return {name: config[name] for name in sorted(config) if name not in ignored}
+def settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that decide a result: not how it is read, kept or reported."""
+    return {name: config[name] for name in sorted(config) if name not in FREE}
 
 
 @contextlib.contextmanager
@@ -190,6 +202,7 @@ def claimed(
 
     Raises:
       FileExistsError: it holds something else, and `overwrite` is False.
+      NotADirectoryError: it is a file.
       ValueError: another process evaluates there; or the folder is in a bucket.
     """
     from sinder_jax.storage import files, paths
@@ -197,6 +210,10 @@ def claimed(
     if paths.is_remote(workdir):
         raise ValueError(f"--workdir={workdir}: got a bucket, expected a folder")
     out = Path(workdir)
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(
+            f"--workdir={out}: got a file, expected a folder or the name of a new one"
+        )
     if out.exists() and not overwrite and (what := _foreign(out, config, models)):
         raise FileExistsError(
             f"{out} holds {what}: choose another --workdir or add --overwrite"
@@ -225,21 +242,25 @@ def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
     """What a folder holds that is not of this evaluation; empty if nothing."""
     from experiments.evaluation import report
 
-    if not out.is_dir():
-        return "something else, for it is a file"
     try:
         there = json.loads((out / SETTINGS).read_text())
+        if not isinstance(there, dict):
+            raise TypeError("expected settings by name")
+        there = settings(there)
         results = out / report.JSON
         rows = json.loads(results.read_text()) if results.exists() else []
-        found = [(row["digest"], row["checkpoint"]) for row in rows]
+        found = [(str(row["digest"]), str(row["checkpoint"])) for row in rows]
     except FileNotFoundError:
         return "something else" if any(out.iterdir()) else ""
     except (ValueError, KeyError, TypeError):
         return "files that are damaged, or something else"
     now = settings(config)
     if there != now:
-        keys = [key for key in now if there.get(key) != now[key]]
-        told = ", ".join(f"{k} {there.get(k)!r} then, {now[k]!r} now" for k in keys)
+        told = ", ".join(
+            f"{key} {_told(there, key)} then, {_told(now, key)} now"
+            for key in sorted({*there, *now})
+            if _told(there, key) != _told(now, key)
+        )
         return f"an evaluation by other settings ({told})"
     kept = Counter(model.digest for model in models)
     for digest, checkpoint in found:
@@ -247,6 +268,10 @@ def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
             return f"the results of {checkpoint}"
         kept[digest] -= 1  # two checkpoints may have the same weights
     return ""
+
+
+def _told(given: Mapping[str, Any], key: str) -> str:
+    return repr(given[key]) if key in given else "unknown"
 
 
 if __name__ == "__main__":

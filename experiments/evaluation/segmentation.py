@@ -7,11 +7,13 @@ Source: dinov2/eval/segmentation, run by mmsegmentation 0.27; SINDER's appendix 
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import serialization
 from jaxtyping import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
@@ -47,7 +49,10 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     """
     schedule = schedules.settle(config)
     for model in models:
-        features.last_blocks(model.config, config.blocks)
+        try:
+            features.last_blocks(model.config, config.blocks)
+        except ValueError as error:
+            raise ValueError(f"config.blocks: {error}") from None
     found = scenes.open_scenes(config.data, train_list=config.train_list)
     if found.lacks:
         cli.warn(f"{config.data}: {found.lacks}")
@@ -99,14 +104,17 @@ def evaluate(
 ) -> np.ndarray:
     """Areas of each class in each validation image, [images, 3, classes].
 
-    Kept in files of `AT_ONCE` images, for a start after a kill.
+    Kept in files of `AT_ONCE` images, for a start after a kill; named by the head and
+    the images, so that those of another head are never found.
     """
     found = job.data.found.val
+    head = hashlib.sha256(serialization.to_bytes(state)).hexdigest()
     job.progress.begin(f"predicting by {name}", len(found))
     areas: list[np.ndarray] = []
     for first in range(0, len(found), AT_ONCE):
         part = found[first : first + AT_ONCE]
-        key = scene_training.digest(part)[:16]
+        facts = head + scene_training.digest(part)
+        key = hashlib.sha256(facts.encode()).hexdigest()[:16]
         path = job.folder / name / f"areas_{first:06d}_{key}.npz"
         kept = read_arrays(path)
         if kept is None:

@@ -23,6 +23,7 @@ from experiments.evaluation.progress import Progress
 from experiments.run.stopping import Stopped, Stopping
 from sinder_jax import cli
 from sinder_jax.checkpoint import Newest
+from sinder_jax.storage.errors import DamagedError
 from sinder_jax.storage.snapshots import Snapshots
 
 State = TypeVar("State")
@@ -112,7 +113,7 @@ def train(
     plan.folder.mkdir(parents=True, exist_ok=True)
     with Snapshots(plan.folder, counted="steps") as snapshots:
         run = _Run(plan, snapshots, state)
-        newest = _newest(snapshots)
+        newest = _newest(plan, snapshots)
         if newest:
             run.resume(newest)
         if run.done < plan.total:
@@ -213,7 +214,7 @@ class _Run:
         if other := [name for name in names if there.get(name) != key.get(name)]:
             raise ValueError(
                 f"{self.plan.folder} holds a training with another {', '.join(other)}: "
-                "remove it or choose another --workdir"
+                "add --overwrite to train anew, or choose another --workdir"
             )
         like = serialization.to_state_dict(self.state)
         placed = jax.tree.map(_placed_like, newest.tree["state"], like)
@@ -235,8 +236,14 @@ def _placed_like(array: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(np.array(array), like.sharding)
 
 
-def _newest(snapshots: Snapshots) -> Newest | None:
-    newest = snapshots.load_newest()
+def _newest(plan: Plan, snapshots: Snapshots) -> Newest | None:
+    try:
+        newest = snapshots.load_newest()
+    except DamagedError as cause:
+        raise DamagedError(
+            f"{plan.folder}: every state of {plan.label} is damaged: add --overwrite "
+            "to train anew"
+        ) from cause
     for path, error in (newest.damaged if newest else {}).items():
         aside = snapshots.set_aside(path)
         cli.warn(f"{error}; it is set aside as {aside.name}")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from experiments import evaluate
 from experiments.evaluation import images
-from samples import random_params
+from samples import error_of, random_params
 from sinder_jax import checkpoint, cli, model, vit
 from sinder_jax.evals import features
 
@@ -232,6 +232,16 @@ def test_a_checkpoint_that_is_wrong_is_one_line(models, data, tmp_path, capsys, 
     assert ("more than once" if twice else "third") in message
 
 
+def test_a_checkpoint_in_another_spelling_is_the_same(models, tmp_path, monkeypatch):
+    first = models / "first"
+    (tmp_path / "link").symlink_to(first)
+    monkeypatch.chdir(models)
+    for spelling in (f"{first}/", f"{models}/./first", "first", str(tmp_path / "link")):
+        said = error_of(evaluate.open_models, [str(first), spelling])
+        told = f"--checkpoint={spelling} more than once, first as {first}"
+        assert told in said
+
+
 def test_other_results_are_not_overwritten(models, data, tmp_path, capsys):
     out = tmp_path / "out"
     run(out, data, models / "first")
@@ -252,6 +262,27 @@ def test_other_results_are_not_overwritten(models, data, tmp_path, capsys):
     (tmp_path / "mine/thesis.tex").touch()
     message = failure(capsys, tmp_path / "mine", data, models / "first")
     assert "mine holds something else: choose another --workdir" in message
+
+
+def test_a_workdir_that_is_something_else_is_one_line(models, data, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    message = failure(capsys, tmp_path / "file", data, models / "first")
+    assert "file: got a file, expected a folder" in message
+    run(tmp_path / "out", data, models / "first")
+    kept = tmp_path / "out/config.json"
+    settings = json.loads(kept.read_text())
+    for there in ("[1]", "3", "null", '"x"', "{"):
+        kept.write_text(there)
+        message = failure(capsys, tmp_path / "out", data, models / "first")
+        assert "holds files that are damaged" in message
+    kept.write_text(json.dumps(settings | {"old": 1}))
+    message = failure(capsys, tmp_path / "out", data, models / "first")
+    assert "by other settings (old 1 then, unknown now)" in message
+    for rows in ("[3]", '{"a": 1}', "["):
+        kept.write_text(json.dumps(settings))
+        (tmp_path / "out/results.json").write_text(rows)
+        message = failure(capsys, tmp_path / "out", data, models / "first")
+        assert "holds files that are damaged" in message
 
 
 def test_a_workdir_in_use_is_refused(models, data, tmp_path, capsys):

@@ -38,7 +38,7 @@ def data(tmp_path_factory):
     return scene_trees.own(tmp_path_factory.mktemp("data"), train=5, val=3)
 
 
-def run(config, model, data, workdir, *, models=(), **changes):
+def run(config, model, data, workdir, *, models=(), flags=(), **changes):
     changes = {**SMALL, "data": data, **changes}
     code = evaluate.main(
         [
@@ -46,6 +46,7 @@ def run(config, model, data, workdir, *, models=(), **changes):
             *(f"--checkpoint={path}" for path in (model, *models)),
             f"--workdir={workdir}",
             *(f"--config.{key}={value}" for key, value in changes.items()),
+            *flags,
         ]
     )
     return code, Path(workdir)
@@ -170,6 +171,36 @@ def test_other_files_in_the_same_place_are_noticed(whole, model, data, tmp_path)
     assert results(out) == results(whole)
 
 
+def test_a_new_head_is_evaluated_anew(model, tmp_path):
+    """After other training masks, with one more class, in both ways out."""
+    data = scene_trees.own(tmp_path / "data", train=5, val=3)
+    name, out, other = "segmentation_linear", tmp_path / "out", tmp_path / "other"
+    changes = {"iterations": 2, "resamples": 0, "pictures": 0}
+    run(name, model, data, out, **changes)
+    before = results(out)
+    for path in (data / "train/masks").iterdir():
+        with Image.open(path) as image:
+            mask = np.array(image)
+        mask[mask < 255] = (mask[mask < 255] + 1) % 4
+        Image.fromarray(mask).save(path)
+    said = refused(name, model, data, out, **changes)
+    assert "another classes, training images: add --overwrite" in said
+    shutil.copytree(out, other)
+    (head,) = out.glob("states/*/seed0/head")
+    shutil.rmtree(head)
+    run(name, model, data, out, **changes)
+    run(name, model, data, other, flags=["--overwrite"], **changes)
+    assert results(out) == results(other) != before
+    assert len(results(out)[0]["iou"]) == 4
+
+
+def test_what_is_only_reported_may_change(whole, model, data, tmp_path, monkeypatch):
+    out = shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(segmentation, "_areas", None)  # calling it would raise
+    run("segmentation_linear", model, data, out, resamples=7, pictures=0, save_every=9)
+    assert results(out)[0]["metrics"] == results(whole)[0]["metrics"]
+
+
 def test_any_number_of_devices_gives_the_same_results(
     whole, model, data, tmp_path, monkeypatch
 ):
@@ -235,7 +266,7 @@ def test_mistakes_are_told_in_one_line(model, data, tmp_path):
         "no folder": {"data": tmp_path / "nowhere"},
         "got the label 2, expected 0 to 1": {"num_classes": 2},
         "got 5 training images, expected at least the 6": {"images_per_step": 6},
-        "last 3 blocks": {"blocks": 3},
+        "config.blocks: got the last 3 blocks": {"blocks": 3},
         "config.mode": {"mode": "slid"},
         "config.num_classes: got 9, but sample:mosaics has 8": {
             "data": "sample:mosaics",

@@ -120,7 +120,7 @@ def test_an_unreadable_batch_loses_nothing(whole, tmp_path):
 def test_a_training_of_something_else_is_refused(tmp_path):
     train(tmp_path)
     message = error_of(train, tmp_path, key={"data": "y", "lr": 1})
-    assert "another data, lr" in message and "--workdir" in message
+    assert "another data, lr: add --overwrite to train anew" in message
     assert "another steps" in error_of(train, tmp_path, total=12)
 
 
@@ -137,3 +137,12 @@ def test_a_flipped_bit_is_noticed(whole, tmp_path, capsys):
     trained, taken = train(tmp_path)
     assert taken[0] < 9 and "damaged" in capsys.readouterr().err
     assert_same(trained, whole)
+
+
+def test_a_training_of_which_nothing_is_whole_is_refused(tmp_path):
+    train(tmp_path)
+    for stored in tmp_path.rglob("*"):
+        if stored.is_file():
+            stored.write_bytes(b"x")
+    message = error_of(train, tmp_path)
+    assert "every state of heads is damaged: add --overwrite to train anew" in message
