@@ -78,14 +78,29 @@ def _check_masks(
     known = given or named
     every, threads = [*found.train, *found.val], config.read_threads
     if config.data == scenes.MOSAICS:  # there are no files to check
-        largest, sizes = scenes.survey(every, known, num_threads=threads)
+        labels, sizes = scenes.survey(every, known, num_threads=threads)
     else:
         with Progress() as progress:
             progress.begin("checking masks", len(every))
-            largest, sizes = scenes.survey(
+            labels, sizes = scenes.survey(
                 every, known, num_threads=threads, seen=progress.at
             )
             progress.end()
+    for split, part in (
+        ("training", labels[: len(found.train)]),
+        ("validation", labels[len(found.train) :]),
+    ):
+        if max(part) < 0:
+            raise ValueError(
+                f"{config.data}: no pixel of the {split} masks has a class: all are "
+                f"to be ignored; expected classes, not only {masks.IGNORE}"
+            )
+    largest = max(labels)
+    if len(found.classes) > largest + 1:
+        cli.warn(
+            f"{config.data}: {len(found.classes)} classes have names, but no mask has "
+            f"a label above {largest}"
+        )
     count = known or largest + 1
     if not 2 <= count <= masks.MOST_CLASSES:
         raise ValueError(

@@ -133,7 +133,8 @@ def open_scenes(spec: str, *, train_list: str = "train") -> Scenes:
     Raises:
       FileNotFoundError: a folder, an image or a mask is missing; names it and says what
         is expected where.
-      ValueError: two images for one mask, an empty folder, or another form of `spec`.
+      ValueError: two images for one mask, an empty folder, a list or names of classes
+        that cannot be used, or another form of `spec`.
     """
     if not spec:
         raise ValueError(f"no data given: config.data takes {KINDS}")
@@ -185,9 +186,36 @@ def _own(root: AnyPath) -> Scenes:
     )
     names: tuple[str, ...] = ()
     if (root / CLASSES).exists():
-        lines = (root / CLASSES).read_text().splitlines()
-        names = tuple(line.strip() for line in lines if line.strip())
+        names = _class_names(root / CLASSES)
     return Scenes(root.name, train, val, names)
+
+
+def _class_names(path: AnyPath) -> tuple[str, ...]:
+    """A name on each line; a line left out would shift those after it."""
+    names = [line.strip() for line in _text(path).rstrip().splitlines()]
+    if not names:
+        raise ValueError(f"{path}: no class is named; expected one name on each line")
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if not name:
+            raise ValueError(
+                f"{path}: line {number} is empty, expected the name of class "
+                f"{number - 1}"
+            )
+        if name in seen:
+            raise ValueError(
+                f"{path}: got {name!r} on line {seen[name]} and on line {number}, "
+                "expected a name of its own for each class"
+            )
+        seen[name] = number
+    return tuple(names)
+
+
+def _text(path: AnyPath) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not text in UTF-8; save it as UTF-8") from None
 
 
 def _ade(root: AnyPath) -> Scenes:
@@ -206,7 +234,7 @@ def _ade_names(root: AnyPath) -> tuple[str, ...]:
     table = root / "objectInfo150.txt"
     if not table.exists():
         return numbered
-    rows = [line.split("\t") for line in table.read_text().splitlines()[1:]]
+    rows = [line.split("\t") for line in _text(table).splitlines()[1:]]
     names = tuple(row[-1].split(",")[0].strip() for row in rows if len(row) >= 5)
     return names if len(names) == ADE_CLASSES else numbered
 
@@ -227,7 +255,7 @@ def _voc_list(root: AnyPath, name: str) -> list[Scene]:
     if not listed.exists():
         there = ", ".join(sorted(each for each in paths.names(folder))) or "nothing"
         raise FileNotFoundError(f"no list {listed}: {folder} has {there}")
-    stems = listed.read_text().split()
+    stems = _text(listed).split()
     if not stems:
         raise ValueError(f"{listed} names no image")
     images = set(paths.names(root / "JPEGImages"))
@@ -310,11 +338,11 @@ class Survey(NamedTuple):
     """What the masks of some scenes hold.
 
     Attributes:
-      largest: label but 255, -1 if there is none.
-      sizes: (height, width) of each mask, in order.
+      largest: label but 255 of each mask, in order; -1 if there is none.
+      sizes: (height, width) of each.
     """
 
-    largest: int
+    largest: list[int]
     sizes: list[tuple[int, int]]
 
 
@@ -353,10 +381,10 @@ def survey(
         height, width = mask.shape
         return label, (height, width)
 
-    largest, sizes = -1, []
+    largest, sizes = [], []
     with ThreadPoolExecutor(max(num_threads, 1)) as pool:
         for count, (label, size) in enumerate(pool.map(look, scenes), start=1):
-            largest = max(largest, label)
+            largest.append(label)
             sizes.append(size)
             seen(count)
     return Survey(largest, sizes)

@@ -284,6 +284,17 @@ def test_masks_of_0_and_255_are_no_two_classes(model, tmp_path):
     assert "the largest label is 0, which makes 1 classes" in said
 
 
+@pytest.mark.parametrize(
+    ("split", "said"), [("train", "training masks"), ("val", "validation masks")]
+)
+def test_masks_without_a_class_are_told(model, tmp_path, split, said):
+    data = scene_trees.own(tmp_path)
+    for path in (data / split / "masks").iterdir():
+        Image.fromarray(np.full((24, 36), 255, np.uint8)).save(path)
+    told = refused("segmentation_linear", model, data, tmp_path / "out")
+    assert f"no pixel of the {said} has a class" in told
+
+
 def test_a_training_that_diverges_is_told(model, data, tmp_path):
     said = refused("segmentation_linear", model, data, tmp_path / "out", lr=1e38)
     assert "diverged" in said and "smaller --config.lr than 1e+38" in said

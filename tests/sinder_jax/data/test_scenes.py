@@ -77,7 +77,7 @@ def test_mosaics_are_found_by_name():
     assert len(found.classes) == 8 and found.train[0].name == "sample:mosaics/train#0"
     names = [scene.name for scene in (*found.train, *found.val)]
     assert len(set(names)) == len(names)
-    assert scenes.survey(found.val[:2], 8) == (7, [(240, 320)] * 2)
+    assert scenes.survey(found.val[:2], 8) == ([7, 7], [(240, 320)] * 2)
 
 
 # --- Mistakes -------------------------------------------------------------------------
@@ -118,18 +118,33 @@ def test_an_image_without_mask_and_a_mask_without_image_are_told(tmp_path):
     assert "same name but for the suffix" in error_of(scenes.open_scenes, str(root))
 
 
+def test_names_of_classes_that_cannot_be_used_are_told(tmp_path):
+    root = scene_trees.own(tmp_path)
+    for content, said in {
+        b"sky\n\nsea\n": "line 2 is empty, expected the name of class 1",
+        b"sky\nsea\nsky\n": "got 'sky' on line 1 and on line 3",
+        "Stra\u00dfe\n".encode("latin-1"): "not text in UTF-8",
+        b"\n": "no class is named",
+    }.items():
+        (root / "classes.txt").write_bytes(content)
+        found = error_of(scenes.open_scenes, str(root))
+        assert found.startswith(f"{root}/classes.txt: ") and said in found
+    (root / "classes.txt").write_bytes(b"\xef\xbb\xbfsky\r\nsea\r\n\r\n")
+    assert scenes.open_scenes(str(root)).classes == ("sky", "sea")
+
+
 def test_the_survey_finds_labels_beyond_the_classes(tmp_path):
     root = scene_trees.own(tmp_path, classes=5)
     found = scenes.open_scenes(str(root))
     counted = []
     survey = scenes.survey([*found.train, *found.val], seen=counted.append)
-    assert survey == (4, [(24, 36)] * 6)
+    assert max(survey.largest) == 4 and survey.sizes == [(24, 36)] * 6
     assert counted == [1, 2, 3, 4, 5, 6]
     said = error_of(scenes.survey, found.train, 4)
     assert "masks/" in said and "got the label 4, expected 0 to 3 for 4 classes" in said
     nothing = np.full((24, 36), 255, np.uint8)
     Image.fromarray(nothing).save(root / "val/masks/0.png")
-    assert scenes.survey(found.val[:1]).largest == -1
+    assert scenes.survey(found.val[:1]).largest == [-1]
 
 
 def test_the_survey_counts_ade20k_from_1(tmp_path):
