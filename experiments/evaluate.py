@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,8 @@ from sinder_jax import cli, launch
 if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
     from ml_collections import ConfigDict
 
-    from experiments.evaluation.job import Result
+    from experiments.evaluation.job import Job, Result
+    from experiments.evaluation.protocols import Module
     from sinder_jax.model import Model
 
 EXAMPLE = """\
@@ -64,7 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     from experiments.evaluation import job, protocols, report
     from experiments.evaluation.progress import Progress
     from experiments.run.stopping import Stopping
-    from sinder_jax.storage import paths
 
     launch.start_jax()
     # First everything that can be checked before the long part begins.
@@ -77,17 +78,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         Stopping() as stopping,
         Progress() as progress,
     ):
-        if args.overwrite:  # neither a head nor what it predicted is taken over
-            for model in models:
-                paths.remove(state_folder(out, config, model))
         found: list[Result] = []
         for name, model in zip(args.checkpoint, models, strict=True):
             progress.say(f"{name}: {config.protocol} on {config.data}")
-            folder = state_folder(out, config, model)
+            folder = out / STATES / state_key(config, model)
             folder.mkdir(parents=True, exist_ok=True)
             cache = Path(config.cache) if config.cache else out / FEATURES
             given = job.Job(config, model, data, folder, cache, progress, stopping)
-            result = protocol.run(given)
+            result = _evaluated(protocol, given, overwrite=args.overwrite)
             told = {**result.evaluated, "positions": resampling(model)}
             found.append(result._replace(evaluated=told))
             model.forget()  # another may come
@@ -117,7 +115,7 @@ def _parser() -> cli.Parser:
         "layout; given several times, the others are compared with the first",
     )
     add("--workdir", required=True, metavar="DIR", help="where results are written")
-    add("--overwrite", action="store_true", help="start over: replace results, heads")
+    add("--overwrite", action="store_true", help="replace other results there")
     return parser
 
 
@@ -174,13 +172,30 @@ def resampling(model: "Model") -> str:
     return f"{antialias} antialias and offset {config.interpolate_offset:g}"
 
 
-def state_folder(out: Path, config: "ConfigDict", model: "Model") -> Path:
-    """The folder of what an evaluation keeps: one for each model and config."""
+def _evaluated(protocol: "Module", job: "Job", *, overwrite: bool) -> "Result":
+    """Runs a protocol; `overwrite` removes trainings that it cannot go on with.
+
+    Others go on, so that the same command may be started again after a stop.
+    """
+    from experiments.evaluation import training
+
+    while True:
+        try:
+            return protocol.run(job)
+        except training.Unusable as error:
+            if not overwrite:
+                raise
+            cli.warn(f"{error.folder} cannot be continued: removed by --overwrite")
+            shutil.rmtree(error.folder)
+
+
+def state_key(config: "ConfigDict", model: "Model") -> str:
+    """Names the folder of what an evaluation keeps: one for each model and config."""
     from experiments.evaluation import job
 
     facts = [job.model_key(model), settings(config)]
     text = json.dumps(facts, sort_keys=True)
-    return out / STATES / hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:

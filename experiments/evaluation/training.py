@@ -79,6 +79,22 @@ class Trained(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
+class Unusable(ValueError):
+    """A folder's states are of another training, or damaged.
+
+    Args:
+      folder: of the states; without it, the training would start anew.
+      what: it holds.
+    """
+
+    def __init__(self, folder: Path, what: str):
+        self.folder = folder
+        super().__init__(
+            f"{folder} holds {what}: add --overwrite to train anew, or choose another "
+            "--workdir"
+        )
+
+
 def train(
     plan: Plan,
     state: State,
@@ -105,7 +121,7 @@ def train(
       stopping: hears that this start is to stop.
 
     Raises:
-      ValueError: the folder holds a training with another key, or damaged snapshots
+      Unusable: the folder holds a training with another key, or damaged snapshots
         only.
       OSError: a snapshot cannot be written.
       Stopped: told to stop; everything is saved.
@@ -212,10 +228,8 @@ class _Run:
         there, key = newest.metadata.get("key", {}), self.plan.key
         names = sorted({*there, *key})
         if other := [name for name in names if there.get(name) != key.get(name)]:
-            raise ValueError(
-                f"{self.plan.folder} holds a training with another {', '.join(other)}: "
-                "add --overwrite to train anew, or choose another --workdir"
-            )
+            what = f"a training with another {', '.join(other)}"
+            raise Unusable(self.plan.folder, what)
         like = serialization.to_state_dict(self.state)
         placed = jax.tree.map(_placed_like, newest.tree["state"], like)
         self.state = serialization.from_state_dict(self.state, placed)
@@ -240,10 +254,7 @@ def _newest(plan: Plan, snapshots: Snapshots) -> Newest | None:
     try:
         newest = snapshots.load_newest()
     except DamagedError as cause:
-        raise DamagedError(
-            f"{plan.folder}: every state of {plan.label} is damaged: add --overwrite "
-            "to train anew"
-        ) from cause
+        raise Unusable(plan.folder, f"nothing whole of {plan.label}") from cause
     for path, error in (newest.damaged if newest else {}).items():
         aside = snapshots.set_aside(path)
         cli.warn(f"{error}; it is set aside as {aside.name}")

@@ -17,7 +17,7 @@ from PIL import Image
 import scene_trees
 import small_runs
 from experiments import evaluate
-from experiments.evaluation import scene_training, segmentation
+from experiments.evaluation import scene_training, segmentation, training
 from sinder_jax import checkpoint, cli, vit
 from sinder_jax.data import mosaics
 from sinder_jax.evals import metrics
@@ -196,8 +196,11 @@ def test_a_new_head_is_evaluated_anew(model, tmp_path):
 
 def test_what_is_only_reported_may_change(whole, model, data, tmp_path, monkeypatch):
     out = shutil.copytree(whole, tmp_path / "out")
-    monkeypatch.setattr(segmentation, "_areas", None)  # calling it would raise
-    run("segmentation_linear", model, data, out, resamples=7, pictures=0, save_every=9)
+    monkeypatch.setattr(training, "_loop", None)  # calling it would raise
+    monkeypatch.setattr(segmentation, "_areas", None)
+    changes = {"resamples": 7, "pictures": 0, "save_every": 9}
+    for flags in ([], ["--overwrite"]):  # which only removes what cannot be used
+        run("segmentation_linear", model, data, out, flags=flags, **changes)
     assert results(out)[0]["metrics"] == results(whole)[0]["metrics"]
 
 

@@ -145,4 +145,4 @@ def test_a_training_of_which_nothing_is_whole_is_refused(tmp_path):
         if stored.is_file():
             stored.write_bytes(b"x")
     message = error_of(train, tmp_path)
-    assert "every state of heads is damaged: add --overwrite to train anew" in message
+    assert "holds nothing whole of heads: add --overwrite to train anew" in message
