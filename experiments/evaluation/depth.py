@@ -51,6 +51,8 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
         raise ValueError(
             f"config.evaluate_every: got {config.evaluate_every}, expected at least 0"
         )
+    if not 0 < config.lr < float("inf"):
+        raise ValueError(f"config.lr: got {config.lr}, expected a number above 0")
     try:
         options = depth.Options(
             total_steps=config.iterations,
@@ -71,7 +73,22 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     splits = nyu.open_nyu(config.data)
     if splits.lacks:
         cli.warn(f"{config.data} is not the usual set: {splits.lacks}")
+    _check_known(config, splits.test)
     return Data(splits, options)
+
+
+def _check_known(config: ConfigDict, views: Sequence[View]) -> None:
+    """Reads test views up to the first one that has a pixel to evaluate."""
+    for view in views:
+        truth = view.read()[1][EVALUATED]
+        if ((truth > config.min_depth) & (truth < config.max_depth)).any():
+            return
+    raise ValueError(
+        f"no depth image of {config.data}/{nyu.LISTS[1]} has a pixel between "
+        f"config.min_depth and config.max_depth, {config.min_depth} and "
+        f"{config.max_depth} m, where it is evaluated: rows {EVALUATED[0].start} to "
+        f"{EVALUATED[0].stop}, columns {EVALUATED[1].start} to {EVALUATED[1].stop}"
+    )
 
 
 # --- Evaluation -----------------------------------------------------------------------
@@ -82,21 +99,25 @@ def run(job: Job) -> Result:
     config, splits = job.config, job.data.splits
     seeds = range(config.seed, config.seed + config.seeds)
     trained = [_of_seed(job, seed) for seed in seeds]
+    counts = np.stack([_counts(each.arrays["scores"]) for each in trained])
+    told = {
+        "images": len(splits.test),
+        "training images": len(splits.train),
+        "size": "640 x 480 px, mirrored too",
+        "layers": config.layers,
+        "iterations": config.iterations,
+        "learning rate": config.lr,
+        "seeds": config.seeds,
+        "rmse where abs_rel was least": best(trained[0].history),
+    }
+    if unknown := int((counts[0, :, -1] == 0).sum()):
+        told["images without a known depth"] = unknown
     return Result(
-        counts=np.stack([_counts(each.arrays["scores"]) for each in trained]),
+        counts=counts,
         score=score,
         headline=("rmse",),
         unit="m",
-        evaluated={
-            "images": len(splits.test),
-            "training images": len(splits.train),
-            "size": "640 x 480 px, mirrored too",
-            "layers": config.layers,
-            "iterations": config.iterations,
-            "learning rate": config.lr,
-            "seeds": config.seeds,
-            "rmse where abs_rel was least": best(trained[0].history),
-        },
+        evaluated=told,
         lower_is_better=True,
     )
 
@@ -240,7 +261,11 @@ def _padded(model: Model, pixels: Sequence[np.ndarray]) -> np.ndarray:
 def evaluate(
     job: Job, extract: Callable[[Any], Any], state: Head
 ) -> training.Evaluation:
-    """Errors of every test image, float64 [n, 9] in the order of `METRICS`."""
+    """Errors of every test image, float64 [n, 9] in the order of `METRICS`.
+
+    Raises:
+      FloatingPointError: the training diverged.
+    """
     config, views = job.config, job.data.splits.test
     found = reading.read_ahead(
         _ReadWhole(views),
@@ -256,6 +281,12 @@ def evaluate(
         for examples in found:
             pixels = [np.asarray(image) for image, _ in examples]
             predicted = predict(job, extract, state, pixels)
+            if not np.isfinite(predicted).all():
+                raise FloatingPointError(
+                    f"training diverged after {int(state.step)} iterations: the head "
+                    "predicts depths that are not finite; give a smaller --config.lr "
+                    f"than {config.lr:g}, and another --workdir"
+                )
             for one, (_, truth) in zip(predicted, examples, strict=True):
                 errors.append(_errors(one, truth, job.data.options))
             job.progress.at(len(errors))

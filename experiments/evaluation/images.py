@@ -75,11 +75,21 @@ def check_common(config: ConfigDict) -> None:
 
 
 def check_options(config: ConfigDict, models: Sequence[Model]) -> None:
-    """As `check_common`; `config.image_size` must be whole patches of each model."""
+    """As `check_common`, for crops: `config.resize`, then `config.image_size`.
+
+    Raises:
+      ValueError: the crop is not whole patches of each model, or exceeds the resized
+        image; that is too large for any memory.
+    """
     check_common(config)
     for model in models:
         size = model.config.patch_size
         decode.check_side("config.image_size", config.image_size, size)
+    if not config.image_size <= config.resize <= decode.LARGEST_SIDE:
+        raise ValueError(
+            f"config.resize: got {config.resize}, expected config.image_size, "
+            f"{config.image_size}, to {decode.LARGEST_SIDE} pixels"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

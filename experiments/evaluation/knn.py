@@ -8,7 +8,7 @@ original multiplies in float16; the evaluation may differ by hundredths of a per
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,16 +31,18 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Splits:
       ValueError: a setting out of range; a K beyond the training images.
     """
     images.check_options(config, models)
-    if config.resize < config.image_size:
-        raise ValueError(
-            f"config.resize: got {config.resize}, expected at least config.image_size, "
-            f"{config.image_size}"
-        )
     ks = ks_of(config)
-    knn.check_temperature(config.temperature)
+    _named("temperature", knn.check_temperature, config.temperature)
     splits = labelled.open_classes(config.data)
-    knn.check_ks(ks, len(splits.train.photographs))
+    _named("ks", knn.check_ks, ks, len(splits.train.photographs))
     return splits
+
+
+def _named(key: str, check: Callable[..., None], *values: Any) -> None:
+    try:
+        check(*values)
+    except ValueError as error:
+        raise ValueError(f"config.{key}: {error}") from None
 
 
 def ks_of(config: ConfigDict) -> list[int]:
@@ -86,7 +88,7 @@ def _evaluated(job: Job, hits: dict[int, np.ndarray]) -> dict[str, Any]:
         "K of top1": max(hits, key=lambda k: hits[k][:, 0].sum()),
         "image size": job.config.image_size,
     }
-    if absent := len(train.names) - len(np.unique(val.labels)):
+    if absent := val.absent():
         told["classes without images"] = absent
     return told
 

@@ -84,34 +84,28 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     for key in (*open_keys, "seeds", "save_every"):
         if filled[key] < 1:
             raise ValueError(f"config.{key}: got {filled[key]}, expected at least 1")
-    if filled.resize < filled.image_size:
-        raise ValueError(
-            f"config.resize: got {filled.resize}, expected at least the "
-            f"{filled.image_size} pixels of config.image_size"
-        )
     # Up to `SHARES` devices share a step without computing anything for nothing.
     filled.batch_size = min(filled.batch_size, max(filled.images_per_step // SHARES, 1))
     filled.lock()
     images.check_options(filled, models)
     for model in models:
         features.last_blocks(model.config, BLOCKS)
-    rates = _learning_rates(config)
+    rates = _learning_rates(filled)
     splits = labelled.open_classes(config.data)
-    if len(splits.train.names) < 2:
-        raise ValueError(f"{config.data}: got 1 class, expected at least 2")
     return Data(splits, filled, rates)
 
 
 def _learning_rates(config: ConfigDict) -> list[float]:
     try:
         rates = [float(rate) for rate in config.learning_rates.split(",")]
-        good = all(0 < rate < float("inf") for rate in rates)
     except ValueError:
-        good = False
-    if not good:
+        rates = []
+    scaled = linear.scaled(rates, config.images_per_step)
+    least, most = np.finfo(np.float32).tiny, np.finfo(np.float32).max
+    if not rates or not all(least <= rate <= most for rate in scaled):
         raise ValueError(
             f"config.learning_rates: got {config.learning_rates!r}, expected numbers "
-            "above 0 separated by commas"
+            "above 0, within float32, separated by commas"
         )
     return sorted(set(rates))
 
@@ -127,23 +121,30 @@ def run(job: Job) -> Result:
     seeds = range(config.seed, config.seed + config.seeds)
     found = [_of_seed(job, val, seed) for seed in seeds]
     counts, best = zip(*(_counts(job.data, arrays) for arrays in found), strict=True)
-    splits = job.data.splits
     return Result(
         counts=np.stack(counts).astype(np.float64),
         score=score,
         headline=("top1", "top5", *(f"top1_{name_of(kind)}" for kind in KINDS)),
         unit="%",
-        evaluated={
-            "images": len(splits.val.labels),
-            "training images": len(splits.train.labels),
-            "classes": len(splits.train.names),
-            "size": f"{config.image_size} px",
-            "iterations": config.iterations,
-            "images per iteration": config.images_per_step,
-            "seeds": config.seeds,
-            "best head": ", ".join(dict.fromkeys(best)),
-        },
+        evaluated=_evaluated(job, ", ".join(dict.fromkeys(best))),
     )
+
+
+def _evaluated(job: Job, best: str) -> dict[str, Any]:
+    config, (train, val) = job.config, job.data.splits
+    told = {
+        "images": len(val.labels),
+        "training images": len(train.labels),
+        "classes": len(train.names),
+        "size": f"{config.image_size} px",
+        "iterations": config.iterations,
+        "images per iteration": config.images_per_step,
+        "seeds": config.seeds,
+        "best head": best,
+    }
+    if absent := val.absent():
+        told["classes without images"] = absent
+    return told
 
 
 def val_tokens(job: Job) -> np.ndarray:

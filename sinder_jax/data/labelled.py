@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-from sinder_jax.data import listing
+from sinder_jax.data import decode, listing
 from sinder_jax.data.listing import Crop, File, Photograph
 from sinder_jax.storage import paths
 
 KINDS = "a folder with train/CLASS/ and val/CLASS/, tfds:NAME, or sample:crops"
 SPLITS = ("train", "val")
+MASKED = {"images", "masks"}  # folders of a segmentation
 READERS = 16  # threads that read labels of records
 TRAIN_CROPS, VAL_CROPS = 400, 200  # of "sample:crops", equally many of each photograph
 
@@ -34,6 +35,10 @@ class Classes(NamedTuple):
     photographs: Sequence[Photograph]
     labels: Int32[np.ndarray, " n"]
     names: tuple[str, ...]
+
+    def absent(self) -> int:
+        """How many of the classes have no photograph here."""
+        return len(self.names) - len(np.unique(self.labels))
 
 
 class Splits(NamedTuple):
@@ -52,6 +57,7 @@ def open_classes(spec: str) -> Splits:
         `PATH` or `folder:PATH`: class folders, `PATH/train/CLASS/*.jpg` and
         `PATH/val/CLASS/*.jpg`, on a disk or in a bucket; images in sub-folders of a
         class count too. Classes are numbered in the order of their names, as bytes.
+        A class of train may have no folder in val.
 
         `tfds:NAME`: the splits `train` and `validation`, or else `test`, of a prepared
         dataset with the features `image` and `label`, see `listing.open_photographs`.
@@ -62,20 +68,37 @@ def open_classes(spec: str) -> Splits:
 
     Raises:
       FileNotFoundError: a folder is missing; says what is expected where.
-      ValueError: a class without images, images outside the classes, or `spec` has
-        another form.
+      ValueError: a class without images, images outside the classes, fewer than two
+        classes, data of a segmentation, or `spec` has another form.
     """
     if not spec:
         raise ValueError(f"no data given: --config.data= takes {KINDS}")
     if spec == listing.CROPS:
         return _crops()
     kind, colon, rest = spec.partition(":")
-    if colon and kind == "tfds":
-        return _of_tfds(spec)
-    if colon and kind not in ("folder", "gs") and not Path(spec).exists():
+    if colon and kind not in ("folder", "gs", "tfds") and not Path(spec).exists():
         raise ValueError(f"got the data {spec}, expected {KINDS}")
-    folder = rest if colon and kind == "folder" else spec
+    if colon and not rest:
+        raise ValueError(f"{spec} names nothing: --config.data= takes {KINDS}")
+    if kind == "tfds" and colon:
+        splits = _of_tfds(spec)
+    else:
+        splits = _of_folders(rest if colon and kind == "folder" else spec)
+    names = splits.train.names
+    if len(names) < 2:
+        raise ValueError(
+            f"{spec}: got 1 class, {names[0]}, expected at least 2; the data is {KINDS}"
+        )
+    return splits
+
+
+def _of_folders(folder: str) -> Splits:
     train, val = (_of_folder(folder, split) for split in SPLITS)
+    if set(train.names) == MASKED:
+        raise ValueError(
+            f"{folder}/train has images and masks, as for a segmentation; expected a "
+            "folder for each class"
+        )
     if unknown := sorted(set(val.names) - set(train.names)):
         raise ValueError(
             f"{folder}: got the class {unknown[0]} in val but not in train; each class "
@@ -91,11 +114,15 @@ def _of_folder(folder: str, split: str) -> Classes:
     with paths.answering(root):
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}: {expected}")
-        names = sorted(
-            (each.name for each in root.iterdir() if _is_class(each)), key=os.fsencode
-        )
+        there = [each for each in root.iterdir() if not each.name.startswith(".")]
+        names = sorted((x.name for x in there if x.is_dir()), key=os.fsencode)
     if not names:
         raise ValueError(f"no class in {root}: {expected}")
+    others = {each.name for each in there} - set(names)
+    if loose := sorted(x for x in others if x.lower().endswith(decode.SUFFIXES)):
+        raise ValueError(
+            f"{root} has images that are in no class, such as {loose[0]}: {expected}"
+        )
     photographs: list[Photograph] = []
     labels: list[int] = []
     for label, name in enumerate(names):
@@ -108,10 +135,6 @@ def _of_folder(folder: str, split: str) -> Classes:
         photographs += found
         labels += [label] * len(found)
     return Classes(photographs, np.array(labels, np.int32), tuple(names))
-
-
-def _is_class(path: paths.AnyPath) -> bool:
-    return path.is_dir() and not path.name.startswith(".")
 
 
 def _of_tfds(spec: str) -> Splits:

@@ -8,6 +8,7 @@ import dataclasses
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -98,10 +99,14 @@ def open_nyu(spec: str) -> Splits:
     Raises:
       FileNotFoundError: the folder, a list or a file of a list is missing; says what is
         expected where.
-      ValueError: no data given, or a list is empty or has another form.
+      ValueError: no data given, `spec` has another form, or a list is empty or has
+        another form.
     """
     if not spec:
         raise ValueError(f"no data given: config.data takes a folder with {EXPECTED}")
+    kind, colon, _ = spec.partition(":")
+    if colon and kind not in ("folder", "gs") and not Path(spec).exists():
+        raise ValueError(f"got the data {spec}, expected a folder with {EXPECTED}")
     root = paths.as_path(spec.removeprefix("folder:"))
     with paths.answering(root):
         if not root.is_dir():
@@ -129,7 +134,10 @@ def _listed(root: AnyPath, name: str) -> list[View]:
         if not columns:
             continue
         if len(columns) < 2:
-            raise ValueError(f"{path}: got {line!r} in line {number}, {EXPECTED}")
+            raise ValueError(
+                f"{path}: got {line!r} in line {number}, expected an image and its "
+                f"depth; the data is {EXPECTED}"
+            )
         image, depth = (
             File(os.fspath(root / column.lstrip("/"))) for column in columns[:2]
         )

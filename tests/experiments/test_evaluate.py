@@ -186,11 +186,11 @@ def test_photographs_that_changed_are_read_again(models, data, tmp_path):
 @pytest.mark.parametrize(
     "changed, message",
     [
-        ("--config.ks=1,31", "got K = 31, but the bank has only 30 rows"),
+        ("--config.ks=1,31", "config.ks: got K = 31, but the bank has only 30 rows"),
         ("--config.ks=1,x", "config.ks: got '1,x', expected whole numbers"),
-        ("--config.temperature=0", "got temperature=0.0, expected a number above 0"),
+        ("--config.temperature=0", "config.temperature: got temperature=0.0, expected"),
         ("--config.image_size=30", "expected a multiple of the patch size 14"),
-        ("--config.resize=14", "config.resize: got 14, expected at least"),
+        ("--config.resize=14", "config.resize: got 14, expected config.image_size"),
         ("--config.seed=-1", "config.seed: got -1, expected at least 0"),
         ("--config.batch_size=0", "config.batch_size: got 0, expected at least 1"),
         ("--config.cache_dtype=int8", "expected one of float32, float16"),

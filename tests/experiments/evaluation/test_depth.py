@@ -115,6 +115,16 @@ def test_the_best_evaluation_is_that_with_the_least_abs_rel():
     assert protocol.best(history) == "0.400 m after 20 iterations"
 
 
+def test_a_training_that_diverges_is_an_error(given, tmp_path):
+    short = {"iterations": 2, "evaluate_every": 1, "lr": 1e30}
+    message = error_of(
+        evaluate.main,
+        command(given, tmp_path / "out", **short),
+        kind=FloatingPointError,
+    )
+    assert "diverged after" in message and "smaller --config.lr than 1e+30" in message
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -122,6 +132,8 @@ def test_the_best_evaluation_is_that_with_the_least_abs_rel():
         ({"images_per_step": 3}, "config.images_per_step: got 3"),
         ({"iterations": 0}, "config.iterations: got 0"),
         ({"max_depth": 0.0}, "max_depth=0.0"),
+        ({"max_depth": 0.01}, "nyu_test.txt has a pixel between config.min_depth and"),
+        ({"lr": -1.0}, "config.lr: got -1.0"),
         ({"batch_size": 0}, "config.batch_size: got 0"),
         ({"data": ""}, "no data given"),
     ],

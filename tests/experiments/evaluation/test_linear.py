@@ -175,9 +175,11 @@ def test_four_devices_give_the_same_heads(given, whole, tmp_path):
     [
         ({"learning_rates": "0.1,x"}, "config.learning_rates: got '0.1,x'"),
         ({"learning_rates": "-1"}, "config.learning_rates: got '-1'"),
+        ({"learning_rates": "1e-60"}, "config.learning_rates: got '1e-60'"),
         ({"iterations": -1}, "config.iterations: got -1"),
         ({"seeds": 0}, "config.seeds: got 0"),
         ({"resize": 14}, "config.resize: got 14"),
+        ({"resize": 1_000_000}, "to 4096 pixels"),
         ({"image_size": 30, "resize": 30}, "config.image_size: got 30"),
     ],
 )

@@ -40,6 +40,7 @@ def test_val_s_labels_mean_train_s_classes(tmp_path):
     write_classes(tmp_path, train=("a", "b", "c"), val=("b", "c"))
     train, val = labelled.open_classes(str(tmp_path))
     assert val.labels.tolist() == [1, 1, 2, 2] and val.names == train.names
+    assert (train.absent(), val.absent()) == (0, 1)
 
 
 def test_images_in_sub_folders_of_a_class_count(tmp_path):
@@ -73,9 +74,25 @@ def test_images_outside_classes_raise(tmp_path):
     save_noise(tmp_path / "train/0.jpg")
     message = error_of(labelled.open_classes, str(tmp_path))
     assert message.startswith(f"no class in {tmp_path}/train: expected")
+    write_classes(tmp_path)
+    message = error_of(labelled.open_classes, str(tmp_path))
+    assert message.startswith(f"{tmp_path}/train has images that are in no class")
 
 
-@pytest.mark.parametrize("spec", ["", "sample", "list:photos.txt", "sample:mosaics"])
+def test_one_class_raises(tmp_path):
+    write_classes(tmp_path, train=("cat",), val=("cat",))
+    message = error_of(labelled.open_classes, str(tmp_path))
+    assert message.startswith(f"{tmp_path}: got 1 class, cat, expected at least 2")
+
+
+def test_data_of_a_segmentation_raises(tmp_path):
+    write_classes(tmp_path, train=("images", "masks"), val=("images", "masks"))
+    assert "a segmentation" in error_of(labelled.open_classes, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "sample", "list:photos.txt", "sample:mosaics", "tfds:", "folder:"]
+)
 def test_data_without_classes_raise(spec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match="train/CLASS"):

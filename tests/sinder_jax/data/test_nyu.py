@@ -33,6 +33,9 @@ def test_a_missing_set_says_what_is_expected_where(tmp_path, folder):
     message = error_of(nyu.open_nyu, "/no/where", kind=FileNotFoundError)
     assert "/no/where" in message and "nyu_train.txt" in message
     assert "no data given" in error_of(nyu.open_nyu, "")
+    for spec in ("tfds:nyu_depth_v2", "sample:crops"):
+        message = error_of(nyu.open_nyu, spec)
+        assert f"got the data {spec}, expected a folder with DATA/nyu_train" in message
     (folder / "nyu_test.txt").unlink()
     message = error_of(nyu.open_nyu, str(folder), kind=FileNotFoundError)
     assert f"no list {folder / 'nyu_test.txt'}" in message
@@ -51,6 +54,7 @@ def test_a_list_of_another_form_is_refused(folder, content):
     (folder / "nyu_train.txt").write_text(content)
     message = error_of(nyu.open_nyu, str(folder))
     assert "nyu_train.txt" in message and "sync_depth" in message
+    assert "expected" in message
 
 
 def test_depth_of_eight_bits_and_other_sizes_are_refused(folder):
