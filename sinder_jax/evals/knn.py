@@ -71,7 +71,7 @@ def classify(
       num_classes: C; None: the largest label plus 1.
       devices: None means all.
       tile: rows of the bank that a device compares at a time, at most, in whole
-        blocks of 2,048.
+        blocks of 2,048 (at least one).
 
     Returns:
       By K, the votes. Of classes with the same vote, `argmax` takes the lowest.
@@ -152,7 +152,7 @@ def neighbors(
       k: at most N.
       devices: None means all.
       tile: rows of the bank that a device compares at a time, at most, in whole
-        blocks of 2,048.
+        blocks of 2,048 (at least one).
 
     Raises:
       ValueError: shapes that do not fit, k beyond the bank, a feature that is not
