@@ -30,7 +30,7 @@ from sinder_jax.storage import paths
 
 SAMPLE = "sample"
 CROPS = "sample:crops"
-NUM_CROPS = 800  # of "sample:crops", equally many of each photograph
+NUM_CROPS = 800  # of "sample:crops"
 Say = Callable[[str], object]  # is told one line
 KINDS = "a folder, folder:PATH, list:FILE, tfds:NAME[/SPLIT], sample or sample:crops"
 
@@ -203,8 +203,9 @@ def open_photographs(spec: str, say: Say | None = None) -> Sequence[Photograph]:
 
         `sample`: the photographs inside scikit-image, see `sample_images`.
 
-        `sample:crops`: `NUM_CROPS` random crops of them, one photograph after the other
-        in turn; every second crop is of every second photograph.
+        `sample:crops`: `NUM_CROPS` random crops of them. Every second crop, which the
+        usual training list leaves out, is of chelsea.png or motorcycle_left.png, the
+        others are of the other six.
 
       say: told what is left out of a folder, by suffix.
 
@@ -511,11 +512,17 @@ def sample_images() -> list[Path]:
 
 
 def _sample_crops() -> list[Photograph]:
-    """The order shifts by two from round to round.
+    """In rounds, each of which has the photographs in another order.
 
-    So every other crop, the usual training list, is of the same half of the
-    photographs, and crops at equal distances are of several.
+    So crops at equal distances, as measures take them, are of several photographs.
     """
     files = [File(os.fspath(path)) for path in sample_images()]
-    n = len(files)
-    return [Crop(files[(i + 2 * (i // n)) % n], i) for i in range(NUM_CROPS)]
+    spare = files[1::4]
+    kinds = [file for file in files if file not in spare], spare or files
+
+    def file(number: int) -> File:
+        of, place = kinds[number % 2], number // 2
+        order = np.random.default_rng(place // len(of)).permutation(len(of))
+        return of[order[place % len(of)]]
+
+    return [Crop(file(number), number) for number in range(NUM_CROPS)]
