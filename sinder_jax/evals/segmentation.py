@@ -23,9 +23,10 @@ import numpy as np
 import optax
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Integer, Num
+from jaxtyping import Array, Float, Int, Integer
 
 from sinder_jax import placement
+from sinder_jax.evals import bilinear
 
 IGNORE = 255
 WARMUP = 1_500  # iterations of the published heads
@@ -85,53 +86,6 @@ def pad_images(
     """Normalized images with `center_padding`, filled with zeros: the mean color."""
     sides = [center_padding(side, patch) for side in images.shape[1:3]]
     return jnp.pad(images, [(0, 0), *sides, (0, 0)])
-
-
-# --- Bilinear resizing ----------------------------------------------------------------
-
-
-def bilinear_weights(stored: int, size: int) -> Float[np.ndarray, "size stored"]:
-    """Weights of one axis: output j is `weights[j] @ input`.
-
-    PyTorch's `interpolate(mode="bilinear", align_corners=False)`, which never
-    antialiases: output j sits at (j + ½)·stored/size − ½ between two inputs, and the
-    edges repeat outside.
-
-    Returns:
-      float64 weights whose rows sum to 1.
-    """
-    centers = np.maximum((np.arange(size) + 0.5) * stored / size - 0.5, 0)
-    first = np.minimum(centers.astype(int), stored - 1)
-    second = np.minimum(first + 1, stored - 1)
-    share = centers - first
-    weights = np.zeros((size, stored))
-    rows = np.arange(size)
-    np.add.at(weights, (rows, first), 1 - share)
-    np.add.at(weights, (rows, second), share)
-    return weights
-
-
-def _apply(
-    rows: Float[Array, "height h"],
-    columns: Float[Array, "width w"],
-    x: Float[Array, "h w C"],
-) -> Float[Array, "height width C"]:
-    across = jnp.einsum("xw,hwc->hxc", columns, x, precision=HIGHEST)
-    return jnp.einsum("yh,hxc->yxc", rows, across, precision=HIGHEST)
-
-
-def resize(
-    x: Num[Numbers, "h w C"], size: tuple[int, int]
-) -> Float[Array, "height width C"]:
-    """Bilinear resize to `size`, see `bilinear_weights`; integers become float32."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        x = x.astype(jnp.float32)
-    rows, columns = (
-        jnp.asarray(bilinear_weights(old, new), x.dtype)
-        for old, new in zip(x.shape[:2], size, strict=True)
-    )
-    return _apply(rows, columns, x)
 
 
 # --- The head -------------------------------------------------------------------------
@@ -289,7 +243,7 @@ def cross_entropy(
     """
     labels = jnp.asarray(labels)
     height, width = labels.shape
-    scores = resize(logits, (height, width))
+    scores = bilinear.resize(logits, (height, width))
     classes = scores.shape[-1]
     valid = labels != IGNORE
     known = (labels >= 0) & (labels < classes)
@@ -481,7 +435,7 @@ def predict(
 
 @functools.partial(jax.jit, static_argnames="size")
 def _upsampled(logits, size):
-    return lax.map(lambda x: resize(x, size), logits)
+    return lax.map(lambda x: bilinear.resize(x, size), logits)
 
 
 def merge_weights(
@@ -515,9 +469,11 @@ def merge_weights(
         side = stop - start
         patches = (side + sum(center_padding(side, patch))) // patch
         part = np.zeros((length, patches))
-        part[start:stop] = bilinear_weights(patches, side) / cover[start:stop, None]
+        part[start:stop] = (
+            bilinear.bilinear_weights(patches, side) / cover[start:stop, None]
+        )
         parts.append(part)
-    return bilinear_weights(length, size) @ np.concatenate(parts, axis=1)
+    return bilinear.bilinear_weights(length, size) @ np.concatenate(parts, axis=1)
 
 
 @jax.jit
@@ -536,7 +492,9 @@ def probabilities(
     down, across, h, w, classes = logits.shape
     sheet = jnp.transpose(logits, (0, 2, 1, 3, 4))
     sheet = sheet.reshape(down * h, across * w, classes)
-    pixels = _apply(jnp.asarray(rows), jnp.asarray(columns), jnp.asarray(sheet))
+    pixels = bilinear.weighted(
+        jnp.asarray(rows), jnp.asarray(columns), jnp.asarray(sheet)
+    )
     return jax.nn.softmax(pixels, axis=-1)
 
 

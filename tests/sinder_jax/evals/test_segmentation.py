@@ -129,14 +129,6 @@ def test_ignored_pixels_stay_in_the_denominator():
     assert loss == pytest.approx(0.126928 / 2, abs=1e-6)
 
 
-def test_bilinear_numbers():
-    row = jnp.arange(4.0).reshape(1, 4, 1)
-    larger = segmentation.resize(row, (1, 6)).ravel()
-    np.testing.assert_allclose(larger, [0, 0.5, 7 / 6, 11 / 6, 2.5, 3], atol=1e-6)
-    smaller = segmentation.resize(row, (1, 3)).ravel()
-    np.testing.assert_allclose(smaller, [1 / 6, 1.5, 17 / 6], atol=1e-6)
-
-
 @pytest.mark.parametrize("channels, classes, params", [(384, 150, 57_750 + 768)])
 def test_head_shapes(channels, classes, params):
     state = segmentation.init(jax.random.key(0), channels, classes)
@@ -147,23 +139,6 @@ def test_head_shapes(channels, classes, params):
 
 
 # --- PyTorch --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("old, new", [((5, 7), (20, 23)), ((9, 8), (4, 8))])
-def test_resize_equals_pytorch(old, new):
-    torch = pytest.importorskip("torch")
-    x = np.random.default_rng(0).normal(size=(*old, 3)).astype(np.float32)
-    want = torch.nn.functional.interpolate(
-        torch.tensor(x).permute(2, 0, 1)[None], new, mode="bilinear"
-    )[0].permute(1, 2, 0)
-    np.testing.assert_allclose(segmentation.resize(x, new), want, atol=2e-6)
-
-
-def test_integers_are_resized_like_floats():
-    got = segmentation.resize(np.arange(4).reshape(1, 4, 1), (1, 6))[0, :, 0]
-    # Centers at 2/3·(j + ½) - ½: 1/6 beyond the pixel before or below the one after.
-    want = [0, 0.5, 7 / 6, 11 / 6, 2.5, 3]
-    np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
 def test_training_equals_a_pytorch_loop():
