@@ -68,3 +68,8 @@ def without_zero(mask: Mask) -> Mask:
     255 stays 255.
     """
     return np.where(mask == IGNORE, IGNORE, mask - np.uint8(1)).astype(np.uint8)
+
+
+def largest(mask: Mask) -> int:
+    """The largest label but 255; -1 if there is none."""
+    return int(np.max(mask[mask != IGNORE].astype(int), initial=-1))

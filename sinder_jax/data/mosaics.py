@@ -58,6 +58,11 @@ class Mosaic:
         pixels, mask = _drawn(self)
         return pixels.copy(), mask.copy()
 
+    def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
+        """The largest label that a mosaic may have, and its size; draws nothing."""
+        del num_classes  # there is no file that could be wrong
+        return len(classes()) - 1, (HEIGHT, WIDTH)
+
 
 def scenes(split: str) -> Sequence[Mosaic]:
     """All mosaics of "train" or "val"."""

@@ -9,13 +9,12 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from sinder_jax.data import decode, listing, masks, mosaics
 from sinder_jax.data.listing import File
-from sinder_jax.data.mosaics import Mosaic
 from sinder_jax.data.opencv import Pixels
 from sinder_jax.storage import paths
 from sinder_jax.storage.paths import AnyPath
@@ -77,11 +76,19 @@ class Scene:
         mask = masks.read(self.mask.source(), self.mask.name)
         return masks.without_zero(mask) if self.zero_is_none else mask
 
-    def checked_mask(self) -> masks.Mask:
-        """The mask, compared with the size that the photograph's header says."""
+    def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
+        """As `AnyScene.check`; the photograph's size is that in its header."""
         mask = self.read_mask()
         self._check_size(decode.size_of(self.image.source(), self.image.name), mask)
-        return mask
+        label = masks.largest(mask)
+        if num_classes and label >= num_classes:
+            raise ValueError(
+                f"{self.mask.name}: got the label {label + self.zero_is_none}, "
+                f"expected {int(self.zero_is_none)} to "
+                f"{num_classes - 1 + self.zero_is_none} for {num_classes} classes, or "
+                f"{masks.IGNORE} for pixels to ignore"
+            )
+        return label, (mask.shape[0], mask.shape[1])
 
     def _check_size(self, size: Sequence[int], mask: masks.Mask) -> None:
         if tuple(size) != mask.shape[::-1]:
@@ -91,7 +98,35 @@ class Scene:
             )
 
 
-AnyScene = Scene | Mosaic
+@runtime_checkable
+class AnyScene(Protocol):
+    """A photograph with a class for every pixel; can be sent to another process."""
+
+    @property
+    def name(self) -> str:
+        """A name that no other scene has."""
+
+    def stamp(self) -> Any:
+        """What changes with its files, as JSON; None if the name tells everything."""
+
+    def read(self) -> tuple[Pixels, masks.Mask]:
+        """Decodes the photograph, RGB, and the mask of the same size.
+
+        Raises:
+          UnreadableImage: a file cannot be decoded, or the sizes differ.
+        """
+
+    def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
+        """Reads the mask alone: its largest label but 255, and (height, width).
+
+        Args:
+          num_classes: labels must be below it; 0 takes any label.
+
+        Raises:
+          UnreadableImage: the mask cannot be decoded or has another size than the
+            photograph.
+          ValueError: a label beyond the classes; names the file.
+        """
 
 
 class Scenes(NamedTuple):
@@ -366,24 +401,12 @@ def survey(
       ValueError: a label beyond the classes; names the file.
     """
 
-    def look(scene: AnyScene) -> tuple[int, tuple[int, int]]:
-        if isinstance(scene, Mosaic):
-            return len(mosaics.classes()) - 1, (mosaics.HEIGHT, mosaics.WIDTH)
-        mask = scene.checked_mask()
-        label = int(np.max(mask[mask != masks.IGNORE].astype(int), initial=-1))
-        if num_classes and label >= num_classes:
-            raise ValueError(
-                f"{scene.mask.name}: got the label {label + scene.zero_is_none}, "
-                f"expected {int(scene.zero_is_none)} to "
-                f"{num_classes - 1 + scene.zero_is_none} for {num_classes} classes, or "
-                f"{masks.IGNORE} for pixels to ignore"
-            )
-        height, width = mask.shape
-        return label, (height, width)
+    def check(scene: AnyScene) -> tuple[int, tuple[int, int]]:
+        return scene.check(num_classes)
 
     largest, sizes = [], []
     with ThreadPoolExecutor(max(num_threads, 1)) as pool:
-        for count, (label, size) in enumerate(pool.map(look, scenes), start=1):
+        for count, (label, size) in enumerate(pool.map(check, scenes), start=1):
             largest.append(label)
             sizes.append(size)
             seen(count)

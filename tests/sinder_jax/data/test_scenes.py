@@ -156,7 +156,7 @@ def test_the_survey_counts_ade20k_from_1(tmp_path):
     assert "got the label 151, expected 1 to 150 for 150 classes" in said
 
 
-@pytest.mark.parametrize("read", [scenes.Scene.read, scenes.Scene.checked_mask])
+@pytest.mark.parametrize("read", [scenes.Scene.read, lambda scene: scene.check(0)])
 def test_a_mask_of_another_size_is_told(tmp_path, read):
     root = scene_trees.own(tmp_path)
     scene_trees.save(
