@@ -204,7 +204,9 @@ def run(job: Job) -> Result:
                     (x.pixels, x.classes, x.mask)
                     for x in predictions(job, source, state, part)
                 ]
-                figures["scenes"] = scene_plots.scenes(shown, data.found.classes)
+                figures["scenes"] = scene_plots.scenes(
+                    shown, data.found.classes, data.found.palette
+                )
         counts.append(np.stack(of_seed, axis=1))
     prefixes = tuple(sources)
     areas = np.stack(counts).astype(np.float64)  # [seeds, images, sources, 3, classes]

@@ -1,7 +1,7 @@
 """Masks: images whose pixels are class numbers instead of colors.
 
 file --read--> 8-bit class numbers, 255 where a pixel has none
-ADE20k's numbers --without_zero--> 0 is none, class k becomes k - 1
+published numbers --counted_from 1 or 7--> class 0 is 0, lower numbers are none
 """
 
 import os
@@ -62,12 +62,16 @@ def _numbers(image: Image.Image) -> Mask:
     return numbers.astype(np.uint8)
 
 
-def without_zero(mask: Mask) -> Mask:
-    """Ignores 0 and counts the classes from it: mmsegmentation's `reduce_zero_label`.
+def counted_from(mask: Mask, first: int) -> Mask:
+    """Counts the classes from 0 where a file counts them from `first`.
 
-    255 stays 255.
+    Numbers below `first` are ignored, and 255 stays 255. From 1, this is
+    mmsegmentation's `reduce_zero_label`.
     """
-    return np.where(mask == IGNORE, IGNORE, mask - np.uint8(1)).astype(np.uint8)
+    if not first:
+        return mask
+    none = (mask < first) | (mask == IGNORE)
+    return np.where(none, IGNORE, mask - np.uint8(first)).astype(np.uint8)
 
 
 def largest(mask: Mask) -> int:

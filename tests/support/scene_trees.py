@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.io import savemat
 
 
 def save(
@@ -61,4 +62,37 @@ def voc(root: Path, train: int = 4, val: int = 2) -> Path:
                 root / "SegmentationClass" / f"{stem}.png",
                 labels(first + i, classes=21),
             )
+    return root
+
+
+def cityscapes(root: Path, train: int = 4, val: int = 2, shape=(24, 48)) -> Path:
+    """Two cities a split, with the other files that lie beside the label ids."""
+    for split, count in (("train", train), ("val", val)):
+        for i in range(count):
+            stem = f"{split}{i % 2}/{split}{i % 2}_{i:06d}_000019"
+            fine = root / "gtFine" / split
+            save(
+                root / "leftImg8bit" / split / f"{stem}_leftImg8bit.png",
+                fine / f"{stem}_gtFine_labelIds.png",
+                labels(i, classes=34, shape=shape),
+            )
+            for other in ("color", "instanceIds"):
+                Image.new("L", (3, 2)).save(fine / f"{stem}_gtFine_{other}.png")
+    return root
+
+
+def potsdam(root: Path, train: int = 4, val: int = 2, side: int = 24) -> Path:
+    """As IIC's preparation writes it; the last tile has no labels and is in no list."""
+    for part in ("imgs", "gt"):
+        (root / part).mkdir(parents=True)
+    names = [str(7 * i % 31) for i in range(train + val + 1)]
+    (root / "labelled_train.txt").write_text("".join(f"{n}\n" for n in names[:train]))
+    (root / "labelled_test.txt").write_text("".join(f"{n}\n" for n in names[train:-1]))
+    (root / "unlabelled_train.txt").write_text(f"{names[-1]}\n")
+    for i, name in enumerate(names):
+        found = labels(i, classes=6, shape=(side, side))
+        image = np.stack([found % 8 * 30, found, found * 2, found * 3], axis=-1)
+        savemat(root / "imgs" / f"{name}.mat", {"img": image.astype(np.uint8)})
+        if name != names[-1]:
+            savemat(root / "gt" / f"{name}.mat", {"gt": found.astype(np.int32)})
     return root

@@ -46,6 +46,14 @@ def test_damaged_and_missing_files_are_refused(tmp_path):
     assert "No such file" in error_of(masks.read, tmp_path / "b.png", "the mask")
 
 
-def test_zero_becomes_ignored():
+def test_classes_are_counted_from_the_first():
     want = [[255, 0, 255], [6, 149, 1]]
-    assert masks.without_zero(NUMBERS).tolist() == want
+    assert masks.counted_from(NUMBERS, 1).tolist() == want
+    assert masks.counted_from(NUMBERS, 0) is NUMBERS
+    ids = np.array([[0, 6, 7, 33, 254, 255]], np.uint8)
+    assert masks.counted_from(ids, 7).tolist() == [[255, 255, 0, 26, 247, 255]]
+
+
+def test_the_largest_label_is_not_255():
+    assert masks.largest(np.array([[3, 255, 254]], np.uint8)) == 254
+    assert masks.largest(np.full((2, 2), 255, np.uint8)) == -1

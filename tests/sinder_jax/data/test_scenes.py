@@ -7,6 +7,7 @@ from PIL import Image
 import scene_trees
 from samples import error_of
 from sinder_jax.data import decode, masks, scenes
+from sinder_jax.data.scene_files import Scene
 
 
 def missing(*args, **kwargs):
@@ -43,7 +44,7 @@ def test_ade20k_numbers_begin_with_1(tmp_path):
     assert len(found.classes) == 150
     assert "20,210 training and 2,000 validation images" in found.lacks
     _, mask = found.train[0].read()
-    assert np.array_equal(mask, masks.without_zero(scene_trees.labels(0, 151)))
+    assert np.array_equal(mask, masks.counted_from(scene_trees.labels(0, 151), 1))
 
 
 def test_names_of_ade20k_are_read(tmp_path):
@@ -156,7 +157,7 @@ def test_the_survey_counts_ade20k_from_1(tmp_path):
     assert "got the label 151, expected 1 to 150 for 150 classes" in said
 
 
-@pytest.mark.parametrize("read", [scenes.Scene.read, lambda scene: scene.check(0)])
+@pytest.mark.parametrize("read", [Scene.read, lambda scene: scene.check(0)])
 def test_a_mask_of_another_size_is_told(tmp_path, read):
     root = scene_trees.own(tmp_path)
     scene_trees.save(

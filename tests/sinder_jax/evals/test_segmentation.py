@@ -319,7 +319,7 @@ def test_options_out_of_range_are_refused():
 
 def test_the_specifications_scores():
     predictions = np.array([[0, 0, 1], [2, 2, 1]])
-    labels = masks.without_zero(np.array([[1, 2, 2], [3, 0, 1]], np.uint8))
+    labels = masks.counted_from(np.array([[1, 2, 2], [3, 0, 1]], np.uint8), 1)
     assert labels.tolist() == [[0, 1, 1], [2, 255, 0]]
     scores = metrics.segmentation_scores(
         metrics.confusion_matrix(labels, predictions, 4)

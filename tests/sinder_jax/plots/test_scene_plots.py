@@ -40,3 +40,23 @@ def test_every_class_has_a_color_of_its_own():
     assert len(np.unique(colors[:60], axis=0)) == 60
     assert colors[255].tolist() == [255, 255, 255]
     assert not (colors[:255] == 255).all(axis=-1).any()
+
+
+def test_a_data_set_is_drawn_in_its_own_colors():
+    photo, _, mask = shown(6, 8)
+    prediction = np.full((6, 8), 1, np.uint8)
+    for palette, ignored in (
+        ([(0, 0, 0), (1, 2, 3)], 255),
+        ([(255, 255, 255), (1, 2, 3)], 128),  # where a class is white
+    ):
+        colored = scene_plots.colored(mask, palette)
+        assert (colored[0] == ignored).all()
+        assert (colored[mask == 0] == palette[0]).all()
+        assert (colored[mask == 1] == (1, 2, 3)).all()
+        assert np.array_equal(colored[mask == 2], scene_plots.colored(mask)[mask == 2])
+        figure = scene_plots.scenes([(photo, prediction, mask)], (), palette)
+        images = [image.get_array() for image in figure.findobj(AxesImage)]
+        assert (images[1] == (1, 2, 3)).all() and np.array_equal(images[2], colored)
+        (legend,) = figure.legends
+        shades = [patch.get_facecolor()[:3] for patch in legend.get_patches()]
+        np.testing.assert_allclose(shades[1], np.array([1, 2, 3]) / 255)
