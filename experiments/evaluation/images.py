@@ -13,13 +13,13 @@ from typing import Any
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from experiments.evaluation.job import Job, model_key
 from experiments.run import first_start
 from sinder_jax import cli, families
 from sinder_jax.data import decode, reading
 from sinder_jax.data.listing import Photograph
+from sinder_jax.data.scenes import AnyScene
 from sinder_jax.evals import features
 from sinder_jax.model import Model
 from sinder_jax.state import PRECISIONS
@@ -97,12 +97,12 @@ class Read:
     """Reads the i-th photograph as RGB pixels of one size; workers get a copy.
 
     Attributes:
-      photographs: the list.
-      crop: makes them all of one size.
+      photographs: the list, or scenes: photographs with masks.
+      crop: makes what each of them reads RGB pixels, all of one size.
     """
 
-    photographs: Sequence[Photograph]
-    crop: Callable[[Image.Image], Image.Image]
+    photographs: Sequence[Photograph] | Sequence[AnyScene]
+    crop: Callable[[Any], Any]
 
     def __call__(self, i: int) -> np.ndarray:
         """Raises UnreadableImage: an evaluation leaves no image out."""
@@ -128,8 +128,8 @@ def extractor(job: Job, **options: Any) -> Callable[[Any], Any]:
 def passes(
     job: Job,
     extract: Callable[[Any], Any],
-    photographs: Sequence[Photograph],
-    crop: Callable[[Image.Image], Image.Image],
+    photographs: Sequence[Photograph] | Sequence[AnyScene],
+    crop: Callable[[Any], Any],
     rows: range,
 ) -> Generator[Any, None, None]:
     """Yields what `extract` returns for each batch of photographs, in order.
@@ -140,7 +140,7 @@ def passes(
       job: its config says how many images a device takes at once.
       extract: from `extractor`.
       photographs: the list.
-      crop: makes the images of one size.
+      crop: as `Read`'s.
       rows: which of the photographs to read.
 
     Raises:
@@ -174,8 +174,8 @@ def passes(
 def cached(
     job: Job,
     name: str,
-    photographs: Sequence[Photograph],
-    crop: Callable[[Image.Image], Image.Image],
+    photographs: Sequence[Photograph] | Sequence[AnyScene],
+    crop: Callable[[Any], Any],
     shape: tuple[int, ...],
     key: Mapping[str, Any],
     **options: Any,
@@ -186,7 +186,7 @@ def cached(
       job: names the folder of the features and the number format.
       name: of the photographs, for messages, such as "val".
       photographs: the list.
-      crop: makes the images of one size.
+      crop: as `Read`'s.
       shape: of an image's features.
       key: what decides the features beside model, photographs, precision and number
         format: the crop, the blocks, what is made of their tokens. JSON values.
@@ -263,7 +263,7 @@ def _write(
     store: feature_store.Rows,
     start: int,
     chunk: np.ndarray,
-    photographs: Sequence[Photograph],
+    photographs: Sequence[Photograph] | Sequence[AnyScene],
 ) -> None:
     bad = np.flatnonzero(~np.isfinite(chunk.reshape(len(chunk), -1)).all(axis=1))
     if bad.size:
@@ -272,7 +272,7 @@ def _write(
     store.write(start, chunk)
 
 
-def digest_of(photographs: Sequence[Photograph]) -> str:
+def digest_of(photographs: Sequence[Photograph] | Sequence[AnyScene]) -> str:
     """Digest of the names, sizes and times of photographs, in their order."""
     listed = json.dumps(first_start.stamps(photographs))
     return hashlib.sha256(listed.encode()).hexdigest()

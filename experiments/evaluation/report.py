@@ -174,6 +174,13 @@ def markdown(found: Sequence[Row]) -> str:
         text += f" and {seeds} seeds." if seeds > 1 else "."
     for row in found:
         text += f"\n\n{row.checkpoint} ({row.digest[:12]}): {_evaluated(row.result)}."
+    if classes := first.details.get("iou"):
+        table = [["IoU (%)", *(row.checkpoint for row in found)]]
+        table += [
+            [name, *(_percent(row.result.details["iou"][name]) for row in found)]
+            for name in classes
+        ]
+        text += f"\n\n{_table(table)}"
     return text + "\n"
 
 
@@ -186,6 +193,10 @@ def _number(value: float) -> float | None:
 
 def _format(value: float, unit: str, sign: str = "") -> str:
     return f"{value:{sign}.2f}" if unit == "%" else f"{value:{sign}.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
 
 
 def _with_interval(row: Row, name: str, *, unit: bool = True) -> str:

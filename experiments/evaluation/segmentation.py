@@ -18,16 +18,15 @@ from jaxtyping import Array
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from experiments.evaluation import scene_training, sliding
+from experiments.evaluation import scene_training, sliding, survey
 from experiments.evaluation import schedule as schedules
 from experiments.evaluation.job import Job, Result, Scores
-from experiments.evaluation.progress import Progress
 from experiments.evaluation.scene_training import Backbone, Data
 from experiments.evaluation.sliding import Predicted
 from experiments.study.cache import read_arrays, write_arrays
 from sinder_jax import cli
 from sinder_jax.data import masks, scenes
-from sinder_jax.data.scenes import AnyScene, Scenes
+from sinder_jax.data.scenes import AnyScene
 from sinder_jax.evals import features, metrics, segmentation
 from sinder_jax.model import Model
 from sinder_jax.plots import scene_plots
@@ -62,53 +61,8 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
             f"the {schedule.images_per_step} of a step; give "
             "--config.images_per_step=N"
         )
-    count, sizes = _check_masks(config, found)
+    count, sizes = survey.check_masks(config, found)
     return Data(found, count, sizes[len(found.train) :], schedule)
-
-
-def _check_masks(
-    config: ConfigDict, found: Scenes
-) -> tuple[int, list[tuple[int, int]]]:
-    """The number of classes, and the sizes of all masks."""
-    named, given = len(found.classes), config.num_classes
-    if named and given not in (0, named):
-        raise ValueError(
-            f"config.num_classes: got {given}, but {config.data} has {named} classes"
-        )
-    known = given or named
-    every, threads = [*found.train, *found.val], config.read_threads
-    if config.data == scenes.MOSAICS:  # there are no files to check
-        labels, sizes = scenes.survey(every, known, num_threads=threads)
-    else:
-        with Progress() as progress:
-            progress.begin("checking masks", len(every))
-            labels, sizes = scenes.survey(
-                every, known, num_threads=threads, seen=progress.at
-            )
-            progress.end()
-    for split, part in (
-        ("training", labels[: len(found.train)]),
-        ("validation", labels[len(found.train) :]),
-    ):
-        if max(part) < 0:
-            raise ValueError(
-                f"{config.data}: no pixel of the {split} masks has a class: all are "
-                f"to be ignored; expected classes, not only {masks.IGNORE}"
-            )
-    largest = max(labels)
-    if len(found.classes) > largest + 1:
-        cli.warn(
-            f"{config.data}: {len(found.classes)} classes have names, but no mask has "
-            f"a label above {largest}"
-        )
-    count = known or largest + 1
-    if not 2 <= count <= masks.MOST_CLASSES:
-        raise ValueError(
-            f"{config.data}: the largest label is {largest}, which makes {count} "
-            f"classes; expected 2 to {masks.MOST_CLASSES}, numbered from 0, and "
-            f"{masks.IGNORE} only for pixels to ignore"
-        )
-    return count, sizes
 
 
 # --- Evaluation -----------------------------------------------------------------------

@@ -10,7 +10,7 @@ a resumed run would give another result without a word.
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -248,8 +248,19 @@ def _keep(workdir: Workdir, path: AnyPath, told: str) -> None:
     cli.warn(f"{workdir.path} goes on {told}; the previous one is {before.name}")
 
 
-def stamps(train: Sequence[Photograph]) -> run_files.Photographs:
-    """Name of each photograph of the training list, and its `stamp`."""
+class Stamped(Protocol):
+    """What has a name, and a `stamp` that changes with its files."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    def stamp(self) -> Any:
+        """Such as sizes and times of files; JSON values."""
+
+
+def stamps(train: Sequence[Stamped]) -> run_files.Photographs:
+    """Name of each photograph of a list, and its `stamp`."""
     with ThreadPoolExecutor(16) as pool:  # a network disk answers one after the other
         return [
             (photograph.name, stamp)

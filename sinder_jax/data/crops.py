@@ -101,16 +101,23 @@ class Crop:
           UnreadableImage: as the scene's `read`; or it is too small for the crop.
         """
         pixels, mask = _DECODED.read(self.scene)
-        sides = [int(side * self.share) for side in mask.shape]
+        return _through_jpeg(self._of(pixels)), self._of(mask).copy()
+
+    def read_mask(self) -> Mask:
+        """The mask alone, without decoding the photograph; errors as `read`."""
+        return self._of(self.scene.read_mask()).copy()
+
+    def _of(self, array: np.ndarray) -> np.ndarray:
+        height, width = array.shape[:2]
+        sides = [int(side * self.share) for side in (height, width)]
         if not all(sides):
             raise decode.UnreadableImage(
-                f"{self.scene.name}: {mask.shape[1]} x {mask.shape[0]} pixels are too "
-                f"few for crops with {self.share:g} of each side"
+                f"{self.scene.name}: {width} x {height} pixels are too few for crops "
+                f"with {self.share:g} of each side"
             )
         if self.mirrored:
-            pixels, mask = pixels[:, ::-1], mask[:, ::-1]
-        box = _box(mask.shape, sides, self.corner)
-        return _through_jpeg(pixels[box]), mask[box].copy()
+            array = array[:, ::-1]
+        return array[_box((height, width), sides, self.corner)]
 
 
 def five(scenes: Sequence[AnyScene]) -> list[Crop]:

@@ -58,6 +58,10 @@ class Mosaic:
         pixels, mask = _drawn(self)
         return pixels.copy(), mask.copy()
 
+    def read_mask(self) -> Mask:
+        """The mask alone; errors as `read`."""
+        return _drawn(self)[1].copy()
+
     def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
         """The largest label that a mosaic may have, and its size; draws nothing."""
         del num_classes  # there is no file that could be wrong

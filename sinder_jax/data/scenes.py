@@ -56,6 +56,9 @@ class AnyScene(Protocol):
           UnreadableImage: a file cannot be decoded, or the sizes differ.
         """
 
+    def read_mask(self) -> masks.Mask:
+        """Decodes the mask alone; errors as `read`."""
+
     def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
         """Reads the mask alone: its largest label but 255, and (height, width).
 

@@ -1,4 +1,4 @@
-"""Settings of evaluations: one file for each protocol, and here what all share."""
+"""Settings of evaluations: one file for each protocol, and here what several share."""
 
 from ml_collections import ConfigDict
 
@@ -14,11 +14,36 @@ def shared() -> ConfigDict:
     config.read_threads = 4
     config.read_workers = 0  # processes that read; 0: threads of this one
     config.matmul_precision = "highest"  # float32; "high": TF32 on a GPU
-    # Of k-NN and the linear probe; the others keep no features.
+    # Of protocols that keep features: not linear segmentation, not depth.
     config.cache = ""  # folder of the features; empty: features/ in the workdir
     config.cache_dtype = "float32"  # or "float16", half as large
 
     # Intervals.
     config.resamples = 1_000  # bootstrap over images; 0: no intervals
     config.seed = 0  # of the bootstrap, and of whatever a protocol draws
+    return config
+
+
+def unsupervised() -> ConfigDict:
+    """Settings of the protocols that find clusters in patch tokens.
+
+    Where 0 or an empty text stands, the number is the published one, and on the samples
+    one of a schedule that ends within minutes.
+    """
+    config = shared()
+    config.num_classes = 0  # 0: as the data set says; of own folders: largest label + 1
+    config.train_list = "train"  # of VOC2012
+
+    # Images are squares: scaled and cut, or squashed, without interpolation.
+    config.crops = ""  # of a training image: "five", "super" (50) or "none"
+    config.train_size = 0  # pixels of a side
+    config.test_size = 0
+    config.squash = False  # True: resized to a square, whatever the aspect
+    config.batch_size = 8  # images that a device takes at once
+
+    # Evaluation.
+    config.baselines = False  # True: also k-means of tokens and of colors
+    config.seeds = 1  # trainings, each with its own start and order
+    config.save_every = 200  # steps
+    config.pictures = 4  # validation images that are drawn
     return config

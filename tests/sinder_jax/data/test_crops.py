@@ -39,6 +39,9 @@ class Made:
             0, 256, shape, np.uint8
         )
 
+    def read_mask(self):
+        return self.read()[1]
+
 
 # --- Squares --------------------------------------------------------------------------
 
@@ -121,6 +124,7 @@ def test_five_crops(shape):
         box = list(boxes(*shape, shape[0] // 2, shape[1] // 2))[i % 5]
         got, labels = crop.read()
         assert np.array_equal(labels, mask[box])
+        assert np.array_equal(crop.read_mask(), mask[box])
         assert np.array_equal(got, jpeg(np.ascontiguousarray(pixels[box])))
         assert not np.array_equal(got, pixels[box])  # JPEG changes noise
 
@@ -140,6 +144,7 @@ def test_super_crops():
     for crop, (pixels, mask) in zip(found, expected, strict=True):
         got, labels = crop.read()
         assert np.array_equal(labels, mask)
+        assert np.array_equal(crop.read_mask(), mask)
         assert np.array_equal(got, jpeg(np.ascontiguousarray(pixels)))
 
 

@@ -1,0 +1,218 @@
+"""From trained codes to matched clusters, with a tiny model and made scenes."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import scene_trees
+import small_runs
+from experiments.configs import evals
+from experiments.evaluation import clusterings, unsupervised
+from experiments.evaluation.job import Job
+from experiments.evaluation.progress import Progress
+from experiments.run.stopping import Stopping
+from samples import error_of
+from sinder_jax import checkpoint, vit
+from sinder_jax import model as models
+from sinder_jax.evals import bilinear, probes
+
+TINY = vit.ViTConfig(32, 2, 1, "mlp", img_size=28)
+SIZES = {"train_size": 28, "test_size": 42, "crops": "none"}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return scene_trees.own(tmp_path_factory.mktemp("data"), train=3, val=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    checkpoint.save(path, TINY, small_runs.weights(TINY))
+    return models.open_checkpoint(path)
+
+
+def settings(root, **changes):
+    config = evals.unsupervised()
+    config.protocol, config.data = "stego_cityscapes", str(root)
+    config.update({**SIZES, "batch_size": 2, **changes})
+    return config
+
+
+@pytest.fixture
+def job(root, model, tmp_path):
+    return made_job(root, model, tmp_path)
+
+
+def made_job(root, model, folder, **changes):
+    data = unsupervised.prepare(settings(root, **changes), [model], SIZES, {})
+    with Progress() as progress:
+        return Job(
+            data.config, model, data, folder, folder / "cache", progress, Stopping()
+        )
+
+
+def first_channels(params, tokens):
+    return tokens[..., :5] * params
+
+
+def a_segmenter(classes=3):
+    rng = np.random.default_rng(0)
+    kernel, bias, centroids = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((5, classes), (classes,), (classes, 5))
+    )
+    linear = probes.Linear(jnp.asarray(kernel), jnp.asarray(bias))
+    return unsupervised.Segmenter(first_channels, np.float32(2), centroids, linear, 2.0)
+
+
+def views(job):
+    return [unsupervised.tokens(job, name) for name in ("val", "val mirrored")]
+
+
+def labels(job):
+    config = job.data.config
+    return unsupervised.masks_of(job.data.found.val, config, config.test_size)
+
+
+# --- Metrics --------------------------------------------------------------------------
+
+
+def test_scores_are_the_originals():
+    # Worked by hand: predictions 2,2,2,0,0,1,1,1,0,2 of labels 0,0,0,1,1,1,-1,2,2,0.
+    clusters = np.array([[0, 0, 4], [2, 1, 0], [1, 1, 0]])
+    found = unsupervised.score(("cluster",), clusters[None], 1)
+    assert found["cluster_miou"] == pytest.approx(61.111, abs=1e-3)
+    assert found["cluster_acc"] == pytest.approx(77.778, abs=1e-3)
+    assert found["cluster_map"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 1) / 3)
+
+
+def test_clusters_are_matched_and_probes_are_not():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 50, (4, 4))
+    found = unsupervised.score(("cluster", "linear"), np.stack([counts, counts]), 1)
+    best = max(
+        sum(counts[label, cluster] for label, cluster in enumerate(order))
+        for order in itertools.permutations(range(4))
+    )
+    assert found["cluster_acc"] == pytest.approx(100 * best / counts.sum())
+    assert found["linear_acc"] == pytest.approx(100 * np.trace(counts) / counts.sum())
+    moved = np.stack([counts[:, [2, 0, 3, 1]]] * 2)
+    again = unsupervised.score(("cluster", "linear"), moved, 1)
+    assert again["cluster_miou"] == found["cluster_miou"]
+    assert again["linear_miou"] != found["linear_miou"]
+
+
+# --- Predictions ----------------------------------------------------------------------
+
+
+def test_predictions_are_those_of_mean_codes(job):
+    segmenter = a_segmenter()
+    both = views(job)
+    (found,) = unsupervised.predictions(job, segmenter, both, [1])
+    codes = (both[0][1, ..., :5] + both[1][1, :, ::-1, :5]) * 1.0
+    dense = bilinear.resize(codes, (42, 42))
+    kernel, bias = segmenter.linear
+    raw = [
+        jax.nn.softmax(2 * probes.cosines(dense, jnp.asarray(segmenter.centroids))),
+        jax.nn.softmax(dense @ kernel + bias[None, None]),
+    ]
+    for kind in (0, 1):
+        assert np.array_equal(found[0, kind], np.argmax(raw[kind], -1))
+
+
+def test_counts_of_a_start_after_a_kill(job, monkeypatch):
+    segmenter, both, masks = a_segmenter(), views(job), labels(job)
+    found = unsupervised.counts(job, "seed0", segmenter, both, masks)
+    assert list(found) == ["cluster", "linear"]
+    assert found["cluster"].shape == (3, 3, 3)
+    assert found["cluster"].sum() == (masks < 255).sum()
+    calls = []
+    monkeypatch.setattr(
+        unsupervised,
+        "predictions",
+        lambda *args, of=unsupervised.predictions: calls.append(args) or of(*args),
+    )
+    again = unsupervised.counts(job, "seed0", segmenter, both, masks)
+    assert not calls
+    for name, each in found.items():
+        assert np.array_equal(again[name], each)
+    other = segmenter._replace(params=np.float32(-2))
+    moved = unsupervised.counts(job, "seed0", other, both, masks)
+    assert calls and not np.array_equal(moved["cluster"], found["cluster"])
+
+
+def test_quick_counts_are_those_of_unmirrored_images(job):
+    segmenter, both, masks = a_segmenter(), views(job), labels(job)
+    quick = unsupervised.quick_counts(job, segmenter, both[0], masks)
+    same = [both[0], both[0][:, :, ::-1]]
+    whole = unsupervised.counts(job, "same", segmenter, same, masks)
+    for name in ("cluster", "linear"):
+        assert np.array_equal(quick[f"{name}_raw"], whole[name])
+
+
+def test_five_crops_are_trained_on_and_mirrored_images_are_mirrored(
+    root, model, tmp_path
+):
+    job = made_job(root, model, tmp_path, crops="five")
+    train = unsupervised.tokens(job, "train")
+    assert train.shape == (15, 2, 2, 32)
+    plain, mirrored = views(job)
+    assert plain.shape == (3, 3, 3, 32) and not np.array_equal(plain, mirrored)
+
+
+# --- Baselines, result ----------------------------------------------------------------
+
+
+def test_kmeans_finds_what_is_apart(job):
+    """Grays tell the classes of these scenes, so k-means of colors is right."""
+    train, masks = unsupervised.tokens(job, "train"), labels(job)
+    found = clusterings.counts(job, 0, train, unsupervised.tokens(job, "val"), masks)
+    total = np.stack([each.sum(0) for each in found.values()])
+    scores = unsupervised.score(tuple(found), total, 3)
+    assert scores["kmeans_colors_acc"] > 95
+    again = clusterings.counts(job, 0, train, unsupervised.tokens(job, "val"), masks)
+    assert all(np.array_equal(again[name], found[name]) for name in found)
+
+
+def test_result_tells_seeds_classes_and_masks(root, model, tmp_path):
+    job = made_job(root, model, tmp_path, seeds=2)
+    segmenter, both, masks = a_segmenter(), views(job), labels(job)
+    seeds = [
+        unsupervised.counts(
+            job, f"seed{i}", segmenter._replace(params=scale), both, masks
+        )
+        for i, scale in enumerate(np.float32([2, -2]))
+    ]
+    shown = unsupervised.predictions(job, segmenter, both, [0, 1])
+    found = unsupervised.result(job, seeds, {"steps": 0}, shown)
+    assert set(found.headline) <= set(found.metrics())
+    assert found.evaluated["masks"] == "42 x 42 pixels, nearest neighbor"
+    each = [scores["cluster_miou"] for scores in found.details["by_seed"]]
+    assert found.metrics()["cluster_miou"] == pytest.approx(np.mean(each))
+    assert found.evaluated["cluster_miou of seeds"] == f"{each[0]:.1f}, {each[1]:.1f}"
+    assert list(found.details["iou"]) == ["0", "1", "2"]
+    assert list(found.figures) == ["scenes"]
+
+
+# --- Refusals -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"crops": "six"},
+            "config.crops: got 'six', expected one of none, five, super",
+        ),
+        ({"train_size": 30}, "config.train_size: got 30 pixels, expected a multiple"),
+        ({"seeds": 0}, "config.seeds: got 0, expected at least 1"),
+        ({"pictures": -1}, "config.pictures: got -1, expected at least 0"),
+    ],
+)
+def test_refused_settings(root, model, changes, said):
+    config = settings(root, **changes)
+    assert said in error_of(unsupervised.prepare, config, [model], SIZES, {})
