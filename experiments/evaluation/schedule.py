@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from experiments.evaluation import images
 from sinder_jax.data import decode, masks
-from sinder_jax.data.scenes import MOSAICS
+from sinder_jax.data.scenes import SAMPLES
 from sinder_jax.evals.segmentation import SegmentationOptions
 
 # By protocol: what 0, or an empty text, of a key of the config stands for.
@@ -24,7 +24,7 @@ PUBLISHED: Mapping[str, Mapping[str, Any]] = {
     },
 }
 TRAINING = {"iterations": 40_000, "images_per_step": 16, "lr": 1e-3}
-# On sample:mosaics, instead of these.
+# On drawn scenes, `SAMPLES`, instead of these.
 SHORT = {"crop": 160, "iterations": 60, "images_per_step": 8, "lr": 1e-2}
 SHORT_RATIOS = {"segmentation_linear": "1.0", "segmentation_multiscale": "1.0,1.32"}
 WARMUP = 1_500 / 40_000  # share of the iterations
@@ -64,10 +64,10 @@ def settle(config: ConfigDict) -> Schedule:
       ValueError: a number out of range; names the key.
     """
     images.check_common(config)
-    protocol, mosaics = config.protocol, config.data == MOSAICS
+    protocol, drawn = config.protocol, config.data in SAMPLES
     published = {**TRAINING, **PUBLISHED[protocol]}
-    open_keys = {**published, **(SHORT if mosaics else {})}
-    if mosaics:
+    open_keys = {**published, **(SHORT if drawn else {})}
+    if drawn:
         open_keys["ratios"] = SHORT_RATIOS[protocol]
     values = {key: config[key] or value for key, value in open_keys.items()}
     crop = values["crop"]

@@ -33,7 +33,7 @@ def check_masks(config: ConfigDict, found: Scenes) -> tuple[int, list[tuple[int,
         )
     known = given or named
     every, threads = [*found.train, *found.val], config.read_threads
-    if config.data == scenes.MOSAICS:  # there are no files to check
+    if config.data in scenes.SAMPLES:  # there are no files to check
         labels, sizes = scenes.survey(every, known, num_threads=threads)
     else:
         with Progress() as progress:

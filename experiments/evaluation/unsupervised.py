@@ -30,13 +30,12 @@ from experiments.evaluation.scene_training import digest
 from experiments.study.cache import read_arrays, write_arrays
 from sinder_jax import cli
 from sinder_jax.data import crops, decode, masks, scenes
-from sinder_jax.data.scenes import AnyScene, Scenes
+from sinder_jax.data.scenes import SAMPLES, AnyScene, Scenes
 from sinder_jax.evals import bilinear, features, metrics, probes
 from sinder_jax.evals.features import BlockFeatures
 from sinder_jax.model import Model
 from sinder_jax.plots import scene_plots
 
-SAMPLES = ("sample:mosaics", "sample:streets")
 CROPS: Mapping[str, Callable[[Sequence[AnyScene]], Sequence[Any]]] = {
     "none": list,
     "five": crops.five,

@@ -83,7 +83,7 @@ class Tile:
         return self.read()[1]
 
     def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
-        """As `AnyScene.check`; reads the photograph, too: it is as small."""
+        """As `WholeScene.check`; reads the photograph, too: it is as small."""
         del num_classes  # `read` refuses all labels but those of the three classes
         _, mask = self.read()
         return masks.largest(mask), (mask.shape[0], mask.shape[1])

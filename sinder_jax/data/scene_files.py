@@ -60,7 +60,7 @@ class Scene:
         return masks.counted_from(mask, self.first)
 
     def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
-        """As `AnyScene.check`; the photograph's size is that in its header."""
+        """As `WholeScene.check`; the photograph's size is that in its header."""
         mask = self.read_mask()
         self._check_size(decode.size_of(self.image.source(), self.image.name), mask)
         label, first = masks.largest(mask), self.first

@@ -20,6 +20,8 @@ from sinder_jax.data import (
     own_scenes,
     potsdam,
     scene_files,
+    street_canvas,
+    streets,
     voc,
 )
 from sinder_jax.data.opencv import Pixels
@@ -27,13 +29,13 @@ from sinder_jax.data.scene_files import Color
 from sinder_jax.storage import paths
 from sinder_jax.storage.paths import AnyPath
 
-MOSAICS = "sample:mosaics"
+MOSAICS, STREETS = SAMPLES = ("sample:mosaics", "sample:streets")
 TREES = (ade, voc, cityscapes, potsdam, own_scenes)
 KINDS = "; or ".join(
     [
         f"a folder with {own_scenes.EXPECTED}",
         *(tree.EXPECTED for tree in TREES if tree is not own_scenes),
-        MOSAICS,
+        *SAMPLES,
     ]
 )
 
@@ -58,6 +60,11 @@ class AnyScene(Protocol):
 
     def read_mask(self) -> masks.Mask:
         """Decodes the mask alone; errors as `read`."""
+
+
+@runtime_checkable
+class WholeScene(AnyScene, Protocol):
+    """A scene that is no part of another one."""
 
     def check(self, num_classes: int) -> tuple[int, tuple[int, int]]:
         """Reads the mask alone: its largest label but 255, and (height, width).
@@ -85,8 +92,8 @@ class Scenes(NamedTuple):
     """
 
     title: str
-    train: Sequence[AnyScene]
-    val: Sequence[AnyScene]
+    train: Sequence[WholeScene]
+    val: Sequence[WholeScene]
     classes: tuple[str, ...]
     lacks: str = ""
     palette: tuple[Color, ...] = ()
@@ -107,6 +114,8 @@ def open_scenes(spec: str, *, train_list: str = "train") -> Scenes:
 
         `sample:mosaics`: mosaics of the photographs inside scikit-image.
 
+        `sample:streets`: drawn streets, see `streets`.
+
       train_list: of VOC: the name of a file in ImageSets/Segmentation. `trainaug` is
         the usual name of the list with the masks of SBD; these are then looked for in
         SegmentationClassAug, too.
@@ -122,6 +131,11 @@ def open_scenes(spec: str, *, train_list: str = "train") -> Scenes:
     if spec == MOSAICS:
         return Scenes(
             MOSAICS, mosaics.scenes("train"), mosaics.scenes("val"), mosaics.classes()
+        )
+    if spec == STREETS:
+        train, val = (streets.scenes(split) for split in ("train", "val"))
+        return Scenes(
+            STREETS, train, val, street_canvas.CLASSES, palette=streets.PALETTE
         )
     kind, colon, rest = spec.partition(":")
     if colon and kind == "tfds":
@@ -195,7 +209,7 @@ class Survey(NamedTuple):
 
 
 def survey(
-    scenes: Iterable[AnyScene],
+    scenes: Iterable[WholeScene],
     num_classes: int = 0,
     *,
     num_threads: int = 4,
@@ -214,7 +228,7 @@ def survey(
       ValueError: a label beyond the classes; names the file.
     """
 
-    def check(scene: AnyScene) -> tuple[int, tuple[int, int]]:
+    def check(scene: WholeScene) -> tuple[int, tuple[int, int]]:
         return scene.check(num_classes)
 
     largest, sizes = [], []

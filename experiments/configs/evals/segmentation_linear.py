@@ -8,7 +8,7 @@ Source: dinov2/eval/segmentation and the configs beside its published heads;
 mmsegmentation 0.27; SINDER's appendix G.5. docs/evaluation.md has the numbers.
 
 Where 0 or an empty text stands, the number is the published one, and on sample:mosaics
-one of a schedule that ends within minutes (`experiments.evaluation.schedule`).
+and sample:streets that of a schedule of minutes (`experiments.evaluation.schedule`).
 """
 
 from ml_collections import ConfigDict
@@ -30,10 +30,10 @@ def get_config() -> ConfigDict:
     config.batch_size = 2  # images that a device takes at once
 
     # Training.
-    config.crop = 0  # pixels of an image and of a window; 0: 512, mosaics 160
-    config.iterations = 0  # 0: 40,000, mosaics 60
-    config.images_per_step = 0  # 0: 16, mosaics 8
-    config.lr = 0.0  # of AdamW; 0: 0.001, mosaics 0.01
+    config.crop = 0  # pixels of an image and of a window; 0: 512, samples 160
+    config.iterations = 0  # 0: 40,000, samples 60
+    config.images_per_step = 0  # 0: 16, samples 8
+    config.lr = 0.0  # of AdamW; 0: 0.001, samples 0.01
     config.weight_decay = 1e-4
     config.least_ratio = 0.5  # of the short side of a training image to the crop
     config.greatest_ratio = 2.0
@@ -42,7 +42,7 @@ def get_config() -> ConfigDict:
 
     # Inference.
     config.mode = "slide"  # windows; "whole": the image at once
-    config.stride = 0  # from a window to the next; 0: 341 of 512, mosaics 106 of 160
+    config.stride = 0  # from a window to the next; 0: 341 of 512, samples 106 of 160
     config.ratios = "1.0"  # of the short side to the crop, in order
     config.flip = False  # True: also the mirrored image
     config.raw_colors = False  # True: also a head on the pixels of each patch

@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     config.least_ratio = 1.0  # no image is made smaller
     config.greatest_ratio = 3.0
     # 0 of config.crop is 640 here, of config.stride 320 of 640.
-    config.ratios = ""  # empty: 1.0,1.32,1.73,2.28,3.0, mosaics 1.0,1.32
+    config.ratios = ""  # empty: 1.0,1.32,1.73,2.28,3.0, samples 1.0,1.32
     config.flip = True
     return config

@@ -95,6 +95,33 @@ def test_the_multiscale_protocol_runs_to_its_end(model, data, tmp_path):
     assert first["evaluated"]["flip"] and first["evaluated"]["seeds"] == 2
 
 
+@pytest.mark.parametrize(
+    ("tree", "title", "named"),
+    [
+        pytest.param(
+            scene_trees.cityscapes,
+            "Cityscapes",
+            (27, "road", "bicycle"),
+            marks=pytest.mark.slow,
+        ),
+        (
+            scene_trees.potsdam,
+            "Potsdam-3",
+            (3, "roads and cars", "vegetation and trees"),
+        ),
+    ],
+)
+def test_published_trees_are_evaluated(model, tmp_path, capfd, tree, title, named):
+    data, out = tree(tmp_path / "data"), tmp_path / "out"
+    code, _ = run("segmentation_linear", model, data, out, iterations=1)
+    assert code == 0
+    (row,) = results(out)
+    assert row["evaluated"]["data"] == f"{title}, incomplete"
+    names = list(row["iou"])
+    assert (len(names), names[0], names[-1]) == named
+    assert f"{title} has " in capfd.readouterr().err
+
+
 def test_a_killed_evaluation_goes_on_with_the_same_bits(
     whole, model, data, tmp_path, monkeypatch
 ):

@@ -199,4 +199,5 @@ def test_an_error_is_not_kept(monkeypatch):
 def test_crops_can_be_sent_to_workers():
     found = crops.five(scenes.open_scenes("sample:mosaics").val[:2])
     assert pickle.loads(pickle.dumps(found)) == found
+    assert isinstance(found[0], scenes.AnyScene)
     assert found[5].read()[1].shape == (120, 160)

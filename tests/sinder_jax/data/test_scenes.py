@@ -81,6 +81,15 @@ def test_mosaics_are_found_by_name():
     assert scenes.survey(found.val[:2], 8) == ([7, 7], [(240, 320)] * 2)
 
 
+def test_streets_are_found_by_name():
+    found = scenes.open_scenes("sample:streets")
+    assert (len(found.train), len(found.val)) == (96, 24)
+    assert found.val[0].name == "sample:streets/val#1000"
+    names = {scene.name for scene in (*found.train, *found.val)}
+    assert len(names) == 120 and len(found.classes) == len(found.palette) == 8
+    assert scenes.survey(found.val[:2], 8) == ([7, 7], [(256, 512)] * 2)
+
+
 # --- Mistakes -------------------------------------------------------------------------
 
 
@@ -90,7 +99,8 @@ def test_an_incomplete_tree_is_told(tmp_path):
     assert "voc holds boxes" in error_of(scenes.open_scenes, "tfds:voc/2012")
     (tmp_path / "empty").mkdir()
     said = missing(str(tmp_path / "empty"))
-    assert "DATA/{train,val}/masks" in said and "VOC" in said
+    for kind in ("DATA/{train,val}/masks", "VOC", "Cityscapes", "IIC", *scenes.SAMPLES):
+        assert kind in said
     root = scene_trees.own(tmp_path / "mine")
     shutil.rmtree(root / "val/masks")
     assert f"no folder {root}/val/masks: expected {root}/" in missing(str(root))
