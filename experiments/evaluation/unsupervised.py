@@ -2,8 +2,8 @@
 
     scenes --crops, squares--> photographs --last block, normed--> tokens, kept
     tokens as they are and mirrored --a method's codes--> mean codes of an image
-    codes --to pixels, compared with clusters; linear probe--> classes
-    classes --counted--> cluster x class
+    codes --to pixels, compared with clusters; linear probe--> probabilities
+    probabilities, photograph --dense CRF--> classes --counted--> cluster x class
     counts of all images --Hungarian--> mIoU, accuracy
 
 Source: mhamilton723/STEGO eval_segmentation.py, CAUSE test_tr.py; SINDER's appendix
@@ -31,7 +31,7 @@ from experiments.study.cache import read_arrays, write_arrays
 from sinder_jax import cli
 from sinder_jax.data import crops, decode, masks, scenes
 from sinder_jax.data.scenes import SAMPLES, AnyScene, Scenes
-from sinder_jax.evals import bilinear, features, metrics, probes
+from sinder_jax.evals import bilinear, crf, features, metrics, probes
 from sinder_jax.evals.features import BlockFeatures
 from sinder_jax.model import Model
 from sinder_jax.plots import scene_plots
@@ -227,7 +227,7 @@ def quick_counts(
     val: Float[np.ndarray, "n h w D"],
     labels: UInt8[np.ndarray, "n size size"],
 ) -> Counts:
-    """Without mirrored images: `cluster_raw`, `linear_raw`, [n, C, K].
+    """Without mirrored images and CRF: `cluster_raw`, `linear_raw`, [n, C, K].
 
     Args:
       job: of the evaluation.
@@ -257,13 +257,13 @@ def predictions(
     """Clusters and probed classes of some validation images.
 
     Args:
-      job: of the evaluation.
+      job: of the evaluation; `config.crf` False leaves the CRF out.
       segmenter: to evaluate.
       views: `tokens` of "val" and "val mirrored".
       rows: which images.
 
     Returns:
-      Of each image: clusters, then classes.
+      Of each image: with CRF, if there is one, then without; clusters, then classes.
     """
     config = job.config
 
@@ -277,6 +277,10 @@ def predictions(
             size=config.test_size,
         )
         kinds = [found]
+        if config.crf:
+            pixels, _ = job.data.found.val[i].read()
+            square = crops.square(pixels, config.test_size, squash=config.squash)
+            kinds.insert(0, crf.mean_field(found, square))
         return np.array([np.argmax(each, axis=-1) for each in kinds])
 
     return _on_all_devices(of_image, rows)
@@ -289,7 +293,7 @@ def counts(
     views: Sequence[Float[np.ndarray, "n h w D"]],
     labels: UInt8[np.ndarray, "n size size"],
 ) -> Counts:
-    """Counts of all validation images: `cluster` and `linear`.
+    """Counts of all validation images: `cluster`, `linear`, and both `_raw`: no CRF.
 
     Kept in files of `AT_ONCE` images for a start after a kill; named by the weights and
     the images, so that those of another state are never found.
@@ -329,6 +333,8 @@ def counts(
     job.progress.end()
     joined = np.concatenate(counted)  # [n, with and without CRF, 2, C, K]
     named = {"cluster_raw": joined[:, -1, 0], "linear_raw": joined[:, -1, 1]}
+    if job.config.crf:
+        return {"cluster": joined[:, 0, 0], "linear": joined[:, 0, 1], **named}
     return {"cluster": named["cluster_raw"], "linear": named["linear_raw"]}
 
 
@@ -378,12 +384,14 @@ def result(
     figures = {}
     if shown:
         figures["scenes"] = _pictures(job, shown, total[0])
+    crf_told = "10 iterations" if config.crf else "none"
     told = {
         "data": data.found.title + ", incomplete" * bool(data.found.lacks),
         "training images": f"{len(data.train)} of {config.train_size} px",
         "images": len(data.found.val),
         "masks": f"{config.test_size} x {config.test_size} pixels, nearest neighbor",
         "classes": data.num_classes,
+        "CRF": crf_told,
         **evaluated,
     }
     if config.seeds > 1:

@@ -42,6 +42,7 @@ def unsupervised() -> ConfigDict:
     config.batch_size = 8  # images that a device takes at once
 
     # Evaluation.
+    config.crf = True  # False: no dense CRF; results without it are always told, too
     config.baselines = False  # True: also k-means of tokens and of colors
     config.seeds = 1  # trainings, each with its own start and order
     config.save_every = 200  # steps

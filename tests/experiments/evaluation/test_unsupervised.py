@@ -17,7 +17,7 @@ from experiments.run.stopping import Stopping
 from samples import error_of
 from sinder_jax import checkpoint, vit
 from sinder_jax import model as models
-from sinder_jax.evals import bilinear, probes
+from sinder_jax.evals import bilinear, crf, probes
 
 TINY = vit.ViTConfig(32, 2, 1, "mlp", img_size=28)
 SIZES = {"train_size": 28, "test_size": 42, "crops": "none"}
@@ -109,7 +109,7 @@ def test_clusters_are_matched_and_probes_are_not():
 # --- Predictions ----------------------------------------------------------------------
 
 
-def test_predictions_are_those_of_mean_codes(job):
+def test_predictions_are_those_of_mean_codes_after_the_crf(job):
     segmenter = a_segmenter()
     both = views(job)
     (found,) = unsupervised.predictions(job, segmenter, both, [1])
@@ -121,13 +121,18 @@ def test_predictions_are_those_of_mean_codes(job):
         jax.nn.softmax(dense @ kernel + bias[None, None]),
     ]
     for kind in (0, 1):
-        assert np.array_equal(found[0, kind], np.argmax(raw[kind], -1))
+        assert np.array_equal(found[1, kind], np.argmax(raw[kind], -1))
+        pixels = unsupervised._square(
+            job.data.found.val[1].read(), size=42, squash=False, mirrored=False
+        )
+        refined = crf.mean_field(raw[kind], pixels)
+        assert np.mean(found[0, kind] == np.argmax(refined, -1)) > 0.999
 
 
 def test_counts_of_a_start_after_a_kill(job, monkeypatch):
     segmenter, both, masks = a_segmenter(), views(job), labels(job)
     found = unsupervised.counts(job, "seed0", segmenter, both, masks)
-    assert list(found) == ["cluster", "linear"]
+    assert list(found) == ["cluster", "linear", "cluster_raw", "linear_raw"]
     assert found["cluster"].shape == (3, 3, 3)
     assert found["cluster"].sum() == (masks < 255).sum()
     calls = []
@@ -150,8 +155,14 @@ def test_quick_counts_are_those_of_unmirrored_images(job):
     quick = unsupervised.quick_counts(job, segmenter, both[0], masks)
     same = [both[0], both[0][:, :, ::-1]]
     whole = unsupervised.counts(job, "same", segmenter, same, masks)
-    for name in ("cluster", "linear"):
-        assert np.array_equal(quick[f"{name}_raw"], whole[name])
+    for name in ("cluster_raw", "linear_raw"):
+        assert np.array_equal(quick[name], whole[name])
+
+
+def test_without_a_crf(root, model, tmp_path):
+    job = made_job(root, model, tmp_path, crf=False)
+    found = unsupervised.counts(job, "seed0", a_segmenter(), views(job), labels(job))
+    assert list(found) == ["cluster", "linear"]
 
 
 def test_five_crops_are_trained_on_and_mirrored_images_are_mirrored(
@@ -191,6 +202,7 @@ def test_result_tells_seeds_classes_and_masks(root, model, tmp_path):
     found = unsupervised.result(job, seeds, {"steps": 0}, shown)
     assert set(found.headline) <= set(found.metrics())
     assert found.evaluated["masks"] == "42 x 42 pixels, nearest neighbor"
+    assert found.evaluated["CRF"] == "10 iterations"
     each = [scores["cluster_miou"] for scores in found.details["by_seed"]]
     assert found.metrics()["cluster_miou"] == pytest.approx(np.mean(each))
     assert found.evaluated["cluster_miou of seeds"] == f"{each[0]:.1f}, {each[1]:.1f}"
