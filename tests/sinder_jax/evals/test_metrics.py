@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 
@@ -83,17 +85,51 @@ def test_what_is_no_class_raises(labels, predictions, message):
     assert message in found
 
 
-def test_clusters_are_matched_as_by_trying_all():
-    matrix = np.random.default_rng(3).integers(0, 100, (4, 4))
-    matched = metrics.match_clusters(matrix)
-    assert sorted(matched) == [0, 1, 2, 3]
-    hits = matrix[matched, range(4)].sum()
-    import itertools
+@pytest.mark.parametrize(
+    "predictions, labels, matched, iou, miou, acc",
+    [
+        (
+            [2, 2, 2, 0, 0, 1, 1, 1, 0, 2],
+            [0, 0, 0, 1, 1, 1, -1, 2, 2, 0],
+            [1, 2, 0],
+            [1, 0.5, 1 / 3],
+            61.111,
+            77.778,
+        ),
+        (
+            [3, 3, 1, 1, 0, 0, 1],
+            [0, 0, 1, 1, 2, 2, 2],
+            [2, 1, 3, 0],
+            [1, 2 / 3, 2 / 3, np.nan],
+            77.778,
+            85.714,
+        ),
+    ],
+)
+def test_clusters_of_stego_s_specification(
+    predictions, labels, matched, iou, miou, acc
+):
+    counts = metrics.confusion_matrix(labels, predictions, len(iou), ignore=-1)
+    assert metrics.match_clusters(counts).tolist() == matched
+    found = metrics.segmentation_scores(counts[:, np.argsort(matched)])
+    np.testing.assert_allclose(found.iou, iou)
+    assert (100 * found.miou, 100 * found.aacc) == pytest.approx((miou, acc), abs=1e-3)
 
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_clusters_are_matched_as_by_trying_all(count):
+    rng = np.random.default_rng(count)
+    matrix = rng.integers(0, 100, (count, count))
     best = max(
-        matrix[list(p), range(4)].sum() for p in itertools.permutations(range(4))
+        (matrix[:, list(p)] for p in itertools.permutations(range(count))), key=np.trace
     )
-    assert hits == best
+    matched = metrics.match_clusters(matrix)
+    assert sorted(matched) == list(range(count))
+    found = metrics.segmentation_scores(matrix[:, np.argsort(matched)])
+    want = metrics.segmentation_scores(best)
+    assert (found.aacc, found.miou) == (want.aacc, want.miou)
+    shuffled = metrics.match_clusters(matrix[:, ::-1])
+    assert shuffled[::-1].tolist() == matched.tolist()
 
 
 def test_clusters_left_over_have_no_class():
