@@ -3,10 +3,10 @@
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
 Names: repair, depth, images, directions, factorize, memory, features, linear, convert,
-decode, class_tokens, knn; without a name all of them run. Prints Markdown tables; --out
-also writes them to a folder, with all numbers as JSON. --quick uses small models, to
-check that everything runs. Competitors are timed in turn, A B A B …, and compared by
-their medians.
+decode, class_tokens, knn, crf; without a name all of them run. Prints Markdown
+tables; --out also writes them to a folder, with all numbers as JSON. --quick uses small
+models, to check that everything runs. Competitors are timed in turn, A B A B …, and
+compared by their medians.
 """
 
 import argparse
@@ -306,6 +306,13 @@ def bench_linear(rounds: int, quick: bool) -> Numbers:
     return linear_probe.bench_linear(rounds, quick, in_turn)
 
 
+def bench_crf(rounds: int, quick: bool) -> Numbers:
+    """Compares the exact CRF with all pairs of pixels in PyTorch."""
+    from benchmarks import crf  # imports torch
+
+    return crf.bench_crf(rounds, quick)
+
+
 BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "repair": bench_repair,
     "images": bench_images,
@@ -319,6 +326,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "decode": decode.bench_decode,
     "class_tokens": evals.bench_class_tokens,
     "knn": evals.bench_knn,
+    "crf": bench_crf,
 }
 
 
