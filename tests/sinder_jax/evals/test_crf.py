@@ -124,21 +124,31 @@ def test_options_mean_what_they_say():
     np.testing.assert_allclose(found, expected, atol=ATOL)
 
 
-def test_pairs_left_out_have_nothing_to_say():
-    _, image = photograph_like(48, 48)
-    blocks = crf._arrange(image, 0.5 / 67**2, 0.5 / 3**2, 64)
+def listed_and_kernel(image, size):
+    """Which pairs of pixels are in a listed pair of blocks, and K₂ of all of them."""
+    blocks = crf._arrange(image, 0.5 / 67**2, 0.5 / 3**2, size)
     order, count = blocks.order, len(blocks.features[0])
-    assert sorted(order) == list(range(48 * 48)) and count == 36
-    assert blocks.num_pairs < 0.6 * len(blocks.first)  # or there is nothing to see here
+    assert sorted(order) == list(range(len(order)))  # whole blocks
     listed = np.zeros((count, count), bool)
     listed[blocks.first[: blocks.num_pairs], blocks.second[: blocks.num_pairs]] = True
-    listed |= listed.T
-    places = np.stack(np.mgrid[:48, :48], -1).reshape(-1, 2) / 67
-    f = np.concatenate([places, image.reshape(-1, 3) / 3], axis=1)[order]
-    kernel = np.exp(-0.5 * ((f[:, None] - f[None]) ** 2).sum(-1))
-    left_out = ~listed.repeat(64, 0).repeat(64, 1)
-    assert 0 < (kernel * left_out).sum(1).max() <= 2**-24
-    assert np.isclose(crf.pairs_left(image, block=64), 1 - left_out.mean())
+    listed = (listed | listed.T).repeat(size, axis=0).repeat(size, axis=1)
+    places = np.stack(np.mgrid[: image.shape[0], : image.shape[1]], -1) / 67
+    f = np.concatenate([places, image / 3], axis=2).reshape(-1, 5)[order]
+    return listed, np.exp(-0.5 * ((f[:, None] - f[None]) ** 2).sum(-1))
+
+
+def test_pairs_are_left_out_below_rounding():
+    _, image = photograph_like()
+    listed, kernel = listed_and_kernel(image, 1)  # boxes of one pixel: nothing to spare
+    np.testing.assert_array_equal(listed, kernel > 2**-24 / len(kernel))
+
+
+def test_what_blocks_leave_out_is_below_rounding():
+    _, image = photograph_like(48, 48)
+    listed, kernel = listed_and_kernel(image, 64)
+    assert listed.mean() < 0.6  # or there is nothing to see here
+    assert 0 < (kernel * ~listed).sum(1).max() <= 2**-24
+    assert np.isclose(crf.pairs_left(image, block=64), listed.mean())
 
 
 def test_label_maps_of_an_image_do_not_mix():

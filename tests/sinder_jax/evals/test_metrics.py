@@ -132,6 +132,18 @@ def test_clusters_are_matched_as_by_trying_all(count):
     assert shuffled[::-1].tolist() == matched.tolist()
 
 
+@pytest.mark.parametrize("classes, clusters", [(6, 6), (4, 6)])
+@pytest.mark.parametrize("seed", range(5))
+def test_of_equal_matchings_any_is_the_best(classes, clusters, seed):
+    matrix = np.random.default_rng(seed).integers(0, 3, (classes, clusters))
+    tried = itertools.permutations(range(clusters), classes)
+    best = max(matrix[range(classes), chosen].sum() for chosen in tried)
+    matched = metrics.match_clusters(matrix)
+    used = np.flatnonzero(matched >= 0)
+    assert sorted(matched[used]) == list(range(classes))
+    assert matrix[matched[used], used].sum() == best
+
+
 def test_clusters_left_over_have_no_class():
     matched = metrics.match_clusters([[0, 9, 1], [5, 8, 0]])
     assert matched.tolist() == [1, 0, -1]

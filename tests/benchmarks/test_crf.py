@@ -1,0 +1,12 @@
+import numpy as np
+
+from benchmarks import crf as benchmark
+from sinder_jax.evals import crf
+
+
+def test_the_baseline_computes_the_same():
+    rng = np.random.default_rng(0)
+    image = rng.integers(100, 120, (12, 14, 3)).astype(np.uint8)
+    maps = rng.dirichlet(np.ones(5), (12, 14)).astype(np.float32)
+    expected = np.asarray(crf.mean_field(maps, image))
+    np.testing.assert_allclose(benchmark.dense(maps, image), expected, atol=1e-5)
