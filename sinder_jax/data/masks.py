@@ -76,4 +76,5 @@ def counted_from(mask: Mask, first: int) -> Mask:
 
 def largest(mask: Mask) -> int:
     """The largest label but 255; -1 if there is none."""
-    return int(np.max(mask[mask != IGNORE].astype(int), initial=-1))
+    labels = mask[mask != IGNORE]
+    return int(labels.max()) if labels.size else -1

@@ -67,15 +67,15 @@ def _tree(canvas: Canvas, x: float, z: float, draws: Draws) -> None:
 
 def _pole(canvas: Canvas, x: float, z: float, toward: int, draws: Draws) -> None:
     """A lamp on an arm over the road, or a round sign."""
-    tall, thick = draws.uniform(3.0, 7.5), draws.uniform(0.05, 0.11)
+    tall, thick = draws.uniform(3.0, 7.5), draws.uniform(0.08, 0.16)
     metal, color = gray(draws, 0.15, 0.6), street_canvas.any_color(draws)
     part = canvas.facing((x - 2.2, x + 2.2), (0.0, tall + 0.2), z)
     u, up = (part.across - x) * toward, part.up
     if draws.chance(0.4):
-        canvas.paint(part, u**2 + (up - 2.6) ** 2 < 0.38**2, POLE, color)
+        canvas.paint(part, u**2 + (up - 2.6) ** 2 < 0.45**2, POLE, color)
     else:
-        arm = (u > 0) & (u < 1.8) & (np.abs(up - tall) < 0.07)
-        lamp = (u > 1.2) & (u < 2.0) & (np.abs(up - tall + 0.05) < 0.13)
+        arm = (u > 0) & (u < 1.8) & (np.abs(up - tall) < 0.09)
+        lamp = (u > 1.2) & (u < 2.0) & (np.abs(up - tall + 0.05) < 0.16)
         canvas.paint(part, arm | lamp, POLE, metal)
     canvas.paint(part, (np.abs(u) < thick) & (up < tall), POLE, metal)
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import bucket as buckets
 import scene_trees
 from samples import error_of
 from sinder_jax.data import decode, masks, scenes
@@ -61,6 +62,10 @@ def test_voc_lists(tmp_path):
         assert (len(found.train), len(found.val)) == (4, 2)
         assert found.classes[0] == "background" and len(found.classes) == 21
     assert found.title == "VOC2012, list train" and "1,464" in found.lacks
+    colors = dict(zip(found.classes, found.palette, strict=True))
+    assert colors["background"] == (0, 0, 0) and colors["aeroplane"] == (128, 0, 0)
+    assert colors["person"] == (192, 128, 128)
+    assert colors["tvmonitor"] == (0, 64, 128)
     assert np.array_equal(found.val[0].read()[1], scene_trees.labels(100, 21))
     aug = root / "SegmentationClassAug"
     scene_trees.save(root / "JPEGImages/x.jpg", aug / "x.png", scene_trees.labels(7))
@@ -88,6 +93,30 @@ def test_streets_are_found_by_name():
     names = {scene.name for scene in (*found.train, *found.val)}
     assert len(names) == 120 and len(found.classes) == len(found.palette) == 8
     assert scenes.survey(found.val[:2], 8) == ([7, 7], [(256, 512)] * 2)
+
+
+TREES = ("own", "ade", "voc", "cityscapes", "potsdam")
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_bucket_gives_the_scenes_of_a_folder(tree, tmp_path, monkeypatch):
+    bucket = buckets.install(monkeypatch, tmp_path / "cloud")
+    root = getattr(scene_trees, tree)(tmp_path / "data")
+    for file in root.rglob("*.*"):
+        name = f"gs://scenes/{file.relative_to(tmp_path).as_posix()}"
+        bucket.put_object(name, file.read_bytes())
+    there = scenes.open_scenes("folder:gs://scenes/data")
+    here = scenes.open_scenes(str(root))
+    assert (there.title, there.lacks) == (here.title, here.lacks)
+    for one, other in zip(
+        (*there.train, *there.val), (*here.train, *here.val), strict=True
+    ):
+        assert one.name.removeprefix("gs://scenes") == other.name.removeprefix(
+            str(tmp_path)
+        )
+        assert all(map(np.array_equal, one.read(), other.read()))
+        assert np.array_equal(one.read_mask(), other.read_mask())
+        assert one.check(0) == other.check(0)
 
 
 # --- Mistakes -------------------------------------------------------------------------
