@@ -11,7 +11,8 @@ N pixels: it is computed block by block whenever it is needed, and never stored.
 """
 
 import math
-from typing import Any, NamedTuple
+import operator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +23,16 @@ from numpy.typing import ArrayLike
 
 LEAST_PROBABILITY = 1e-5  # of the unary term, as pydensecrf's `unary_from_softmax`
 MOST_PROBABILITY = 1 + 1e-3  # a softmax in bfloat16 may exceed 1 by rounding
-SIGMAS = (1e-3, 1e6)  # pixels or color levels; float32 holds the squares between them
+SIGMAS = (1e-3, 1e6)  # pixels or color levels; float32 holds their squares ...
+WEIGHTS = (0.0, 1e6)  # ... and the logits that such weights make
 ROUNDING = 2.0**-24  # of float32, relative
 BLOCKS = {"cpu": 256}  # pixels; few enough that its boxes are small ...
 LARGE_BLOCK = 2_048  # ... or so many that an accelerator is busy with a pair of blocks
 HIGHEST = "highest"
 
-
-Numbers = Array | np.ndarray  # on the host; on the device in a jitted function
+# On the host; on the device in a jitted function. 32 bits, with or without x64.
+Numbers = Array | np.ndarray
+Number = Array | np.int32 | np.float32
 
 
 class _Blocks(NamedTuple):
@@ -37,28 +40,30 @@ class _Blocks(NamedTuple):
 
     Attributes:
       features: row, column, red, green and blue of each pixel; whole numbers, whose
-        squared differences float32 adds without rounding.
+        squared differences float32 adds without rounding, up to 2,896 pixels a side.
       order: which pixel of the image is at each place of the blocks; the last block is
         filled up by repeating one.
+      place_of: the inverse, where each pixel of the image is in the blocks.
       first, second: numbers of the blocks of each pair, first <= second.
       num_pairs: their number; the rest of `first` and `second` is padding.
     """
 
     features: tuple[Float32[Numbers, "blocks size"], ...]
     order: Int32[Numbers, " places"]
+    place_of: Int32[Numbers, " N"]
     first: Int32[Numbers, " pairs"]
     second: Int32[Numbers, " pairs"]
-    num_pairs: int
+    num_pairs: Number
 
 
 class _Settings(NamedTuple):
     """Numbers that the iterations use; another value compiles nothing again."""
 
-    iterations: int
-    smoothness_weight: float
-    appearance_weight: float
-    place_scale: float  # of squared distances, in the exponent
-    color_scale: float
+    iterations: Number
+    smoothness_weight: Number
+    appearance_weight: Number
+    place_scale: Number  # of squared distances
+    color_scale: Number  # of squared differences of colors
 
 
 def mean_field(
@@ -121,18 +126,16 @@ def mean_field(
     """
     given, pixels = np.asarray(probabilities), np.asarray(image)
     _check_arrays(given, pixels)
-    block = _default_block() if block is None else block
-    sigmas = {
-        "smoothness_sigma": smoothness_sigma,
-        "position_sigma": position_sigma,
-        "color_sigma": color_sigma,
-    }
-    weights = {
-        "smoothness_weight": smoothness_weight,
-        "appearance_weight": appearance_weight,
-    }
+    iterations = operator.index(iterations)
+    block = _default_block() if block is None else operator.index(block)
     _check_options(
-        weights, sigmas, {"iterations": (iterations, 0), "block": (block, 1)}
+        smoothness_weight=(smoothness_weight, *WEIGHTS),
+        appearance_weight=(appearance_weight, *WEIGHTS),
+        smoothness_sigma=(smoothness_sigma, *SIGMAS),
+        position_sigma=(position_sigma, *SIGMAS),
+        color_sigma=(color_sigma, *SIGMAS),
+        iterations=(iterations, 0, math.inf),
+        block=(block, 1, math.inf),
     )
     place_scale, color_scale = (0.5 / s**2 for s in (position_sigma, color_sigma))
     height, width = pixels.shape[:2]
@@ -141,7 +144,11 @@ def mean_field(
         _arrange(pixels, place_scale, color_scale, block),
         (_smoothing(height, smoothness_sigma), _smoothing(width, smoothness_sigma)),
         _Settings(
-            iterations, smoothness_weight, appearance_weight, place_scale, color_scale
+            np.int32(iterations),
+            np.float32(smoothness_weight),
+            np.float32(appearance_weight),
+            np.float32(place_scale),
+            np.float32(color_scale),
         ),
     )
     return out.reshape(given.shape)
@@ -162,11 +169,11 @@ def pairs_left(
       color_sigma: levels of 0 to 255.
       block: pixels of a block.
     """
-    block = _default_block() if block is None else block
+    block = _default_block() if block is None else operator.index(block)
     place_scale, color_scale = (0.5 / s**2 for s in (position_sigma, color_sigma))
     blocks = _arrange(image, place_scale, color_scale, block)
     count = len(blocks.features[0])
-    return (2 * blocks.num_pairs - count) / count**2
+    return float(2 * blocks.num_pairs - count) / count**2
 
 
 def _default_block() -> int:
@@ -198,19 +205,14 @@ def _check_arrays(probabilities: np.ndarray, image: np.ndarray) -> None:
         )
 
 
-def _check_options(
-    weights: dict[str, float], sigmas: dict[str, float], counts: dict[str, Any]
-) -> None:
-    for name, value in weights.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"got {name}={value}, expected a number of at least 0")
-    least, most = SIGMAS
-    for name, value in sigmas.items():
-        if not least <= value <= most:
-            raise ValueError(f"got {name}={value}, expected {least:g} to {most:g}")
-    for name, (count, fewest) in counts.items():
-        if count < fewest:
-            raise ValueError(f"got {name}={count}, expected at least {fewest}")
+def _check_options(**options: tuple[float | int, float | int, float]) -> None:
+    """Options by name: the value, the least and the most it may be."""
+    for name, (value, least, most) in options.items():
+        if not least <= value <= most:  # False for NaN, too
+            allowed = (
+                f"at least {least:g}" if most == math.inf else f"{least:g} to {most:g}"
+            )
+            raise ValueError(f"got {name}={value}, expected {allowed}")
 
 
 # --- On the host: which pixels affect each other --------------------------------------
@@ -229,13 +231,19 @@ def _arrange(
     scaled = features * scale[:, None]
     count = -(-len(rows) // size)
     order = np.concatenate(_leaves(scaled, np.arange(len(rows)), count, size))
+    place_of = np.argsort(order)
     order = np.pad(order, (0, count * size - len(rows)), mode="edge")
     near = _near(scaled[:, order].reshape(5, count, size), len(rows))
     pairs = np.zeros((2, count * (count + 1) // 2), np.int32)  # same for all images
     pairs[:, : near.shape[1]] = near
     split = features[:, order].reshape(5, count, size)
     return _Blocks(
-        tuple(split), order.astype(np.int32), pairs[0], pairs[1], near.shape[1]
+        tuple(split),
+        order.astype(np.int32),
+        place_of.astype(np.int32),
+        pairs[0],
+        pairs[1],
+        np.int32(near.shape[1]),
     )
 
 
@@ -295,14 +303,9 @@ def _iterate(
     n, height, width, classes = probabilities.shape
     clipped = jnp.clip(jnp.moveaxis(probabilities, 3, 1), LEAST_PROBABILITY, 1)
     negative_unary = jnp.log(clipped).reshape(n, classes, height * width)
-    place_of = jnp.zeros(height * width, jnp.int32)
-    places = jnp.arange(len(blocks.order), dtype=jnp.int32)
-    real = places < height * width  # the others fill up the last block
-    place_of = place_of.at[jnp.where(real, blocks.order, height * width)].set(
-        places, mode="drop"
-    )
+    real = jnp.arange(len(blocks.order)) < height * width  # the others are filling
     size = blocks.features[0].shape[1]
-    sums = _sums(jnp.where(real, 1.0, 0.0).reshape(-1, 1, size), blocks, settings)
+    sums = _sums(real.astype(jnp.float32).reshape(-1, 1, size), blocks, settings)
     root = lax.rsqrt(sums)  # at least 1: a filling pixel is a copy of a real one
 
     def appearance(q):
@@ -310,7 +313,7 @@ def _iterate(
         placed = jnp.where(real[None], placed, 0)
         split = jnp.moveaxis(placed.reshape(n * classes, -1, size), 1, 0)
         message = jnp.moveaxis(_sums(split * root, blocks, settings) * root, 0, 1)
-        return message.reshape(n * classes, -1)[:, place_of].reshape(q.shape)
+        return message.reshape(n * classes, -1)[:, blocks.place_of].reshape(q.shape)
 
     def smoothness(q):
         q_nxCxHxW = q.reshape(n, classes, height, width)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -118,7 +119,6 @@ def test_options_mean_what_they_say():
         appearance_weight=2.5,
         position_sigma=6.0,
         color_sigma=12.0,
-        block=64,
     )
     expected = brute_force(probabilities, image, 3, (1.5, 2.5), (2.5, 6, 12))
     np.testing.assert_allclose(found, expected, atol=ATOL)
@@ -164,8 +164,8 @@ def test_label_maps_of_an_image_do_not_mix():
 
 def test_flipping_the_image_flips_the_marginals():
     probabilities, image = photograph_like()
-    found = crf.mean_field(probabilities[:, ::-1], image[:, ::-1], block=64)
-    expected = crf.mean_field(probabilities, image, block=64)
+    found = crf.mean_field(probabilities[:, ::-1], image[:, ::-1])
+    expected = crf.mean_field(probabilities, image)
     np.testing.assert_allclose(found[:, ::-1], expected, atol=ATOL)
 
 
@@ -200,7 +200,7 @@ def test_an_image_of_one_color_has_all_pairs():
 
 
 def test_certainty_is_clipped_and_sums_do_not_matter():
-    probabilities, image = photograph_like(8, 9)
+    probabilities, image = photograph_like()
     certain = np.eye(4)[probabilities.argmax(-1)]
     found = crf.mean_field(certain, image, iterations=0)
     assert np.isclose(found.max(), 1 / (1 + 3e-5)) and np.isclose(found.min(), 1e-5)
@@ -224,6 +224,15 @@ def test_arrays_may_be_strided_or_jax_s():
     assert coarse.dtype == jnp.float32
 
 
+def test_x64_changes_nothing():
+    probabilities, image = photograph_like()
+    expected = crf.mean_field(probabilities, image)
+    with jax.enable_x64(True):
+        found = crf.mean_field(probabilities, image)
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -245,10 +254,14 @@ def test_arrays_may_be_strided_or_jax_s():
         ),
         ({"probabilities": np.full((4, 6, 2), 3.0)}, "use the softmax of logits"),
         ({"iterations": -1}, "got iterations=-1, expected at least 0"),
+        ({"smoothness_weight": 1e7}, "got smoothness_weight=10000000.0, expected 0"),
         ({"block": 0}, "got block=0, expected at least 1"),
         ({"color_sigma": 0.0}, "got color_sigma=0.0, expected 0.001 to 1e+06"),
         ({"smoothness_sigma": float("nan")}, "got smoothness_sigma=nan, expected"),
-        ({"appearance_weight": -1.0}, "got appearance_weight=-1.0, expected a number"),
+        (
+            {"appearance_weight": -1.0},
+            "got appearance_weight=-1.0, expected 0 to 1e+06",
+        ),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )
