@@ -94,12 +94,13 @@ class Baseline:
         linear, cluster = self._probes(detached, labels)
         weights = options.row.weights
         total = sum(w * x for w, x in zip(weights, terms, strict=True))
+        total = total + linear + cluster
         for optimizer in self._optimizers:
             optimizer.zero_grad()
-        (total + linear + cluster).backward()
+        total.backward()
         for optimizer in self._optimizers:
             optimizer.step()
-        return [x.detach() for x in (*terms, linear, cluster)]
+        return [x.detach() for x in (*terms, linear, cluster, total)]
 
     def _code(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         linear, hidden, output = (self.head[i : i + 2] for i in (0, 2, 4))

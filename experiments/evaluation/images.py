@@ -26,7 +26,8 @@ from sinder_jax.state import PRECISIONS
 from sinder_jax.storage import feature_store, paths
 
 LEAST_CHUNK = 64  # images whose features are written at a time, in whole groups
-KEEPING = ("knn", "linear")  # protocols that find features again
+# Protocols that find features again.
+KEEPING = ("knn", "linear", "stego_cityscapes", "stego_potsdam3")
 
 
 def check_common(config: ConfigDict) -> None:

@@ -29,6 +29,8 @@ PROTOCOLS = {
     "segmentation_linear": "experiments.evaluation.segmentation",
     "segmentation_multiscale": "experiments.evaluation.segmentation",
     "depth": "experiments.evaluation.depth",
+    "stego_cityscapes": "experiments.evaluation.stego",
+    "stego_potsdam3": "experiments.evaluation.stego",
 }
 
 

@@ -247,13 +247,14 @@ class Draws(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Terms of a step's loss, before their weights."""
+    """Terms of a step's loss, before their weights, and their weighted sum."""
 
     negative: Float[Array, ""]
     inter: Float[Array, ""]
     intra: Float[Array, ""]
     linear: Float[Array, ""]
     cluster: Float[Array, ""]
+    total: Float[Array, ""]
 
 
 def draw(key: Array, batch: int, dim: int, options: StegoOptions) -> Draws:
@@ -284,7 +285,7 @@ def losses(
     labels: Integer[Array, "B height width"],
     options: StegoOptions,
 ) -> tuple[Float[Array, ""], Losses]:
-    """The loss of a step, and its terms.
+    """The loss of a step, to be differentiated, and its terms.
 
     Probes are trained on the codes of the images with dropout in the head; no gradient
     of theirs reaches the head.
@@ -303,13 +304,12 @@ def losses(
     )
     terms = _correspondences(draws, scales[:, 2], features, (code, code_pos), options)
     detached = lax.stop_gradient(code)
-    found = Losses(
-        *terms,
-        linear=probes.linear_loss(params.linear, detached, labels),
-        cluster=cluster_loss(detached, params.centroids),
-    )
-    weighted = sum(w * x for w, x in zip(options.row.weights, terms, strict=True))
-    return weighted + found.linear + found.cluster, found
+    linear = probes.linear_loss(params.linear, detached, labels)
+    cluster = cluster_loss(detached, params.centroids)
+    total = linear + cluster
+    for weight, term in zip(options.row.weights, terms, strict=True):
+        total += weight * term
+    return total, Losses(*terms, linear, cluster, total)
 
 
 def _correspondences(
