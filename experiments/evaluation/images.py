@@ -27,7 +27,10 @@ from sinder_jax.storage import feature_store, paths
 
 LEAST_CHUNK = 64  # images whose features are written at a time, in whole groups
 # Protocols that find features again.
-KEEPING = ("knn", "linear", "stego_cityscapes", "stego_potsdam3")
+KEEPING = (
+    *("knn", "linear", "stego_cityscapes", "stego_potsdam3"),
+    *("cause_cityscapes", "cause_voc"),
+)
 
 
 def check_common(config: ConfigDict) -> None:

@@ -31,6 +31,8 @@ PROTOCOLS = {
     "depth": "experiments.evaluation.depth",
     "stego_cityscapes": "experiments.evaluation.stego",
     "stego_potsdam3": "experiments.evaluation.stego",
+    "cause_cityscapes": "experiments.evaluation.cause",
+    "cause_voc": "experiments.evaluation.cause",
 }
 
 
