@@ -3,7 +3,7 @@
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
 Names: repair, depth, images, directions, factorize, memory, features, linear, convert,
-decode, class_tokens, knn, crf; without a name all of them run. Prints Markdown
+decode, class_tokens, knn, crf, cause; without a name all of them run. Prints Markdown
 tables; --out also writes them to a folder, with all numbers as JSON. --quick uses small
 models, to check that everything runs. Competitors are timed in turn, A B A B …, and
 compared by their medians.
@@ -313,6 +313,13 @@ def bench_crf(rounds: int, quick: bool) -> Numbers:
     return crf.bench_crf(rounds, quick)
 
 
+def bench_cause(rounds: int, quick: bool) -> Numbers:
+    """Compares a step of CAUSE-TR's second stage with PyTorch's."""
+    from benchmarks import cause  # imports torch
+
+    return cause.bench_cause(rounds, quick)
+
+
 BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "repair": bench_repair,
     "images": bench_images,
@@ -327,6 +334,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "class_tokens": evals.bench_class_tokens,
     "knn": evals.bench_knn,
     "crf": bench_crf,
+    "cause": bench_cause,
 }
 
 
