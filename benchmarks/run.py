@@ -3,10 +3,10 @@
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
 Names: repair, depth, images, directions, factorize, memory, features, linear, convert,
-decode, class_tokens, knn, crf, cause; without a name all of them run. Prints Markdown
-tables; --out also writes them to a folder, with all numbers as JSON. --quick uses small
-models, to check that everything runs. Competitors are timed in turn, A B A B …, and
-compared by their medians.
+decode, class_tokens, knn, crf, cause, stego; without a name all of them run. Prints
+Markdown tables; --out also writes them to a folder, with all numbers as JSON. --quick
+uses small models, to check that everything runs. Competitors are timed in turn, A B A B
+…, and compared by their medians.
 """
 
 import argparse
@@ -320,6 +320,13 @@ def bench_cause(rounds: int, quick: bool) -> Numbers:
     return cause.bench_cause(rounds, quick)
 
 
+def bench_stego(rounds: int, quick: bool) -> Numbers:
+    """Compares a step of STEGO with PyTorch's."""
+    from benchmarks import stego_step  # imports torch
+
+    return stego_step.bench_stego(rounds, quick)
+
+
 BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "repair": bench_repair,
     "images": bench_images,
@@ -335,6 +342,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "knn": evals.bench_knn,
     "crf": bench_crf,
     "cause": bench_cause,
+    "stego": bench_stego,
 }
 
 

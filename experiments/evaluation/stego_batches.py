@@ -84,7 +84,6 @@ def batches(
     tokens: Float[np.ndarray, "n h w D"],
     neighbors: Int32[np.ndarray, "n k"],
     config: ConfigDict,
-    *,
     seed: int,
     first: int,
 ) -> Generator[Batch, None, None]:

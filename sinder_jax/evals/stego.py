@@ -381,7 +381,7 @@ def make_step(options: StegoOptions) -> Step:
         state: StegoState, features: Any, positives: Any, labels: Any
     ) -> tuple[StegoState, Losses]:
         _check(state, features, positives, labels)
-        return _step(options, state, features, positives, labels)
+        return compiled_step(options, state, features, positives, labels)
 
     return step
 
@@ -410,9 +410,10 @@ def _check(state: StegoState, features: Any, positives: Any, labels: Any) -> Non
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step(
+def compiled_step(
     options: StegoOptions, state: StegoState, images: Any, positives: Any, labels: Any
 ) -> tuple[StegoState, Losses]:
+    """The step without its checks, for those who ask for its memory."""
     features = jnp.stack([images, positives]).astype(jnp.float32)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.adam.count)
     draws = draw(key, len(images), images.shape[-1], options)

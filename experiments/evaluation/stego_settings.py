@@ -1,0 +1,129 @@
+"""What STEGO is told: the row of Table 7, and the numbers of a training.
+
+config, models --backbones--> names of rows --options--> weights, shifts, learning rates
+
+Source: SINDER's Table 7; mhamilton723/STEGO configs/train_config.yml.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sinder_jax.evals import stego
+from sinder_jax.evals.stego import Row, StegoOptions
+from sinder_jax.model import Model
+
+TRAINING = {
+    "test_size": 560,
+    "train_size": 392,
+    "iterations": 5_000,
+    "images_per_step": 16,
+    "lr": 5e-4,
+    "probe_lr": 5e-3,
+}
+# By protocol: what 0, or an empty text, of a key of the config stands for.
+PUBLISHED: Mapping[str, Mapping[str, Any]] = {
+    "stego_cityscapes": {**TRAINING, "crops": "five"},
+    "stego_potsdam3": {**TRAINING, "crops": "none"},
+}
+# On the samples, instead of these.
+SHORT = {
+    "crops": "none",
+    "test_size": 224,
+    "train_size": 224,
+    "iterations": 200,
+    "images_per_step": 16,
+    "lr": 5e-4,
+    "probe_lr": 5e-3,
+}
+EVALUATE_EVERY = 100  # steps, if that is at most a quarter of a pass over the images
+
+
+def backbones(text: str, models: Sequence[Model]) -> list[str]:
+    """The backbone that each model counts as, from `config.backbone`.
+
+    Raises:
+      ValueError: none is given, or one that is not known; another number than of
+        models; one that contradicts a model.
+    """
+    names = [part.strip() for part in text.split(",")]
+    known = ", ".join(stego.BACKBONES)
+    if any(name not in stego.BACKBONES for name in names):
+        raise ValueError(
+            f"config.backbone: got {text!r}, expected {known}: it picks the row of "
+            "the paper's Table 7; give one for all checkpoints, or one for each with "
+            "commas"
+        )
+    if len(names) == 1:
+        names *= len(models)
+    if len(names) != len(models):
+        raise ValueError(
+            f"config.backbone: got {len(names)} for {len(models)} checkpoints, "
+            "expected one for all or one for each"
+        )
+    for name, model in zip(names, models, strict=True):
+        registers = model.config.num_register_tokens
+        if (name == "dinov2_reg" and not registers) or (name == "dinov2" and registers):
+            raise ValueError(
+                f"config.backbone: got {name} for {model.path}, a model with "
+                f"{registers} registers; expected one of {known}"
+            )
+    return names
+
+
+def options(config: ConfigDict, backbone: str) -> StegoOptions:
+    """How a head is trained.
+
+    Args:
+      config: of the protocol, with every number filled in.
+      backbone: name of a row of Table 7, which `config.weights` and `config.shifts`
+        replace.
+
+    Raises:
+      ValueError: a number out of range; names the key.
+    """
+    row = stego.TABLE[config.protocol.removeprefix("stego_"), backbone]
+    row = Row(
+        _three("weights", config.weights, row.weights),
+        _three("shifts", config.shifts, row.shifts),
+    )
+    try:
+        return StegoOptions(
+            row,
+            lr=config.lr,
+            probe_lr=config.probe_lr,
+            dropout=config.dropout,
+            samples=config.samples,
+            pointwise=config.pointwise,
+        )
+    except ValueError as error:
+        raise ValueError(f"config: {error}") from None
+
+
+def _three(
+    key: str, text: str, published: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    if not text:
+        return published
+    try:
+        first, second, third = (float(part) for part in text.split(","))
+    except ValueError:
+        first = second = third = math.nan
+    if not all(map(math.isfinite, (first, second, third))):
+        raise ValueError(
+            f"config.{key}: got {text!r}, expected three numbers with commas, of the "
+            "negatives, of the neighbors and of an image with itself"
+        )
+    return first, second, third
+
+
+def evaluate_every(config: ConfigDict, images: int) -> int:
+    """Steps between evaluations: a hundred, or a whole pass of few images.
+
+    train_segmentation.py: `val_check_interval` is dropped where it exceeds a quarter of
+    a pass.
+    """
+    passes = images // config.images_per_step
+    return EVALUATE_EVERY if EVALUATE_EVERY <= passes // 4 else passes
