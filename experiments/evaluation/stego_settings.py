@@ -34,11 +34,11 @@ SHORT = {
     "crops": "none",
     "test_size": 224,
     "train_size": 224,
-    "iterations": 300,
+    "iterations": 200,
     "images_per_step": 8,
     "lr": 2e-3,
     "probe_lr": 1.5e-2,
-    "shifts": "0.6,0.5,0.7",
+    "shifts": "0.8,0.65,0.95",
 }
 EVALUATE_EVERY = 100  # steps, if that is at most a quarter of a pass over the images
 
