@@ -62,11 +62,12 @@ SHORT = {
     "gpus": 1,
     "images_per_step": 8,
     "lr": 1e-3,
-    "mediator_epochs": 4,
+    "mediator_epochs": 1,
     "front_door_epochs": 4,
     "fine_tuning_epochs": 5,
-    "codes": 256,
-    "bank_size": 20,
+    # After more steps, or of 256 codes, about five are left that any token is near to.
+    "codes": 2_048,
+    "bank_size": 10,
 }
 HALVED = 2  # epochs of the third stage after which the learning rate is halved
 STAGES = ("mediator", "front_door", "fine_tuning")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Int, Integer
 
 from sinder_jax.evals import cause_head, concept_bank, contrastive, modularity, probes
 from sinder_jax.evals.cause_head import PROJECTED, REDUCED, Head
@@ -113,12 +113,43 @@ def make_step(codebook: Float[Array, "K D"], options: Options) -> Step:
       update; labels beyond the classes do not count.
     """
     related = jax.jit(contrastive.relations)(codebook)
-    step = jax.jit(_step, donate_argnums=0, static_argnames="options")
-    return lambda state, *batch: step(state, codebook, related, *batch, options=options)
+    learn = jax.jit(_learn, donate_argnums=0, static_argnames="options")
+    # Apart: in one program, XLA would copy the bank that the loss reads before it
+    # inserts, another 1.6 GB.
+    insert = jax.jit(_insert, donate_argnums=0)
+
+    def step(
+        state: FrontDoorState, features: Features, labels: Labels, key: Array
+    ) -> tuple[FrontDoorState, Float[Array, "2"]]:
+        learning, bank = Learning(*state[:-1]), state.bank
+        learning, losses, codes, projections = learn(
+            learning, bank, codebook, related, features, labels, key, options=options
+        )
+        bank = insert(bank, codes, projections, key)
+        return FrontDoorState(**learning._asdict(), bank=bank), losses
+
+    return step
 
 
-def _step(
-    state: FrontDoorState,
+class Learning(NamedTuple):
+    """A `FrontDoorState` without its bank."""
+
+    student: Branch
+    teacher: Branch
+    linear: Linear
+    moments: Moments
+
+
+def _insert(
+    bank: ConceptBank, codes: Int[Array, "B n"], projections: Array, key: Array
+) -> ConceptBank:
+    flat = projections.reshape(codes.size, -1)
+    return concept_bank.insert(bank, codes.ravel(), flat, jax.random.split(key, 4)[3])
+
+
+def _learn(
+    state: Learning,
+    bank: ConceptBank,
     codebook: Float[Array, "K D"],
     related: contrastive.Relations,
     features: Features,
@@ -126,8 +157,9 @@ def _step(
     key: Array,
     *,
     options: Options,
-) -> tuple[FrontDoorState, Float[Array, "2"]]:
-    of_order, of_teacher, of_student, of_bank = jax.random.split(key, 4)
+) -> tuple[Learning, Float[Array, "2"], Int[Array, "B n"], Float[Array, "B n P"]]:
+    """The step but for the bank; also returns what that takes."""
+    of_order, of_teacher, of_student, _ = jax.random.split(key, 4)
     order = draw_order(of_order, *features.shape[:3])
     quantized, codes = modularity.quantize(features, codebook)
     sampled_codes = sample_cells(codes[..., None], order)[..., 0]
@@ -142,7 +174,7 @@ def _step(
         student, linear = trained
         _, p_student = outputs(student, of_student)
         contrast = contrastive.contrastive_loss(
-            p_student, p_teacher, sampled_codes, related, state.bank
+            p_student, p_teacher, sampled_codes, related, bank
         )
         probed = probes.linear_loss(linear, z_teacher, labels)
         return contrast + probed, jnp.stack([contrast, probed])
@@ -153,10 +185,5 @@ def _step(
     teacher = jax.tree.map(
         lambda old, new: KEPT * old + (1 - KEPT) * new, state.teacher, student
     )
-    bank = concept_bank.insert(
-        state.bank,
-        sampled_codes.ravel(),
-        p_teacher.reshape(-1, p_teacher.shape[-1]),
-        of_bank,
-    )
-    return FrontDoorState(student, teacher, linear, moments, bank), losses
+    moved = Learning(student, teacher, linear, moments)
+    return moved, losses, sampled_codes, p_teacher
