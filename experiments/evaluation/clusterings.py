@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped, UInt8
 from scipy.cluster import vq
 
-from experiments.evaluation import unsupervised
+from experiments.evaluation import segmenter
 from experiments.evaluation.job import Job
-from experiments.evaluation.unsupervised import Counts, Segmenter
+from experiments.evaluation.segmenter import Counts, Segmenter
 from sinder_jax.data import crops, masks
 from sinder_jax.evals import metrics, probes
 
@@ -44,8 +44,8 @@ def counts(
     count = job.data.num_classes
     centroids = _kmeans(rows, count, rng).astype(np.float32)
     unused = probes.Linear(jnp.zeros((centroids.shape[1], count)), jnp.zeros(count))
-    segmenter = Segmenter(_as_they_are, (), centroids, unused, 1.0)
-    of_tokens = unsupervised.quick_counts(job, segmenter, val, labels)
+    clusters = Segmenter(_as_they_are, (), centroids, unused, 1.0)
+    of_tokens = segmenter.quick_counts(job, clusters, val, labels)
     return {
         "kmeans_tokens": of_tokens["cluster_raw"],
         "kmeans_colors": _of_colors(job, rng, labels),

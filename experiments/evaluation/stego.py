@@ -8,62 +8,55 @@ Source: mhamilton723/STEGO; SINDER's appendix G.1 and Table 7.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.evaluation import (
     clusterings,
+    matching,
+    segmenter,
     stego_settings,
     stego_training,
     unsupervised,
 )
 from experiments.evaluation.job import Job, Result
-from experiments.evaluation.unsupervised import Counts
+from experiments.evaluation.segmenter import Counts
+from experiments.evaluation.unsupervised import Data
 from sinder_jax.evals import stego
 from sinder_jax.model import Model
 
 POOLED = 256  # images whose tokens are averaged at a time
 
 
-class Data(NamedTuple):
-    """What `prepare` found.
-
-    Attributes:
-      shared: by all unsupervised protocols.
-      models: to evaluate.
-      rows: of Table 7, by name: the backbone that each model counts as.
-    """
-
-    shared: unsupervised.Data
-    models: Sequence[Model]
-    rows: Sequence[str]
-
-
 # --- Before anything is computed ------------------------------------------------------
 
 
 def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
-    """Picks the rows of Table 7, fills in the config, and lists and checks the data.
+    """Fills in the config, picks the rows of Table 7, and lists and checks the data.
 
     Raises:
       FileNotFoundError: something is missing; says what is expected where.
       ValueError: a setting out of range, a backbone that a model is not, a mask that
         does not fit, too few images.
     """
-    rows = stego_settings.backbones(config.backbone, models)
-    shared = unsupervised.prepare(
+    if not config.backbone:
+        raise ValueError(
+            f"config.backbone: got '', expected {', '.join(stego.BACKBONES)}: "
+            "it picks the row of the paper's Table 7"
+        )
+    data = unsupervised.prepare(
         config, models, stego_settings.PUBLISHED[config.protocol], stego_settings.SHORT
     )
-    filled, count = shared.config, len(shared.train)
+    filled, count = data.config, len(data.train)
     for key, least in (("iterations", 1), ("images_per_step", 2), ("dim", 1)):
         if filled[key] < least:
             raise ValueError(
                 f"config.{key}: got {filled[key]}, expected at least {least}"
             )
-    for row in rows:
-        stego_settings.options(filled, row)
+    for backbone in data.backbones:
+        stego_settings.options(filled, backbone)
     if count < filled.images_per_step:
         raise ValueError(
             f"{config.data}: got {count} training images, expected at least the "
@@ -74,7 +67,7 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
             f"{config.data}: got {count} training images, expected at least "
             f"{stego.POSITIVES.stop}: one and its {len(stego.POSITIVES)} neighbors"
         )
-    return Data(shared, models, rows)
+    return data
 
 
 # --- Evaluation -----------------------------------------------------------------------
@@ -98,13 +91,8 @@ def material(job: Job) -> stego_training.Material:
 
 def run(job: Job) -> Result:
     """Trains a head from every seed; evaluates its best state and its last."""
-    whole: Data = job.data
-    (backbone,) = (
-        name
-        for model, name in zip(whole.models, whole.rows, strict=True)
-        if model is job.model
-    )
-    job = job._replace(config=whole.shared.config, data=whole.shared)
+    job = job._replace(config=job.data.config)
+    backbone = unsupervised.backbone_of(job)
     config, given = job.config, material(job)
     of_seeds: list[Counts] = []
     steps: list[int] = []
@@ -113,10 +101,10 @@ def run(job: Job) -> Result:
         heads = stego_training.train(job, given, backbone, seed)
         best, last = map(stego_training.segmenter_of, (heads.best, heads.last))
         name, inputs = f"{backbone}_seed{seed}", (given.views, given.labels)
-        counts = unsupervised.counts(job, name, best, *inputs)
+        counts = segmenter.counts(job, name, best, *inputs)
         of_last = counts
         if heads.best_step != config.iterations:
-            of_last = unsupervised.counts(job, f"{name}_last", last, *inputs)
+            of_last = segmenter.counts(job, f"{name}_last", last, *inputs)
         counts = {**counts, **{f"{key}_last": x for key, x in of_last.items()}}
         if config.baselines:
             counts |= clusterings.counts(
@@ -124,10 +112,10 @@ def run(job: Job) -> Result:
             )
         if config.pictures and not shown:
             rows = range(min(config.pictures, len(given.labels)))
-            shown = unsupervised.predictions(job, best, given.views, rows)
+            shown = segmenter.predictions(job, best, given.views, rows)
         of_seeds.append(counts)
         steps.append(heads.best_step)
-    return unsupervised.result(job, of_seeds, _evaluated(job, backbone, steps), shown)
+    return matching.result(job, of_seeds, _evaluated(job, backbone, steps), shown)
 
 
 def _evaluated(job: Job, backbone: str, steps: Sequence[int]) -> dict[str, Any]:

@@ -1,19 +1,18 @@
 """What STEGO is told: the row of Table 7, and the numbers of a training.
 
-config, models --backbones--> names of rows --options--> weights, shifts, learning rates
+config, name of a row --options--> weights, shifts, learning rates
 
 Source: SINDER's Table 7; mhamilton723/STEGO configs/train_config.yml.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from sinder_jax.evals import stego
 from sinder_jax.evals.stego import Row, StegoOptions
-from sinder_jax.model import Model
 
 TRAINING = {
     "test_size": 560,
@@ -41,38 +40,6 @@ SHORT = {
     "shifts": "0.8,0.65,0.95",
 }
 EVALUATE_EVERY = 100  # steps, if that is at most a quarter of a pass over the images
-
-
-def backbones(text: str, models: Sequence[Model]) -> list[str]:
-    """The backbone that each model counts as, from `config.backbone`.
-
-    Raises:
-      ValueError: none is given, or one that is not known; another number than of
-        models; one that contradicts a model.
-    """
-    names = [part.strip() for part in text.split(",")]
-    known = ", ".join(stego.BACKBONES)
-    if any(name not in stego.BACKBONES for name in names):
-        raise ValueError(
-            f"config.backbone: got {text!r}, expected {known}: it picks the row of "
-            "the paper's Table 7; give one for all checkpoints, or one for each with "
-            "commas"
-        )
-    if len(names) == 1:
-        names *= len(models)
-    if len(names) != len(models):
-        raise ValueError(
-            f"config.backbone: got {len(names)} for {len(models)} checkpoints, "
-            "expected one for all or one for each"
-        )
-    for name, model in zip(names, models, strict=True):
-        registers = model.config.num_register_tokens
-        if (name == "dinov2_reg" and not registers) or (name == "dinov2" and registers):
-            raise ValueError(
-                f"config.backbone: got {name} for {model.path}, a model with "
-                f"{registers} registers; expected one of {known}"
-            )
-    return names
 
 
 def options(config: ConfigDict, backbone: str) -> StegoOptions:

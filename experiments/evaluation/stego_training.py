@@ -17,14 +17,15 @@ from flax import serialization
 from jaxtyping import Array, Float, Int32, UInt8
 
 from experiments.evaluation import (
+    matching,
+    segmenter,
     stego_batches,
     stego_settings,
     training,
-    unsupervised,
 )
 from experiments.evaluation.job import Job
 from experiments.evaluation.scene_training import digest
-from experiments.evaluation.unsupervised import Counts, Segmenter
+from experiments.evaluation.segmenter import Counts, Segmenter
 from experiments.study.cache import read_arrays, write_arrays
 from sinder_jax import placement
 from sinder_jax.evals import stego
@@ -89,7 +90,7 @@ def train(job: Job, given: Material, backbone: str, seed: int) -> Heads:
         return state, losses.total
 
     def evaluate(state: Any) -> training.Evaluation:
-        counts = unsupervised.quick_counts(
+        counts = segmenter.quick_counts(
             job, segmenter_of(state.params), given.views[0], given.labels
         )
         scores = _without_crf(counts)
@@ -158,7 +159,7 @@ def _without_crf(counts: Counts) -> dict[str, float]:
     """Scores by the names of the headline."""
     names = tuple(name.removesuffix("_raw") for name in counts)
     total = np.stack([each.sum(0) for each in counts.values()])
-    return unsupervised.score(names, total, 0)
+    return matching.score(names, total, 0)
 
 
 def segmenter_of(params: stego.Params) -> Segmenter:

@@ -31,6 +31,9 @@ def unsupervised() -> ConfigDict:
     one of a schedule that ends within minutes.
     """
     config = shared()
+    # What a checkpoint counts as: dinov2, dinov2_reg or sinder; one for all, or one for
+    # each with commas.
+    config.backbone = ""
     config.num_classes = 0  # 0: as the data set says; of own folders: largest label + 1
     config.train_list = "train"  # of VOC2012
 

@@ -212,7 +212,7 @@ def test_a_positive_is_one_of_the_neighbors_1_to_7():
 
 def test_a_batch_holds_its_images_tokens_and_masks(model, data):
     config = settings(data, **SMALL)
-    shared = stego.prepare(config, [models.open_checkpoint(model)]).shared
+    shared = stego.prepare(config, [models.open_checkpoint(model)])
     rng = np.random.default_rng(0)
     tokens = rng.normal(size=(9, 2, 2, 4)).astype(np.float16)
     neighbors = np.stack([rng.permutation(9) for _ in range(9)]).astype(np.int32)
@@ -255,7 +255,7 @@ def test_the_published_numbers_stand_for_0(model, data):
     for file, crops in ((stego_cityscapes, 45), (stego_potsdam3, 9)):
         config = file.get_config()
         config.update({"data": str(data), "backbone": "sinder", "images_per_step": 8})
-        filled, *_ = stego.prepare(config, [opened])
+        filled = stego.prepare(config, [opened])
         assert len(filled.train) == crops
         found = filled.config
         assert (found.train_size, found.test_size) == (392, 560)
@@ -309,11 +309,11 @@ def test_mistakes_are_told_in_one_line(model, data, tmp_path):
 
 def test_a_backbone_must_not_contradict_the_model():
     plain, registers = with_registers(0), with_registers(4)
-    assert stego_settings.backbones("dinov2, dinov2_reg", [plain, registers]) == [
+    assert unsupervised.backbones("dinov2, dinov2_reg", [plain, registers]) == [
         "dinov2",
         "dinov2_reg",
     ]
-    assert stego_settings.backbones("sinder", [plain, registers]) == ["sinder"] * 2
+    assert unsupervised.backbones("sinder", [plain, registers]) == ["sinder"] * 2
     for name, model in (("dinov2", registers), ("dinov2_reg", plain)):
         with pytest.raises(ValueError, match=f"got {name} for .* registers"):
-            stego_settings.backbones(name, [model])
+            unsupervised.backbones(name, [model])

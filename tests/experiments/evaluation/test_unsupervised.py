@@ -1,7 +1,5 @@
 """From trained codes to matched clusters, with a tiny model and made scenes."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import scene_trees
 import small_runs
 from experiments.configs import evals
-from experiments.evaluation import clusterings, unsupervised
+from experiments.evaluation import clusterings, matching, segmenter, unsupervised
 from experiments.evaluation.job import Job
 from experiments.evaluation.progress import Progress
 from experiments.run.stopping import Stopping
@@ -66,7 +64,7 @@ def a_segmenter(classes=3):
         for shape in ((5, classes), (classes,), (classes, 5))
     )
     linear = probes.Linear(jnp.asarray(kernel), jnp.asarray(bias))
-    return unsupervised.Segmenter(first_channels, np.float32(2), centroids, linear, 2.0)
+    return segmenter.Segmenter(first_channels, np.float32(2), centroids, linear, 2.0)
 
 
 def views(job):
@@ -78,46 +76,18 @@ def labels(job):
     return unsupervised.masks_of(job.data.found.val, config, config.test_size)
 
 
-# --- Metrics --------------------------------------------------------------------------
-
-
-def test_scores_are_the_originals():
-    # Worked by hand: predictions 2,2,2,0,0,1,1,1,0,2 of labels 0,0,0,1,1,1,-1,2,2,0.
-    clusters = np.array([[0, 0, 4], [2, 1, 0], [1, 1, 0]])
-    found = unsupervised.score(("cluster",), clusters[None], 1)
-    assert found["cluster_miou"] == pytest.approx(61.111, abs=1e-3)
-    assert found["cluster_acc"] == pytest.approx(77.778, abs=1e-3)
-    assert found["cluster_map"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 1) / 3)
-
-
-def test_clusters_are_matched_and_probes_are_not():
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 50, (4, 4))
-    found = unsupervised.score(("cluster", "linear"), np.stack([counts, counts]), 1)
-    best = max(
-        sum(counts[label, cluster] for label, cluster in enumerate(order))
-        for order in itertools.permutations(range(4))
-    )
-    assert found["cluster_acc"] == pytest.approx(100 * best / counts.sum())
-    assert found["linear_acc"] == pytest.approx(100 * np.trace(counts) / counts.sum())
-    moved = np.stack([counts[:, [2, 0, 3, 1]]] * 2)
-    again = unsupervised.score(("cluster", "linear"), moved, 1)
-    assert again["cluster_miou"] == found["cluster_miou"]
-    assert again["linear_miou"] != found["linear_miou"]
-
-
 # --- Predictions ----------------------------------------------------------------------
 
 
 def test_predictions_are_those_of_mean_codes_after_the_crf(job):
-    segmenter = a_segmenter()
+    ours = a_segmenter()
     both = views(job)
-    (found,) = unsupervised.predictions(job, segmenter, both, [1])
+    (found,) = segmenter.predictions(job, ours, both, [1])
     codes = (both[0][1, ..., :5] + both[1][1, :, ::-1, :5]) * 1.0
     dense = bilinear.resize(codes, (42, 42))
-    kernel, bias = segmenter.linear
+    kernel, bias = ours.linear
     raw = [
-        jax.nn.softmax(2 * probes.cosines(dense, jnp.asarray(segmenter.centroids))),
+        jax.nn.softmax(2 * probes.cosines(dense, jnp.asarray(ours.centroids))),
         jax.nn.softmax(dense @ kernel + bias[None, None]),
     ]
     for kind in (0, 1):
@@ -130,38 +100,38 @@ def test_predictions_are_those_of_mean_codes_after_the_crf(job):
 
 
 def test_counts_of_a_start_after_a_kill(job, monkeypatch):
-    segmenter, both, masks = a_segmenter(), views(job), labels(job)
-    found = unsupervised.counts(job, "seed0", segmenter, both, masks)
+    ours, both, masks = a_segmenter(), views(job), labels(job)
+    found = segmenter.counts(job, "seed0", ours, both, masks)
     assert list(found) == ["cluster", "linear", "cluster_raw", "linear_raw"]
     assert found["cluster"].shape == (3, 3, 3)
     assert found["cluster"].sum() == (masks < 255).sum()
     calls = []
     monkeypatch.setattr(
-        unsupervised,
+        segmenter,
         "predictions",
-        lambda *args, of=unsupervised.predictions: calls.append(args) or of(*args),
+        lambda *args, of=segmenter.predictions: calls.append(args) or of(*args),
     )
-    again = unsupervised.counts(job, "seed0", segmenter, both, masks)
+    again = segmenter.counts(job, "seed0", ours, both, masks)
     assert not calls
     for name, each in found.items():
         assert np.array_equal(again[name], each)
-    other = segmenter._replace(params=np.float32(-2))
-    moved = unsupervised.counts(job, "seed0", other, both, masks)
+    other = ours._replace(params=np.float32(-2))
+    moved = segmenter.counts(job, "seed0", other, both, masks)
     assert calls and not np.array_equal(moved["cluster"], found["cluster"])
 
 
 def test_quick_counts_are_those_of_unmirrored_images(job):
-    segmenter, both, masks = a_segmenter(), views(job), labels(job)
-    quick = unsupervised.quick_counts(job, segmenter, both[0], masks)
+    ours, both, masks = a_segmenter(), views(job), labels(job)
+    quick = segmenter.quick_counts(job, ours, both[0], masks)
     same = [both[0], both[0][:, :, ::-1]]
-    whole = unsupervised.counts(job, "same", segmenter, same, masks)
+    whole = segmenter.counts(job, "same", ours, same, masks)
     for name in ("cluster_raw", "linear_raw"):
         assert np.array_equal(quick[name], whole[name])
 
 
 def test_without_a_crf(root, model, tmp_path):
     job = made_job(root, model, tmp_path, crf=False)
-    found = unsupervised.counts(job, "seed0", a_segmenter(), views(job), labels(job))
+    found = segmenter.counts(job, "seed0", a_segmenter(), views(job), labels(job))
     assert list(found) == ["cluster", "linear"]
 
 
@@ -183,7 +153,7 @@ def test_kmeans_finds_what_is_apart(job):
     train, masks = unsupervised.tokens(job, "train"), labels(job)
     found = clusterings.counts(job, 0, train, unsupervised.tokens(job, "val"), masks)
     total = np.stack([each.sum(0) for each in found.values()])
-    scores = unsupervised.score(tuple(found), total, 3)
+    scores = matching.score(tuple(found), total, 3)
     assert scores["kmeans_colors_acc"] > 95
     again = clusterings.counts(job, 0, train, unsupervised.tokens(job, "val"), masks)
     assert all(np.array_equal(again[name], found[name]) for name in found)
@@ -191,15 +161,13 @@ def test_kmeans_finds_what_is_apart(job):
 
 def test_result_tells_seeds_classes_and_masks(root, model, tmp_path):
     job = made_job(root, model, tmp_path, seeds=2)
-    segmenter, both, masks = a_segmenter(), views(job), labels(job)
+    ours, both, masks = a_segmenter(), views(job), labels(job)
     seeds = [
-        unsupervised.counts(
-            job, f"seed{i}", segmenter._replace(params=scale), both, masks
-        )
+        segmenter.counts(job, f"seed{i}", ours._replace(params=scale), both, masks)
         for i, scale in enumerate(np.float32([2, -2]))
     ]
-    shown = unsupervised.predictions(job, segmenter, both, [0, 1])
-    found = unsupervised.result(job, seeds, {"steps": 0}, shown)
+    shown = segmenter.predictions(job, ours, both, [0, 1])
+    found = matching.result(job, seeds, {"steps": 0}, shown)
     assert set(found.headline) <= set(found.metrics())
     assert found.evaluated["masks"] == "42 x 42 pixels, nearest neighbor"
     assert found.evaluated["CRF"] == "10 iterations"

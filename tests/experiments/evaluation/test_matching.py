@@ -1,0 +1,33 @@
+"""Clusters matched with classes, on counts worked out by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from experiments.evaluation import matching
+
+
+def test_scores_are_the_originals():
+    # Worked by hand: predictions 2,2,2,0,0,1,1,1,0,2 of labels 0,0,0,1,1,1,-1,2,2,0.
+    clusters = np.array([[0, 0, 4], [2, 1, 0], [1, 1, 0]])
+    found = matching.score(("cluster",), clusters[None], 1)
+    assert found["cluster_miou"] == pytest.approx(61.111, abs=1e-3)
+    assert found["cluster_acc"] == pytest.approx(77.778, abs=1e-3)
+    assert found["cluster_map"] == pytest.approx(100 * (2 / 3 + 1 / 2 + 1) / 3)
+
+
+def test_clusters_are_matched_and_probes_are_not():
+    rng = np.random.default_rng(0)
+    counts = rng.integers(0, 50, (4, 4))
+    found = matching.score(("cluster", "linear"), np.stack([counts, counts]), 1)
+    best = max(
+        sum(counts[label, cluster] for label, cluster in enumerate(order))
+        for order in itertools.permutations(range(4))
+    )
+    assert found["cluster_acc"] == pytest.approx(100 * best / counts.sum())
+    assert found["linear_acc"] == pytest.approx(100 * np.trace(counts) / counts.sum())
+    moved = np.stack([counts[:, [2, 0, 3, 1]]] * 2)
+    again = matching.score(("cluster", "linear"), moved, 1)
+    assert again["cluster_miou"] == found["cluster_miou"]
+    assert again["linear_miou"] != found["linear_miou"]
