@@ -1,12 +1,14 @@
 import numpy as np
 import pytest
 
-from benchmarks import linear_probe
 from sinder_jax import vit
 
 
 @pytest.mark.slow
 def test_losses_are_those_of_the_pytorch_loop():
+    pytest.importorskip("torch")
+    from benchmarks import linear_probe
+
     config = vit.ViTConfig(64, 4, 1, "mlp", img_size=28)
     case = linear_probe.Case(config, 2)
     for _ in range(3):

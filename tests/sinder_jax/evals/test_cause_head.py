@@ -2,8 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from torch import nn
 
 from samples import error_of
 from sinder_jax.evals import cause_head, modularity
@@ -113,10 +111,12 @@ def random_grid(rng):
 
 
 def tensor(x):
+    torch = pytest.importorskip("torch")
     return torch.tensor(np.asarray(x), dtype=torch.float64)
 
 
 def set_linear(module, layer):
+    torch = pytest.importorskip("torch")
     with torch.no_grad():
         module.weight.copy_(tensor(layer.kernel).T)
         module.bias.copy_(tensor(layer.bias))
@@ -124,8 +124,9 @@ def set_linear(module, layer):
 
 
 def attention(layer):
+    torch = pytest.importorskip("torch")
     dim = len(layer.qkv.kernel)
-    module = nn.MultiheadAttention(dim, 1, batch_first=True, dtype=torch.float64)
+    module = torch.nn.MultiheadAttention(dim, 1, batch_first=True, dtype=torch.float64)
     with torch.no_grad():
         module.in_proj_weight.copy_(tensor(layer.qkv.kernel).T)
         module.in_proj_bias.copy_(tensor(layer.qkv.bias))
@@ -134,7 +135,8 @@ def attention(layer):
 
 
 def layer(linear):
-    module = nn.Linear(*linear.kernel.shape, dtype=torch.float64)
+    torch = pytest.importorskip("torch")
+    module = torch.nn.Linear(*linear.kernel.shape, dtype=torch.float64)
     return set_linear(module, linear)
 
 
@@ -143,15 +145,16 @@ def decoder(head, features, quantized, change=""):
 
     Returns the codes, and what LN1, LN2 and the final sum are of the first image.
     """
+    torch = pytest.importorskip("torch")
     f, q = (tensor(x).flatten(1, 2) for x in (features, quantized))
     e = tensor(head.queries)[None]
     if change == "unit codes":
-        q = nn.functional.normalize(q, dim=-1)
+        q = torch.nn.functional.normalize(q, dim=-1)
     if change == "queries without codes":
         q = 0 * q
     norms = []
     for scale, shift in head.norms:
-        module = nn.LayerNorm(len(scale), dtype=torch.float64)
+        module = torch.nn.LayerNorm(len(scale), dtype=torch.float64)
         with torch.no_grad():
             module.weight.copy_(tensor(scale))
             module.bias.copy_(tensor(shift))
@@ -166,7 +169,7 @@ def decoder(head, features, quantized, change=""):
     key = f + e if change == "positions in keys" else f
     t2 = second(t1 + attention(head.cross_attention)(asked, key, f))
     inner = layer(head.wide)(t2)
-    inner = nn.functional.gelu(inner) if change == "gelu" else inner.relu()
+    inner = torch.nn.functional.gelu(inner) if change == "gelu" else inner.relu()
     u = third(t2 + layer(head.narrow)(inner))
     h = {"no residual": u, "residual of the block": t2 + u}.get(change, f + u)
     nonlinear = layer(head.hidden)(h)

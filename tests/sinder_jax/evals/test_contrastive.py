@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from sinder_jax.evals import concept_bank, contrastive, modularity
 from sinder_jax.evals.concept_bank import ConceptBank
@@ -54,6 +53,7 @@ def test_the_specified_loss_with_a_bank():
 
 def reference(student, teacher, codes, codebook, queues, change=""):
     """Loops over images in float64 PyTorch; `change` breaks a convention."""
+    torch = pytest.importorskip("torch")
 
     def unit(x):
         return torch.nn.functional.normalize(x, dim=-1)
@@ -113,6 +113,7 @@ def ours(case, run=loss_and_slope):
 
 
 def theirs(case, change=""):
+    torch = pytest.importorskip("torch")
     student = torch.tensor(np.float64(case[0]), requires_grad=True)
     loss = reference(student, *case[1:], change)
     loss.backward()
