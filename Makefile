@@ -53,7 +53,7 @@ demo-real: $(real)  ## plant a defect in a trained DINOv2-S, repair it at 518 px
 	  --config.checkpoint='$(REAL)' --config.max_iter=60
 	@echo "The pictures and summary.json are in $(abspath $(WORKDIR))-real"
 
-test: $(test)  ## run all tests but the slow ones (eleven minutes on two cores)
+test: $(test)  ## run all tests but the slow ones (a quarter of an hour on two cores)
 	@$(python) -m pytest $(pytest) $(ARGS)
 
 test-slow: $(test)  ## run the slow tests, as before a release

@@ -99,6 +99,7 @@ def test_only_the_results_of_the_stages_are_kept(whole):
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["seed0"]
 
 
+@pytest.mark.slow
 def test_the_leak_is_a_flag_that_changes_the_clusters_head(
     whole, model, data, tmp_path
 ):
