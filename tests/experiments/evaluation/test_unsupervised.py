@@ -81,7 +81,8 @@ def labels(job):
 
 def test_predictions_are_those_of_mean_codes_after_the_crf(job):
     ours = a_segmenter()
-    both = views(job)
+    # Random tokens: those of this tiny model hardly change when an image is mirrored.
+    both = list(np.random.default_rng(1).normal(size=(2, 3, 3, 3, 32)).astype("f4"))
     (found,) = segmenter.predictions(job, ours, both, [1])
     codes = (both[0][1, ..., :5] + both[1][1, :, ::-1, :5]) * 1.0
     dense = bilinear.resize(codes, (42, 42))
