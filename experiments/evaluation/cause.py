@@ -371,7 +371,7 @@ def run(job: Job) -> Result:
         )
         counts = segmenter.counts(job, f"seed{seed}", tuned, views, labels)
         if config.baselines:
-            counts |= clusterings.counts(job, seed, train_tokens, views[0], labels)
+            counts |= clusterings.counts(job, seed, train_tokens, views, labels)
         if config.pictures and not shown:
             rows = range(min(config.pictures, len(labels)))
             shown = segmenter.predictions(job, tuned, views, rows)

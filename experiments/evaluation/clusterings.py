@@ -4,6 +4,7 @@ training tokens, of unit length --k-means--> centroids --cosine--> clusters of p
 colors of training pixels      --k-means--> centroids --distance--> clusters of pixels
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ def counts(
     job: Job,
     seed: int,
     train: Float[np.ndarray, "n h w D"],
-    val: Float[np.ndarray, "m h w D"],
+    views: Sequence[Float[np.ndarray, "m h w D"]],
     labels: UInt8[np.ndarray, "m size size"],
 ) -> Counts:
     """Counts of `kmeans_tokens` and `kmeans_colors`, each [m, C, K].
@@ -35,7 +36,7 @@ def counts(
       job: of the evaluation.
       seed: of what is drawn, and of k-means++.
       train: tokens of the training images.
-      val: tokens of the validation images.
+      views: tokens of the validation images, and of the mirrored ones if both count.
       labels: their masks.
     """
     rng = np.random.default_rng(seed)
@@ -45,7 +46,7 @@ def counts(
     centroids = _kmeans(rows, count, rng).astype(np.float32)
     unused = probes.Linear(jnp.zeros((centroids.shape[1], count)), jnp.zeros(count))
     clusters = Segmenter(_as_they_are, (), centroids, unused, 1.0)
-    of_tokens = segmenter.quick_counts(job, clusters, val, labels)
+    of_tokens = segmenter.quick_counts(job, clusters, views, labels)
     return {
         "kmeans_tokens": of_tokens["cluster_raw"],
         "kmeans_colors": _of_colors(job, rng, labels),

@@ -19,6 +19,8 @@ from sinder_jax.plots import scene_plots
 
 LINEAR = "linear"  # counts whose name begins so are of classes, others of clusters
 HEADLINE = ("cluster_miou", "cluster_acc", "linear_miou", "linear_acc")
+BASELINES = ("kmeans_tokens", "kmeans_colors")
+BESIDE = ("kmeans_tokens_miou", "kmeans_colors_miou", "over_kmeans_miou")
 
 
 def result(
@@ -64,7 +66,7 @@ def result(
     return Result(
         counts=stacked.astype(np.float64),
         score=count_scores,
-        headline=HEADLINE,
+        headline=HEADLINE + BESIDE * (BASELINES[0] in names),
         unit="%",
         evaluated=told,
         details={"iou": _iou_of_classes(data, total), "by_seed": by_seed},
@@ -77,10 +79,12 @@ def score(names: Sequence[str], total: np.ndarray, num_images: int) -> Scores:
 
     mIoU is the mean over classes that are in the labels or the predictions, accuracy
     the share of right pixels. `map` is the mean over clusters of the share of their
-    pixels that is right, CAUSE's "mAP".
+    pixels that is right, CAUSE's "mAP". `over_kmeans` is what the clusters have more
+    than the better of `BASELINES`, if these are there: all of them without mirrored
+    images and CRF, if a CRF was run.
     """
     del num_images  # pixels count, not images
-    found = {}
+    found: Scores = {}
     for name, matrix in zip(names, total, strict=True):
         right = matrix if name.startswith(LINEAR) else matched(matrix)
         scores = metrics.segmentation_scores(right)
@@ -88,6 +92,11 @@ def score(names: Sequence[str], total: np.ndarray, num_images: int) -> Scores:
         found[f"{name}_acc"] = 100 * scores.aacc
         if not name.startswith(LINEAR):
             found[f"{name}_map"] = 100 * _precision(right)
+    if BASELINES[0] in names:
+        own = "cluster_raw" if "cluster_raw" in names else "cluster"
+        for kind in ("miou", "acc"):
+            least = max(found[f"{name}_{kind}"] for name in BASELINES)
+            found[f"over_kmeans_{kind}"] = found[f"{own}_{kind}"] - least
     return found
 
 

@@ -83,15 +83,15 @@ def _probabilities(
 def quick_counts(
     job: Job,
     segmenter: Segmenter,
-    val: Float[np.ndarray, "n h w D"],
+    views: Sequence[Float[np.ndarray, "n h w D"]],
     labels: UInt8[np.ndarray, "n size size"],
 ) -> Counts:
-    """Without mirrored images and CRF: `cluster_raw`, `linear_raw`, [n, C, K].
+    """Without a CRF: `cluster_raw`, `linear_raw`, [n, C, K]; keeps no files.
 
     Args:
       job: of the evaluation.
       segmenter: to evaluate, perhaps within its training.
-      val: `tokens` of "val".
+      views: `tokens` of "val", and of "val mirrored" if both count.
       labels: `masks_of` the validation images.
     """
     run = functools.partial(
@@ -100,10 +100,11 @@ def quick_counts(
     arrays = segmenter.arrays()
 
     def of_image(i: int) -> list[np.ndarray]:
-        found = np.asarray(jnp.argmax(run(arrays, (val[i],)), axis=-1))
+        both = tuple(each[i] for each in views)
+        found = np.asarray(jnp.argmax(run(arrays, both), axis=-1))
         return [_counted(job, labels[i], each) for each in found]
 
-    counted = np.array(_on_all_devices(of_image, range(len(val))))
+    counted = np.array(_on_all_devices(of_image, range(len(labels))))
     return {"cluster_raw": counted[:, 0], "linear_raw": counted[:, 1]}
 
 

@@ -108,7 +108,7 @@ def run(job: Job) -> Result:
         counts = {**counts, **{f"{key}_last": x for key, x in of_last.items()}}
         if config.baselines:
             counts |= clusterings.counts(
-                job, seed, given.train, given.views[0], given.labels
+                job, seed, given.train, given.views, given.labels
             )
         if config.pictures and not shown:
             rows = range(min(config.pictures, len(given.labels)))

@@ -91,7 +91,7 @@ def train(job: Job, given: Material, backbone: str, seed: int) -> Heads:
 
     def evaluate(state: Any) -> training.Evaluation:
         counts = segmenter.quick_counts(
-            job, segmenter_of(state.params), given.views[0], given.labels
+            job, segmenter_of(state.params), given.views[:1], given.labels
         )
         scores = _without_crf(counts)
         best.keep(state.params, int(state.adam.count), scores[SCORE])

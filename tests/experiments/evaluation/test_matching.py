@@ -31,3 +31,19 @@ def test_clusters_are_matched_and_probes_are_not():
     again = matching.score(("cluster", "linear"), moved, 1)
     assert again["cluster_miou"] == found["cluster_miou"]
     assert again["linear_miou"] != found["linear_miou"]
+
+
+def test_the_better_baseline_is_what_a_method_must_exceed():
+    right, half, wrong = np.eye(2) * 8, np.array([[6, 2], [4, 4]]), np.full((2, 2), 4)
+    names = ("cluster", "linear", "cluster_raw", "kmeans_tokens", "kmeans_colors")
+    found = matching.score(names, np.stack([right, wrong, half, half, wrong]), 1)
+    assert found["cluster_acc"] == 100
+    assert found["over_kmeans_acc"] == 0  # neither has a CRF
+    found = matching.score(names, np.stack([right, wrong, half, wrong, half]), 1)
+    assert found["over_kmeans_acc"] == 0  # of colors
+    without = ("cluster", "linear", "kmeans_tokens", "kmeans_colors")
+    found = matching.score(without, np.stack([right, wrong, half, wrong]), 1)
+    assert found["over_kmeans_acc"] == pytest.approx(37.5)
+    assert found["over_kmeans_miou"] == pytest.approx(
+        found["cluster_miou"] - found["kmeans_tokens_miou"]
+    )

@@ -121,13 +121,18 @@ def test_counts_of_a_start_after_a_kill(job, monkeypatch):
     assert calls and not np.array_equal(moved["cluster"], found["cluster"])
 
 
-def test_quick_counts_are_those_of_unmirrored_images(job):
+def test_quick_counts_are_those_without_a_crf(job):
     ours, both, masks = a_segmenter(), views(job), labels(job)
-    quick = segmenter.quick_counts(job, ours, both[0], masks)
+    quick = segmenter.quick_counts(job, ours, both[:1], masks)
     same = [both[0], both[0][:, :, ::-1]]
     whole = segmenter.counts(job, "same", ours, same, masks)
+    drawn = np.random.default_rng(1).normal(size=both[1].shape).astype(np.float32)
+    mirrored = segmenter.quick_counts(job, ours, [both[0], drawn], masks)
+    kept = segmenter.counts(job, "both", ours, [both[0], drawn], masks)
     for name in ("cluster_raw", "linear_raw"):
         assert np.array_equal(quick[name], whole[name])
+        assert np.array_equal(mirrored[name], kept[name])
+        assert not np.array_equal(mirrored[name], quick[name])
 
 
 def test_without_a_crf(root, model, tmp_path):
@@ -152,11 +157,12 @@ def test_five_crops_are_trained_on_and_mirrored_images_are_mirrored(
 def test_kmeans_finds_what_is_apart(job):
     """Grays tell the classes of these scenes, so k-means of colors is right."""
     train, masks = unsupervised.tokens(job, "train"), labels(job)
-    found = clusterings.counts(job, 0, train, unsupervised.tokens(job, "val"), masks)
-    total = np.stack([each.sum(0) for each in found.values()])
-    scores = matching.score(tuple(found), total, 3)
+    found = clusterings.counts(job, 0, train, views(job), masks)
+    clusters = {"cluster": found["kmeans_tokens"], **found}
+    total = np.stack([each.sum(0) for each in clusters.values()])
+    scores = matching.score(tuple(clusters), total, 3)
     assert scores["kmeans_colors_acc"] > 95
-    again = clusterings.counts(job, 0, train, unsupervised.tokens(job, "val"), masks)
+    again = clusterings.counts(job, 0, train, views(job), masks)
     assert all(np.array_equal(again[name], found[name]) for name in found)
 
 
