@@ -42,6 +42,7 @@ from sinder_jax import placement
 from sinder_jax.evals import cause, front_door, modularity
 from sinder_jax.evals.cause_head import Head
 from sinder_jax.evals.cause_optimizer import Options
+from sinder_jax.evals.contrastive import Thresholds
 from sinder_jax.evals.probes import Linear
 from sinder_jax.model import Model
 
@@ -56,6 +57,7 @@ TRAINING = {
     "fine_tuning_epochs": 5,
     "codes": 2_048,
     "bank_size": 100,
+    "thresholds": "0.3,0.1",
 }
 # By protocol: what 0, or an empty text, of a key of the config stands for.
 PUBLISHED: Mapping[str, Mapping[str, Any]] = {
@@ -112,6 +114,7 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     ):
         if not holds:
             raise ValueError(f"config.{key}: got {filled[key]}, expected {low}")
+    thresholds(filled)
     if filled.train_size != filled.test_size:
         raise ValueError(
             f"config.train_size and config.test_size: got {filled.train_size} and "
@@ -132,6 +135,25 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
             f"{filled.images_per_step} of a step; give --config.images_per_step=N"
         )
     return data
+
+
+def thresholds(config: ConfigDict) -> Thresholds:
+    """Which codes attract and which repel, from `config.thresholds`.
+
+    Raises:
+      ValueError: not two cosines, or the second above the first.
+    """
+    try:
+        positive, negative = (float(part) for part in config.thresholds.split(","))
+    except ValueError:
+        positive = negative = math.nan
+    if not -1 <= negative <= positive <= 1:
+        raise ValueError(
+            f"config.thresholds: got {config.thresholds!r}, expected two cosines with "
+            "a comma: tokens attract whose code vectors have more than the first, and "
+            "repel below the second, which is at most as large"
+        )
+    return Thresholds(positive, negative)
 
 
 def order(config: ConfigDict, count: int, seed: int) -> Order:
@@ -313,7 +335,7 @@ def train(job: Job, tokens: Float[np.ndarray, "n h w D"], seed: int) -> Trained:
     device = jax.device_put(codebook, placement.first())
 
     def front_door_step(options: Options) -> Any:
-        step = front_door.make_step(device, options)
+        step = front_door.make_step(device, options, thresholds(config))
         return lambda state, batch: step(state, *batch)
 
     head, linear = stages.run(
@@ -394,6 +416,7 @@ def _evaluated(job: Job) -> dict[str, Any]:
         **told,
         "codes": config.codes,
         "bank": f"{config.bank_size} of each code",
+        "thresholds": config.thresholds.replace(",", " and "),
         "steps of the stages": ", ".join(str(steps * each) for each in epochs),
         "images per step": config.images_per_step,
         "learning rate": f"{config.lr:g} x {config.gpus} GPUs",

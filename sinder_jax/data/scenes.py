@@ -29,6 +29,7 @@ from sinder_jax.data.scene_files import Color
 from sinder_jax.storage import paths
 from sinder_jax.storage.paths import AnyPath
 
+TRAIN_LIST = "train"  # of VOC
 MOSAICS, STREETS = SAMPLES = ("sample:mosaics", "sample:streets")
 TREES = (ade, voc, cityscapes, potsdam, own_scenes)
 KINDS = "; or ".join(
@@ -99,7 +100,7 @@ class Scenes(NamedTuple):
     palette: tuple[Color, ...] = ()
 
 
-def open_scenes(spec: str, *, train_list: str = "train") -> Scenes:
+def open_scenes(spec: str, *, train_list: str = TRAIN_LIST) -> Scenes:
     """Lists the scenes of a data set without decoding any.
 
     Args:
@@ -124,8 +125,19 @@ def open_scenes(spec: str, *, train_list: str = "train") -> Scenes:
       FileNotFoundError: a folder, an image or a mask is missing; names it and says what
         is expected where.
       ValueError: two images for one mask, an empty folder, a list or names of classes
-        that cannot be used, or another form of `spec`.
+        that cannot be used, a `train_list` of other data than VOC, or another form of
+        `spec`.
     """
+    found = _opened(spec, train_list)
+    if train_list != TRAIN_LIST and found.classes is not voc.CLASSES:
+        raise ValueError(
+            f"config.train_list: got {train_list!r} for {spec}, expected "
+            f"{TRAIN_LIST!r}: only VOC2012 has lists of images"
+        )
+    return found
+
+
+def _opened(spec: str, train_list: str) -> Scenes:
     if not spec:
         raise ValueError(f"no data given: config.data takes {KINDS}")
     if spec == MOSAICS:
@@ -175,7 +187,7 @@ def _ade(root: AnyPath) -> Scenes:
 def _voc(train_list: str, root: AnyPath) -> Scenes:
     train, val = (voc.scenes(root, name) for name in (train_list, "val"))
     title, lacks = f"VOC2012, list {train_list}", ""
-    if train_list == "train":
+    if train_list == TRAIN_LIST:
         lacks = scene_files.lacks("VOC2012", (len(train), len(val)), voc.IMAGES)
     return Scenes(title, train, val, voc.CLASSES, lacks, voc.PALETTE)
 

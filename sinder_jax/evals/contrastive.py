@@ -21,9 +21,23 @@ from sinder_jax.evals.concept_bank import ConceptBank
 from sinder_jax.evals.probes import cosines, normalize
 
 TEMPERATURE = 0.07
-POSITIVE, NEGATIVE = 0.3, 0.1  # cosine of two code vectors: above, below
 BLOCK = 4_096  # keys of the bank that are compared at a time
 HIGHEST = "highest"
+
+
+class Thresholds(NamedTuple):
+    """Cosines of two code vectors: tokens of such codes attract above, repel below.
+
+    Attributes:
+      positive: above it.
+      negative: below it.
+    """
+
+    positive: float = 0.3
+    negative: float = 0.1
+
+
+PUBLISHED = Thresholds()
 
 
 class Relations(NamedTuple):
@@ -33,10 +47,12 @@ class Relations(NamedTuple):
     negative: Bool[Array, "K K"]
 
 
-def relations(codebook: Float[Array, "K D"]) -> Relations:
-    """Positive: cosine > 0.3; negative: < 0.1."""
+def relations(
+    codebook: Float[Array, "K D"], thresholds: Thresholds = PUBLISHED
+) -> Relations:
+    """Positive: cosine above the first threshold; negative: below the second."""
     similarity = cosines(codebook, codebook)
-    return Relations(similarity > POSITIVE, similarity < NEGATIVE)
+    return Relations(similarity > thresholds.positive, similarity < thresholds.negative)
 
 
 def contrastive_loss(

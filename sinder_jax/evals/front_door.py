@@ -19,6 +19,7 @@ from sinder_jax.evals import cause_head, concept_bank, contrastive, modularity, 
 from sinder_jax.evals.cause_head import PROJECTED, REDUCED, Head
 from sinder_jax.evals.cause_optimizer import Moments, Options, moments_of, update
 from sinder_jax.evals.concept_bank import ConceptBank
+from sinder_jax.evals.contrastive import Thresholds
 from sinder_jax.evals.modularity import draw_order, sample_cells
 from sinder_jax.evals.probes import Linear
 
@@ -97,7 +98,11 @@ Step = Callable[
 ]
 
 
-def make_step(codebook: Float[Array, "K D"], options: Options) -> Step:
+def make_step(
+    codebook: Float[Array, "K D"],
+    options: Options,
+    thresholds: Thresholds = contrastive.PUBLISHED,
+) -> Step:
     """Makes `state, losses = step(state, features, labels, key)`; donates the state.
 
     Dropout is active in student and teacher. The bank takes the teacher's projections
@@ -106,13 +111,14 @@ def make_step(codebook: Float[Array, "K D"], options: Options) -> Step:
     Args:
       codebook: frozen, of the first stage.
       options: of the optimizer of student and probe.
+      thresholds: say which codes attract and which repel.
 
     Returns:
       A jitted function of the state, features [B, H, W, D], integer labels [B, height,
       width] and a key. The losses are the contrastive one and the probe's, before the
       update; labels beyond the classes do not count.
     """
-    related = jax.jit(contrastive.relations)(codebook)
+    related = jax.jit(contrastive.relations)(codebook, thresholds)
     learn = jax.jit(_learn, donate_argnums=0, static_argnames="options")
     # Apart: in one program, XLA would copy the bank that the loss reads before it
     # inserts, another 1.6 GB.

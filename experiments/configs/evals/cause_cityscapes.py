@@ -35,6 +35,9 @@ def get_config() -> ConfigDict:
     config.fine_tuning_epochs = 0  # 0: 5; the learning rate is halved every second
     config.weight_decay = 0.0  # L2 in the gradients
     config.clip = 1.0  # largest norm of all gradients; 0: any
+    # Two cosines of code vectors with a comma: tokens attract above the first and repel
+    # below the second; empty: 0.3,0.1.
+    config.thresholds = ""
     config.codes = 0  # vectors of the codebook; 0: 2,048
     config.bank_size = 0  # projections kept of each code; 0: 100 (1.7 GB), samples 10
     return config

@@ -164,6 +164,9 @@ def test_a_start_after_a_stop_in_each_stage_gives_the_same_bits(
         ({"mediator_epochs": -1}, "config.mediator_epochs: got -1"),
         ({"lr": -1.0}, "config.lr: got -1.0, expected above 0"),
         ({"clip": -1.0}, "config.clip: got -1.0, expected at least 0"),
+        ({"thresholds": "0.3"}, "config.thresholds: got '0.3', expected two cosines"),
+        ({"thresholds": "0.1,0.3"}, "config.thresholds: got '0.1,0.3', expected two"),
+        ({"thresholds": "nan,0.3"}, "config.thresholds: got 'nan,0.3', expected two"),
         ({"images_per_step": 9}, "got 5 training images, expected at least the 9"),
     ],
 )

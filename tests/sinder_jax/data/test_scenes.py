@@ -78,6 +78,11 @@ def test_voc_lists(tmp_path):
     assert "train.txt, trainaug.txt, val.txt" in message
 
 
+def test_a_list_of_other_data_than_voc_is_refused():
+    with pytest.raises(ValueError, match="got 'trainaug' for sample:mosaics"):
+        scenes.open_scenes("sample:mosaics", train_list="trainaug")
+
+
 def test_mosaics_are_found_by_name():
     found = scenes.open_scenes("sample:mosaics")
     assert len(found.classes) == 8 and found.train[0].name == "sample:mosaics/train#0"

@@ -151,14 +151,14 @@ def test_each_convention_matters(change):
     assert abs(ours(case)[0] - theirs(case, change)[0]) > 0.01
 
 
-def test_relations_are_strict(monkeypatch):
+def test_relations_are_strict():
     """Cosine 0.5 exactly, of vectors whose length is a power of 2."""
     codebook = jnp.array([(1.0, 1, 1, 1), (1, 1, 1, -1)])
-    monkeypatch.setattr(contrastive, "POSITIVE", 0.5)
-    monkeypatch.setattr(contrastive, "NEGATIVE", 0.5)
-    positive, negative = contrastive.relations(codebook)
+    thresholds = contrastive.Thresholds(0.5, 0.5)
+    positive, negative = contrastive.relations(codebook, thresholds)
     assert positive.tolist() == [[True, False], [False, True]]
     assert not negative.any()
+    assert contrastive.relations(codebook).positive.all()  # published: 0.3
 
 
 def test_images_without_positive_pairs_are_left_out():
