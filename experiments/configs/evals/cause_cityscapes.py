@@ -27,16 +27,16 @@ def get_config() -> ConfigDict:
     config.label_leak = False
 
     # Training: a stage for the codebook, one for the head, one for the clusters.
-    config.gpus = 0  # processes of the original; each epoch sees one's share; 0: 4
+    config.gpus = 0  # of the original; an epoch sees one's share; 0: 4, samples 1
     config.lr = 0.0  # of Adam, times gpus; 0: 0.001
-    config.images_per_step = 0  # 0: 16
+    config.images_per_step = 0  # 0: 16, samples 4
     config.mediator_epochs = 0  # 0: 1
-    config.front_door_epochs = 0  # 0: 2
+    config.front_door_epochs = 0  # 0: 2, samples 12
     config.fine_tuning_epochs = 0  # 0: 5; the learning rate is halved every second
     config.weight_decay = 0.0  # L2 in the gradients
     config.clip = 1.0  # largest norm of all gradients; 0: any
     # Two cosines of code vectors with a comma: tokens attract above the first and repel
-    # below the second; empty: 0.3,0.1.
+    # below the second; empty: 0.3,0.1, samples 0.8,0.6.
     config.thresholds = ""
     config.codes = 0  # vectors of the codebook; 0: 2,048
     config.bank_size = 0  # projections kept of each code; 0: 100 (1.7 GB), samples 10
