@@ -78,8 +78,8 @@ SHORT = {
     # After more steps, or of 256 codes, about five are left that any token is near to.
     "codes": 2_048,
     "bank_size": 10,
-    # For ViT-S, whose tokens have a mean cosine of 0.5: by the published thresholds most
-    # pairs attract, and two clusters are left.
+    # For ViT-S, whose tokens have a mean cosine of 0.5: by the published, most pairs
+    # attract, and two clusters are left.
     "thresholds": "0.8,0.6",
 }
 # cluster_miou by data and backbone at ViT-g, beside which a result is told.
