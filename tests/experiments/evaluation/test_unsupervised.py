@@ -1,5 +1,7 @@
 """From trained codes to matched clusters, with a tiny model and made scenes."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import scene_trees
 import small_runs
+from experiments import evaluate
 from experiments.configs import evals
 from experiments.evaluation import clusterings, matching, segmenter, unsupervised
 from experiments.evaluation.job import Job
@@ -18,6 +21,8 @@ from sinder_jax import model as models
 from sinder_jax.evals import bilinear, crf, probes
 
 TINY = vit.ViTConfig(32, 2, 1, "mlp", img_size=28)
+# % mIoU on the streets: clusters as large as the classes, but anywhere, have 7.2.
+CHANCE = 8.5
 SIZES = {"train_size": 28, "test_size": 42, "crops": "none"}
 
 
@@ -203,3 +208,49 @@ def test_result_tells_seeds_classes_and_masks(root, model, tmp_path):
 def test_refused_settings(root, model, changes, said):
     config = settings(root, **changes)
     assert said in error_of(unsupervised.prepare, config, [model], SIZES, {})
+
+
+# --- The trained model ----------------------------------------------------------------
+
+
+@pytest.mark.real
+@pytest.mark.parametrize(
+    "protocol, changes",
+    [
+        ("stego_cityscapes", {"backbone": "dinov2", "iterations": 100}),
+        ("cause_cityscapes", {"front_door_epochs": 2}),
+    ],
+)
+def test_tokens_in_a_random_order_tell_nothing(
+    protocol, changes, tmp_path, monkeypatch
+):
+    """The control of all that is reported: with real tokens, more is found."""
+    from real import backbone
+
+    def scores(name):
+        config = {**changes, "data": "sample:streets", "cache": tmp_path / "tokens"}
+        config |= {"crf": "false", "resamples": 0, "pictures": 0}
+        code = evaluate.main(
+            [
+                f"--config={protocol}.py",
+                f"--checkpoint={backbone()}",
+                f"--workdir={tmp_path / name}",
+                *(f"--config.{key}={value}" for key, value in config.items()),
+            ]
+        )
+        (row,) = json.loads((tmp_path / name / "results.json").read_text())
+        assert code == 0
+        return row["metrics"]
+
+    found = scores("found")
+    tokens = unsupervised.tokens
+
+    def shuffled(job, split):
+        kept = np.array(tokens(job, split))
+        np.random.default_rng(0).shuffle(kept.reshape(-1, kept.shape[-1]))
+        return kept
+
+    monkeypatch.setattr(unsupervised, "tokens", shuffled)
+    lost = scores("lost")
+    assert lost["cluster_miou"] < CHANCE < found["cluster_miou"] - 5
+    assert lost["linear_miou"] < CHANCE < found["linear_miou"] - 20
