@@ -18,6 +18,7 @@ PANEL = 1.6  # inches of a photograph's short side
 MOST_NAMED = 27  # classes in the legend
 IGNORED = (1.0, 1.0, 1.0)
 GRAY = (0.5, 0.5, 0.5)  # is ignored where white is a class
+EDGE = (0.4, 0.4, 0.4)  # around a color of the legend, which may be white
 Palette = Sequence[tuple[int, int, int]]  # RGB, 0 to 255
 # Photograph, prediction and mask; each of the photographs has a size of its own.
 Shown = tuple[
@@ -51,7 +52,12 @@ def scenes(
         ax.set_title(title)
     colors = _colors(palette)
     patches = [
-        Patch(color=colors[k], label=names[k] if names else str(k))
+        Patch(
+            facecolor=colors[k],
+            edgecolor=EDGE,
+            linewidth=0.5,
+            label=names[k] if names else str(k),
+        )
         for k in present[:MOST_NAMED]
     ]
     figure.legend(handles=patches, loc="outside right upper", fontsize=6)

@@ -60,3 +60,5 @@ def test_a_data_set_is_drawn_in_its_own_colors():
         (legend,) = figure.legends
         shades = [patch.get_facecolor()[:3] for patch in legend.get_patches()]
         np.testing.assert_allclose(shades[1], np.array([1, 2, 3]) / 255)
+        edge = legend.get_patches()[0].get_edgecolor()[:3]
+        assert max(edge) < 0.8  # a white patch can be seen on white paper
