@@ -80,8 +80,8 @@ def score(names: Sequence[str], total: np.ndarray, num_images: int) -> Scores:
     mIoU is the mean over classes that are in the labels or the predictions, accuracy
     the share of right pixels. `map` is the mean over clusters of the share of their
     pixels that is right, CAUSE's "mAP". `over_kmeans` is what the clusters have more
-    than the better of `BASELINES`, if these are there: all of them without mirrored
-    images and CRF, if a CRF was run.
+    than the better of `BASELINES`, if these are there: all of them without a CRF, and
+    all that see tokens with those of mirrored images.
     """
     del num_images  # pixels count, not images
     found: Scores = {}
@@ -113,20 +113,21 @@ def _precision(matrix: np.ndarray) -> float:
 
 
 def _iou_of_classes(data: Data, totals: np.ndarray) -> dict[str, float | None]:
-    """Percent by class, the mean over seeds; None for a class that is nowhere.
+    """Percent by class, the mean over the seeds that count it; None if no seed does.
 
     Args:
       data: names the classes.
       totals: counts of clusters, summed over images, [seeds, C, K].
     """
-    iou = np.mean(
-        [100 * metrics.segmentation_scores(matched(each)).iou for each in totals],
-        axis=0,
+    iou = np.array(
+        [100 * metrics.segmentation_scores(matched(each)).iou for each in totals]
     )
+    counting = np.isfinite(iou).sum(0)
+    mean = np.where(counting, np.nansum(iou, 0) / np.maximum(counting, 1), np.nan)
     names = data.found.classes or map(str, range(data.num_classes))
     return {
         name: float(x) if np.isfinite(x) else None
-        for name, x in zip(names, iou, strict=True)
+        for name, x in zip(names, mean, strict=True)
     }
 
 

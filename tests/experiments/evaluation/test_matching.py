@@ -1,6 +1,7 @@
 """Clusters matched with classes, on counts worked out by hand."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -47,3 +48,14 @@ def test_the_better_baseline_is_what_a_method_must_exceed():
     assert found["over_kmeans_miou"] == pytest.approx(
         found["cluster_miou"] - found["kmeans_tokens_miou"]
     )
+
+
+def test_a_class_that_only_one_seed_predicts_has_the_mean_over_it():
+    # Class 1 is in no mask; only the first seed predicts it, for a pixel.
+    totals = np.array(
+        [[[3, 1, 0], [0, 0, 0], [0, 0, 4]], [[4, 0, 0], [0] * 3, [0] * 3]]
+    )
+    found = SimpleNamespace(found=SimpleNamespace(classes=("a", "b", "c")))
+    iou = matching._iou_of_classes(found, totals)
+    assert iou == {"a": 87.5, "b": 0.0, "c": 100.0}
+    assert matching._iou_of_classes(found, totals[1:])["b"] is None
