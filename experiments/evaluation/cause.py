@@ -117,6 +117,11 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     ):
         if not holds:
             raise ValueError(f"config.{key}: got {filled[key]}, expected {low}")
+    if filled.gpus > count:
+        raise ValueError(
+            f"config.gpus: got {filled.gpus} for {count} training images, of which "
+            "each has a share; expected at most as many"
+        )
     thresholds(filled)
     if filled.train_size != filled.test_size:
         raise ValueError(

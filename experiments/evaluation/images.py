@@ -26,6 +26,7 @@ from sinder_jax.state import PRECISIONS
 from sinder_jax.storage import feature_store, paths
 
 LEAST_CHUNK = 64  # images whose features are written at a time, in whole groups
+MOST_SEED = 2**32 - 1  # JAX drops higher bits: 2**32 would give the numbers of 0
 # Protocols that find features again.
 KEEPING = (
     *("knn", "linear", "stego_cityscapes", "stego_potsdam3"),
@@ -52,6 +53,10 @@ def check_common(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.{name}: got {config[name]}, expected at least {least}"
             )
+    if config.seed > MOST_SEED:
+        raise ValueError(
+            f"config.seed: got {config.seed}, expected at most {MOST_SEED}"
+        )
     for name, allowed in (
         ("matmul_precision", PRECISIONS),
         ("cache_dtype", feature_store.FORMATS),

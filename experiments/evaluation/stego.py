@@ -28,6 +28,7 @@ from sinder_jax.evals import stego
 from sinder_jax.model import Model
 
 POOLED = 256  # images whose tokens are averaged at a time
+MOST_DIM = 4_096  # of the codes; a mistyped one would fill all memory
 
 
 # --- Before anything is computed ------------------------------------------------------
@@ -55,6 +56,8 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
             raise ValueError(
                 f"config.{key}: got {filled[key]}, expected at least {least}"
             )
+    if filled.dim > MOST_DIM:
+        raise ValueError(f"config.dim: got {filled.dim}, expected at most {MOST_DIM}")
     for backbone in data.backbones:
         stego_settings.options(filled, backbone)
     if count < filled.images_per_step:

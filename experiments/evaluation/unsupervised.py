@@ -30,6 +30,14 @@ CROPS: Mapping[str, Callable[[Sequence[AnyScene]], Sequence[Any]]] = {
     "super": crops.super_crops,
 }
 
+# What a protocol is published for, by the first words of `Scenes.title`.
+MEANT = {
+    "stego_cityscapes": "Cityscapes",
+    "stego_potsdam3": "Potsdam-3",
+    "cause_cityscapes": "Cityscapes",
+    "cause_voc": "VOC2012",
+}
+
 
 class Data(NamedTuple):
     """What `prepare` found.
@@ -94,6 +102,12 @@ def prepare(
     found = scenes.open_scenes(filled.data, train_list=filled.train_list)
     if found.lacks:
         cli.warn(f"{filled.data}: {found.lacks}")
+    here, meant = found.title.partition(",")[0], MEANT[filled.protocol]
+    if here in {*MEANT.values(), "ADE20k"} - {meant}:
+        cli.warn(
+            f"{filled.data} holds {here}: its classes count, but the crops and numbers "
+            f"of {filled.protocol} are those for {meant}"
+        )
     count, _ = survey.check_masks(filled, found)
     train = CROPS[filled.crops](found.train)
     return Data(found, train, count, filled, models, names)

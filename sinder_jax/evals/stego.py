@@ -31,6 +31,7 @@ from sinder_jax.evals.probes import Linear
 DIM = 70  # Z
 DROPOUT = 0.1  # share of the channels
 SAMPLES = 11  # S; a step compares S x S places of an image
+MOST_SAMPLES = 64  # a step of 16 images compares 16 S⁴ pairs at once: 1 GB
 NEGATIVES = 5  # of each image and step
 NEIGHBORS = 30  # kept of each image, itself included
 POSITIVES = range(1, 8)  # of these, from which the positive is drawn
@@ -99,7 +100,10 @@ class StegoOptions:
             "lr": (0 < self.lr < math.inf, "above 0"),
             "probe_lr": (0 < self.probe_lr < math.inf, "above 0"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),
-            "samples": (self.samples >= 1, "at least 1"),
+            "samples": (
+                1 <= self.samples <= MOST_SAMPLES,
+                f"at least 1 and at most {MOST_SAMPLES}",
+            ),
             "negatives": (self.negatives >= 1, "at least 1"),
         }
         for name, (holds, expected) in rules.items():

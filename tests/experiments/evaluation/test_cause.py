@@ -161,6 +161,7 @@ def test_a_start_after_a_stop_in_each_stage_gives_the_same_bits(
         ({"train_size": 42, "test_size": 42}, "got 42, expected at least 56"),
         ({"codes": 1}, "config.codes: got 1, expected at least 2"),
         ({"gpus": -1}, "config.gpus: got -1, expected at least 1"),
+        ({"gpus": 6}, "config.gpus: got 6 for 5 training images"),
         ({"mediator_epochs": -1}, "config.mediator_epochs: got -1"),
         ({"lr": -1.0}, "config.lr: got -1.0, expected above 0"),
         ({"clip": -1.0}, "config.clip: got -1.0, expected at least 0"),

@@ -63,6 +63,7 @@ def test_settings_of_features_that_are_not_kept_are_told(capsys):
         ({"weight_decay": -1.0}, "config.weight_decay: got -1.0"),
         ({"num_classes": -3}, "config.num_classes: got -3, expected 0, or 2 to 255"),
         ({"seed": -1}, "config.seed: got -1"),
+        ({"seed": 2**32}, "config.seed: got 4294967296, expected at most 4294967295"),
         ({"matmul_precision": "foo"}, "config.matmul_precision: got 'foo'"),
         ({"cache_dtype": "foo"}, "config.cache_dtype: got 'foo'"),
         ({"cache": "gs://a/b"}, "config.cache: got gs://a/b"),

@@ -294,6 +294,7 @@ def test_mistakes_are_told_in_one_line(model, data, tmp_path):
         "config.weights: got '1,2', expected three": {"weights": "1,2"},
         "config.shifts: got '1,2,nan'": {"shifts": "1,2,nan"},
         "got samples=0, must be at least 1": {"samples": 0},
+        "config.dim: got 4097, expected at most 4096": {"dim": 4_097},
         "got lr=-1.0": {"lr": -1},
         "config.dim: got 0": {"dim": 0},
         "config.iterations: got -1": {"iterations": -1},

@@ -210,6 +210,15 @@ def test_refused_settings(root, model, changes, said):
     assert said in error_of(unsupervised.prepare, config, [model], SIZES, {})
 
 
+def test_another_published_data_set_is_told(model, tmp_path, capsys):
+    tiles = scene_trees.potsdam(tmp_path / "potsdam", train=2, val=2)
+    for protocol, told in (("stego_cityscapes", True), ("stego_potsdam3", False)):
+        config = settings(tiles, protocol=protocol)
+        unsupervised.prepare(config, [model], SIZES, {})
+        said = capsys.readouterr().err
+        assert (f"{tiles} holds Potsdam-3" in said) == told, said
+
+
 # --- The trained model ----------------------------------------------------------------
 
 

@@ -284,6 +284,7 @@ def test_arrays_that_do_not_go_together_are_refused():
         ({"lr": 0.0}, "got lr=0.0, must be above 0"),
         ({"dropout": 1.0}, "got dropout=1.0"),
         ({"samples": 0}, "got samples=0"),
+        ({"samples": 65}, "got samples=65, must be at least 1 and at most 64"),
         ({"negatives": 0}, "got negatives=0"),
         ({"row": stego.Row((1, 1, np.nan), (0, 0, 0))}, "three finite weights"),
     ],
