@@ -20,11 +20,12 @@ from ml_collections import ConfigDict
 
 from experiments.run.workdir import Workdir
 from sinder_jax import families, planted, repair, vit
-from sinder_jax.analysis import defective, spectra
+from sinder_jax.analysis import defective
 from sinder_jax.analysis.tokens import last_patches, random_directions, token_norms
 from sinder_jax.data import batches, decode
 from sinder_jax.data.listing import Photograph
 from sinder_jax.model import Model
+from sinder_jax.remedies import clamping
 from sinder_jax.storage import files
 from sinder_jax.storage.original import Original
 
@@ -210,7 +211,7 @@ def _clamped_as_good(
     model = original.model
     largest = max(float(s.max()) for s in original.factors.sigma.values())
     gammas = np.geomspace(largest, SMALLEST_GAMMA, GAMMAS + 1)[1:].tolist()
-    clamped = spectra.clamp_all(model.config, model.params, gammas)
+    clamped = clamping.clamp_all(model.config, model.params, gammas)
     tried = ((gamma, comparison.measure(params)) for gamma, params in clamped)
     gamma, measures = next(tried)
     while measures[name]["defective_patches"] > wanted and gamma > gammas[-1]:

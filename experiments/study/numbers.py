@@ -32,6 +32,7 @@ from sinder_jax.analysis.tokens import (
 )
 from sinder_jax.data import decode
 from sinder_jax.model import Model
+from sinder_jax.remedies import clamping
 
 HIGHEST = 3  # tokens of each image whose direction is measured
 NUM_RANDOM = 200  # random directions, of which figure 8 shows the first
@@ -313,7 +314,7 @@ class Study:
             self._clamped = None  # before the next one needs the room
             if self._clamping is None:
                 gammas = self.options.gammas
-                self._clamping = spectra.clamp_all(
+                self._clamping = clamping.clamp_all(
                     self.first.model.config,
                     self.first.model.params,
                     gammas[gammas.index(gamma) :],

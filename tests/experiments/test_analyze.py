@@ -28,10 +28,10 @@ from forward import tokens_after
 from loading import loaded
 from photos import crop, normalize
 from sinder_jax import checkpoint, launch, param_tree, planted, vit
-from sinder_jax.analysis import spectra
 from sinder_jax.analysis.defective import detect
 from sinder_jax.data import decode, listing
 from sinder_jax.model import Model
+from sinder_jax.remedies import clamping
 
 SMALL = vit.ViTConfig(embed_dim=32, depth=3, num_heads=2, ffn_layer="mlp", img_size=56)
 OF_A_PHOTO = {"pca", "angles", "random", "blocks", "growth", "clamp"}
@@ -114,7 +114,7 @@ def planted_run(tmp_path_factory):
     """All figures and the report of the planted model, before and after clamping."""
     folder = tmp_path_factory.mktemp("planted")
     made = planted.planted_model(0)
-    repaired = spectra.clamp_singular_values(made.config, made.params, 2.0)
+    repaired = clamping.clamp_singular_values(made.config, made.params, 2.0)
     checkpoint.save(folder / "before", made.config, made.params, {"source": "made up"})
     checkpoint.save(folder / "after", made.config, repaired)
     photo = crop(decode.read_rgb(listing.sample_images()[0]), 224)

@@ -6,18 +6,13 @@ import functools
 import jax
 import numpy as np
 import pytest
-import scipy.linalg
 
 import convert
 import golden
-import photos
 import reference
 from samples import SMALL, error_of, random_params
 from sinder_jax import defects, factor, kernels, planted
 from sinder_jax.analysis import spectra
-from sinder_jax.analysis.defective import norm_ratio
-from sinder_jax.analysis.tokens import last_patches, token_norms
-from sinder_jax.data import listing
 
 GAMMAS = (2.0, 1.5, 1.3)  # of figure 5
 
@@ -166,118 +161,6 @@ def test_decay_counts_by_hand():
     np.testing.assert_allclose(found.most_negative, [-0.55, 0.5])
 
 
-# --- Clamping -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["swiglu", "gelu"])
-@pytest.mark.parametrize("gamma", GAMMAS)
-def test_clamped_kernels_match_the_reference(name, gamma):
-    config, params, model = recorded(name)
-    ours = convert.to_torch(
-        config, spectra.clamp_singular_values(config, params, gamma)
-    )
-    clamped = reference.clamp(model, gamma)
-    changed = 0
-    for key, expected in clamped.state.items():
-        np.testing.assert_allclose(ours[key], expected, atol=1e-6, err_msg=key)
-        if not np.array_equal(expected, model.state[key]) and ".weight" in key:
-            assert relative(ours[key], expected) < 1e-6
-            changed += relative(model.state[key], expected) > 1e-3
-    assert changed > config.depth  # the control: something was clamped
-
-
-def test_no_singular_value_is_above_gamma_and_the_others_stay():
-    config, params, _ = recorded("swiglu")
-    before = spectra.kernel_spectra(config, params)
-    after = spectra.kernel_spectra(
-        config, spectra.clamp_singular_values(config, params, 1.2, kernels=["mlp/w3"])
-    )
-    expected = np.minimum(before["mlp/w3"], 1.2)
-    np.testing.assert_allclose(after["mlp/w3"], expected, atol=1e-6)
-    for name in before.keys() - {"mlp/w3"}:
-        np.testing.assert_array_equal(after[name], before[name])
-
-
-def test_what_is_not_clamped_keeps_its_bits_and_the_input_is_untouched():
-    config, params, _ = recorded("gelu")
-    kept = jax.tree.map(np.copy, params)
-    clamped = spectra.clamp_singular_values(config, params, 1.0, kernels=["attn/v"])
-    for (path, got), (_, want) in zip(leaves(clamped), leaves(kept), strict=True):
-        assert got.dtype == want.dtype
-        if "qkv" in str(path) and "kernel" in str(path):
-            width = config.embed_dim
-            np.testing.assert_array_equal(got[..., : 2 * width], want[..., : 2 * width])
-            assert not np.array_equal(got[..., 2 * width :], want[..., 2 * width :])
-        else:
-            np.testing.assert_array_equal(got, want)
-    nothing = spectra.clamp_singular_values(config, params, 1e3)
-    for (path, got), (_, want), (_, now) in zip(
-        leaves(nothing), leaves(kept), leaves(params), strict=True
-    ):
-        np.testing.assert_array_equal(got, want, err_msg=str(path))
-        np.testing.assert_array_equal(now, want, err_msg=str(path))
-
-
-def test_several_gammas_factorize_once_and_give_what_each_gives_alone(monkeypatch):
-    config, params, _ = recorded("swiglu")
-    calls = []
-
-    def counted(matrix, **subset):
-        calls.append(matrix.shape)
-        return eigh(matrix, **subset)
-
-    eigh = scipy.linalg.eigh
-    monkeypatch.setattr(scipy.linalg, "eigh", counted)
-    several = spectra.clamp_all(config, params, (1.3, 2.0, 1.5))
-    assert not calls  # nothing is computed before the first is asked for
-    found = {}
-    for gamma, clamped in several:
-        found[gamma] = clamped
-        assert len(calls) == 4 * config.depth
-    assert list(found) == [1.3, 2.0, 1.5]
-    for gamma, clamped in found.items():
-        alone = spectra.clamp_singular_values(config, params, gamma)
-        for (path, got), (_, want) in zip(leaves(clamped), leaves(alone), strict=True):
-            np.testing.assert_array_equal(got, want, err_msg=str(path))
-    assert list(spectra.clamp_all(config, params, ())) == []
-
-
-def test_clamping_lowers_the_norm_ratio_monotonically():
-    made = planted.planted_model(1)
-    pixels = photos.prepared(listing.sample_images()[0], 224)
-
-    def ratio(params):
-        tokens = last_patches(made.config, jax.device_put(params), pixels)
-        return float(norm_ratio(token_norms(tokens)))
-
-    gammas = (20.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.5, 1.3)  # 9 are planted
-    clamped = spectra.clamp_all(made.config, made.params, gammas)
-    ratios = [ratio(params) for _, params in clamped]
-    assert ratios[0] == ratio(made.params) > 10
-    # Until the thrown tokens are no longer the longest ones; then the ratio is that
-    # of sound tokens, 1.3 to 1.4, which clamping moves either way.
-    assert (np.diff(ratios[:6]) < -0.05).all(), ratios
-    assert max(ratios[5:]) < 1.5, ratios
-
-
-@pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])
-def test_a_gamma_that_is_not_positive_raises_at_once(gamma):
-    config, params, _ = recorded("gelu")
-    for call in (
-        lambda: spectra.clamp_singular_values(config, params, gamma),
-        lambda: spectra.clamp_all(config, params, (2.0, gamma)),
-    ):
-        assert f"gamma must be above 0, got {gamma}" in error_of(call)
-
-
-def test_kernels_that_do_not_exist_or_come_twice_raise():
-    config, params, _ = recorded("gelu")
-    clamp = functools.partial(spectra.clamp_all, config, params, [1.0])
-    assert "no kernel 'mlp/w12'" in error_of(clamp, kernels=["mlp/w12"])
-    for names in (["attn/v", "attn/v"], ["attn/qkv", "attn/k"]):
-        assert "named twice" in error_of(clamp, kernels=names)
-
-
 # --- What a repair changed ------------------------------------------------------------
 
 
@@ -320,7 +203,6 @@ def test_jax_arrays_give_what_numpy_arrays_give():
     for function in (
         spectra.kernel_spectra,
         lambda *args: spectra.block_maps(*args)._asdict(),
-        lambda *args: spectra.clamp_singular_values(*args, 1.3),
         lambda *args: spectra.singular_value_changes(*args, args[1]),
     ):
         ours, theirs = function(config, placed), function(config, params)
@@ -332,7 +214,6 @@ def test_progress_is_told_after_every_piece():
     for call, total in (
         (spectra.kernel_spectra, 6 * config.depth),
         (spectra.block_maps, config.depth),
-        (functools.partial(spectra.clamp_singular_values, gamma=2.0), 4 * config.depth),
     ):
         told = []
         call(config, params, progress=lambda *at, told=told: told.append(at))

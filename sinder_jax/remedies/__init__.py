@@ -1,0 +1,1 @@
+"""Remedies for singular defects, beside the paper's repair."""
