@@ -273,12 +273,21 @@ class FFN(nn.Module):
         """The hidden layer before its non-linearity: F wide, or 2F for SwiGLU."""
         return self.fc1(x) if self.config.ffn_layer == "mlp" else self.w12(x)
 
+    def activate(self, hidden: Float[Array, "B T up"]) -> Float[Array, "B T F"]:
+        """The activations of the hidden units."""
+        if self.config.ffn_layer == "mlp":
+            return nn.gelu(hidden, approximate=False)
+        a, b = jnp.split(hidden, 2, axis=-1)
+        return nn.silu(a) * b
+
+    def combine(self, activations: Float[Array, "B T F"]) -> Tokens:
+        """The output for given activations of the hidden units."""
+        last = self.fc2 if self.config.ffn_layer == "mlp" else self.w3
+        return last(activations)
+
     def contract(self, hidden: Float[Array, "B T up"]) -> Tokens:
         """The output of the hidden layer."""
-        if self.config.ffn_layer == "mlp":
-            return self.fc2(nn.gelu(hidden, approximate=False))
-        a, b = jnp.split(hidden, 2, axis=-1)
-        return self.w3(nn.silu(a) * b)
+        return self.combine(self.activate(hidden))
 
 
 class BlockTrace(NamedTuple):
