@@ -22,8 +22,9 @@ The modules are named after the concepts of the paper (arXiv:2407.16826):
     planted      a small model with planted defects, for the demo and the tests
 
 Rooms for what the paper does not talk about: `storage` (files), `data` (photographs),
-`analysis` (numbers about tokens and weights), `evals` (what features are worth
-downstream), `plots` (figures of these numbers).
+`analysis` (numbers about tokens and weights), `remedies` (what else can be done about a
+defect), `evals` (what features are worth downstream), `plots` (figures of these
+numbers).
 
 Glossary, used in every signature:
 

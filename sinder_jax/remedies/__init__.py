@@ -1,1 +1,73 @@
-"""Remedies for singular defects, beside the paper's repair."""
+"""Remedies for singular defects, beside the paper's repair, under one roof.
+
+    model --REMEDIES[name].apply--> Remedied: params, and neurons to move at inference
+    Remedied, images --test_time_registers.forward--> features
+
+The repair itself is in `repair`; here a model that it made stands beside the others.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from sinder_jax.model import Model, check_same_architecture
+from sinder_jax.remedies import ablation, clamping, test_time_registers
+
+
+class Remedied(NamedTuple):
+    """A model after a remedy; its architecture is that of the model before.
+
+    `test_time_registers.forward` and `intermediates` run it.
+
+    Attributes:
+      params: the weights.
+      neurons: whose activations move to an added token; of most remedies none.
+    """
+
+    params: Any
+    neurons: test_time_registers.Neurons = test_time_registers.NONE
+
+
+class Remedy(NamedTuple):
+    """What can be done about a defect.
+
+    Attributes:
+      needs: what `apply` takes beside the model: "gamma", the largest singular value
+        to leave; "photographs", normalized pixels of a few; "repaired", the `Model`
+        that a repair made; empty if it takes None.
+      apply: (model, what it needs) -> the model after the remedy.
+    """
+
+    needs: str
+    apply: Callable[[Model, Any], Remedied]
+
+
+def _nothing(model: Model, _: None) -> Remedied:
+    return Remedied(model.params)
+
+
+def _clamping(model: Model, gamma: float) -> Remedied:
+    return Remedied(clamping.clamp_singular_values(model.config, model.params, gamma))
+
+
+def _ablation(model: Model, _: None) -> Remedied:
+    return Remedied(ablation.ablate(model.config, model.params))
+
+
+def _test_time_registers(model: Model, photographs: Any) -> Remedied:
+    neurons = test_time_registers.find(model.config, model.params, photographs)
+    return Remedied(model.params, neurons)
+
+
+def _repaired(model: Model, repaired: Model) -> Remedied:
+    check_same_architecture(model, repaired)
+    return Remedied(repaired.params)
+
+
+REMEDIES = {
+    "nothing": Remedy("", _nothing),
+    "clamping": Remedy("gamma", _clamping),
+    "ablation": Remedy("", _ablation),
+    "test-time registers": Remedy("photographs", _test_time_registers),
+    "SINDER": Remedy("repaired", _repaired),
+}
+"""Every remedy, by the name to print."""

@@ -1,0 +1,73 @@
+"""remedies/: every remedy under its name, run by one forward pass."""
+
+import functools
+
+import jax
+import numpy as np
+
+import photos
+from samples import SMALL, error_of, random_params
+from sinder_jax import planted, vit
+from sinder_jax.analysis.defective import norm_ratio
+from sinder_jax.analysis.tokens import token_norms
+from sinder_jax.data import listing
+from sinder_jax.model import Model
+from sinder_jax.remedies import REMEDIES, test_time_registers
+
+
+@functools.cache
+def model() -> Model:
+    made = planted.planted_model(0)
+    return Model.of(made.config, made.params)
+
+
+@functools.cache
+def photograph(index):
+    return photos.prepared(listing.sample_images()[index], planted.CONFIG.img_size)
+
+
+def mended() -> Model:
+    """As a repair would: the throw of the planted unit is a tenth of what it was."""
+    params = jax.tree.map(np.copy, model().params)
+    params["blocks"]["mlp"]["w3"]["kernel"][planted.BLOCK, 0] *= 0.1
+    return Model.of(model().config, params)
+
+
+def test_every_remedy_but_none_takes_the_outliers_away():
+    given = {"": None, "gamma": 2.0, "repaired": mended()}
+    given["photographs"] = [photograph(0), photograph(1)]
+    ratios = {}
+    for name, remedy in REMEDIES.items():
+        params, neurons = remedy.apply(model(), given[remedy.needs])
+        image, config = photograph(3)[None], model().config
+        last = (config.depth - 1,)
+        (tokens,) = test_time_registers.intermediates(
+            config, jax.device_put(params), neurons, image, last
+        )
+        grid = vit.patch_grid(config, *image.shape[1:3])
+        patches = vit.split_tokens(config, tokens, *grid)[2]
+        ratios[name] = float(norm_ratio(token_norms(patches))[0])
+    assert ratios.pop("nothing") > 5
+    assert len(ratios) == 4 and max(ratios.values()) < 1.6, ratios
+
+
+def test_nothing_and_a_model_without_defect_keep_their_bits():
+    sound = jax.tree.map(np.copy, model().params)
+    sound["blocks"]["mlp"]["w3"]["kernel"][planted.BLOCK, 0] = 0
+    sound = Model.of(model().config, sound)
+    for name, given in (
+        ("nothing", None),
+        ("clamping", 1e3),
+        ("ablation", None),
+        ("test-time registers", [photograph(0)]),
+        ("SINDER", sound),
+    ):
+        params, neurons = REMEDIES[name].apply(sound, given)
+        jax.tree.map(np.testing.assert_array_equal, params, sound.params)
+        assert not neurons.units.size
+
+
+def test_a_repaired_model_of_another_architecture_is_refused():
+    other = Model.of(SMALL["swiglu"], random_params(SMALL["swiglu"]))
+    message = error_of(REMEDIES["SINDER"].apply, model(), other)
+    assert "different architectures: embed_dim (128 and 64)" in message
