@@ -40,7 +40,7 @@ from experiments.evaluation.unsupervised import Data
 from experiments.study.cache import read_arrays, write_arrays
 from sinder_jax import placement
 from sinder_jax.evals import cause, front_door, modularity
-from sinder_jax.evals.cause_head import Head
+from sinder_jax.evals.cause_head import PROJECTED, Head
 from sinder_jax.evals.cause_optimizer import Options
 from sinder_jax.evals.contrastive import Thresholds
 from sinder_jax.evals.probes import Linear
@@ -87,6 +87,7 @@ PAPER: Mapping[str, Mapping[str, float]] = {
     "Cityscapes": {"dinov2": 31.4, "dinov2_reg": 33.3, "sinder": 35.6},
     "VOC2012": {"dinov2": 55.8, "dinov2_reg": 48.9, "sinder": 62.9},
 }
+LARGEST_BANK = 60  # GB
 HALVED = 2  # epochs of the third stage after which the learning rate is halved
 STAGES = ("mediator", "front_door", "fine_tuning")
 
@@ -121,6 +122,13 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
         raise ValueError(
             f"config.gpus: got {filled.gpus} for {count} training images, of which "
             "each has a share; expected at most as many"
+        )
+    bank = 4 * filled.codes * filled.bank_size * PROJECTED / 1e9
+    if bank > LARGEST_BANK:
+        raise ValueError(
+            f"config.codes and config.bank_size: got {filled.codes} and "
+            f"{filled.bank_size}, a bank of {bank:,.0f} GB, expected at most "
+            f"{LARGEST_BANK} GB"
         )
     thresholds(filled)
     if filled.train_size != filled.test_size:

@@ -96,7 +96,10 @@ class StegoOptions:
         numbers = [*self.row.weights, *self.row.shifts]
         finite = len(numbers) == 6 and all(map(math.isfinite, numbers))
         rules = {
-            "row": (finite, "three finite weights and three finite shifts"),
+            "row": (
+                finite and min(self.row.weights) >= 0,
+                "three finite weights, at least 0, and three finite shifts",
+            ),
             "lr": (0 < self.lr < math.inf, "above 0"),
             "probe_lr": (0 < self.probe_lr < math.inf, "above 0"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and below 1"),

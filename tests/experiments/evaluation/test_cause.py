@@ -160,6 +160,7 @@ def test_a_start_after_a_stop_in_each_stage_gives_the_same_bits(
         ({"test_size": 70}, "got 56 and 70, expected the same"),
         ({"train_size": 42, "test_size": 42}, "got 42, expected at least 56"),
         ({"codes": 1}, "config.codes: got 1, expected at least 2"),
+        ({"codes": 99_999_999}, "got 99999999 and 3, a bank of 2,458 GB"),
         ({"gpus": -1}, "config.gpus: got -1, expected at least 1"),
         ({"gpus": 6}, "config.gpus: got 6 for 5 training images"),
         ({"mediator_epochs": -1}, "config.mediator_epochs: got -1"),

@@ -287,6 +287,7 @@ def test_arrays_that_do_not_go_together_are_refused():
         ({"samples": 65}, "got samples=65, must be at least 1 and at most 64"),
         ({"negatives": 0}, "got negatives=0"),
         ({"row": stego.Row((1, 1, np.nan), (0, 0, 0))}, "three finite weights"),
+        ({"row": stego.Row((1, -1, 1), (0, 0, 0))}, "three finite weights, at least 0"),
     ],
 )
 def test_options_out_of_range_are_refused(wrong, said):
