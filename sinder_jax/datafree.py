@@ -1,0 +1,414 @@
+"""Repair without photographs: ε that undo a singular defect, from the weights alone.
+
+    params --forecast--> gaps, ν --explaining_blocks--> the few blocks to change
+    E_i, G_i --subspaces of their leading vectors--> small matrices K_i(ε) ~ G_i(ε)
+    K_i, gains along ν, price of ε --L-BFGS--> ε --factor.merge--> repaired params
+
+docs/datafree.md derives the objective. The weights tell how far a block stretches which
+direction. They do not tell which tokens set it off, nor how often: a repair that has
+seen photographs closes the gate on just those tokens, while this one shortens the throw
+for all.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from sinder_jax import defects, factor, kernels, linalg, spectral_map
+from sinder_jax.analysis import forecast as forecasts
+from sinder_jax.analysis.forecast import MIN_GAP, Forecast
+from sinder_jax.param_tree import Params
+from sinder_jax.spectral_map import SpectralBlock, Values
+from sinder_jax.vit import ViTConfig
+
+PRICE = 0.03  # of a kernel changed as much as it is large; 1 is a stretch of e
+REACH = 4.0  # standard deviations that tokens may lie out along the trigger
+TRIPLETS = 4  # leading ones of each product in the first subspaces ...
+MORE = 2  # ... and in every round those of the products as changed so far
+MAX_ROUNDS = 12
+AGREE = 1e-3  # log σ_0 of a product and of its subspace, at the end
+MAX_ITERATIONS = 200  # of L-BFGS in a round
+FLAT = 1e-4  # norm of the gradient that ends it
+
+
+class Repaired(NamedTuple):
+    """What a data-free repair changed, and what it reached.
+
+    Attributes:
+      params: the repaired params; the very tree that was given if nothing is changed.
+      eps: changes of the singular values, a dict like `factor.Factors.sigma`; zero but
+        in `blocks`.
+      factors: the basis of `eps`; zero but in `blocks`, as no other is needed.
+      blocks: whose kernels are changed, in order; empty without defect.
+      gaps_before, gaps_after: σ_0/σ_1 of each running product.
+      price: Σ ‖ε_k‖²/‖σ_k‖² over the changed kernels.
+      rounds: exact decompositions of the running products.
+      iterations: of L-BFGS, in all rounds.
+    """
+
+    params: Params
+    eps: dict[str, Float[np.ndarray, "L S"]]
+    factors: factor.Factors
+    blocks: tuple[int, ...]
+    gaps_before: Float[np.ndarray, " L"]
+    gaps_after: Float[np.ndarray, " L"]
+    price: float
+    rounds: int
+    iterations: int
+
+    @property
+    def has_defect(self) -> bool:
+        """True if a gap still reaches `MIN_GAP`."""
+        return bool(np.max(self.gaps_after) >= MIN_GAP)
+
+
+class Problem(NamedTuple):
+    """The objective in one round: everything that does not depend on ε; float64.
+
+    n products G_i, from the first changed block on, each in a subspace of k dimensions.
+
+    Attributes:
+      blocks: the m changed blocks.
+      sigma: of their four kernels each.
+      nu: [m, D], the direction of each block.
+      between: [D, D], the product of the maps between one changed block and the next.
+      inputs: [D, n·k], the subspaces on the input side, before the first changed block.
+      outputs: [n_b, k, D] for each changed block b, those on the output side seen from
+        behind b, of the products up to the next changed block.
+      ceiling: [n], log σ_1 of each product before the repair.
+      slack: log τ.
+    """
+
+    blocks: tuple[SpectralBlock, ...]
+    sigma: tuple[Values, ...]
+    nu: Any
+    between: tuple[Any, ...]
+    inputs: Any
+    outputs: tuple[Any, ...]
+    ceiling: Any
+    slack: Any
+
+
+def explaining_blocks(told: Forecast) -> tuple[int, ...]:
+    """The fewest blocks without whose growth no gap would reach `MIN_GAP`.
+
+    Blocks are taken by their growth, the largest first, until the gap of every block,
+    divided by the growth of the blocks taken up to there, is below `MIN_GAP`.
+
+    Example:
+      >>> from sinder_jax import planted
+      >>> made = planted.planted_model(0)
+      >>> explaining_blocks(forecasts.forecast(made.config, made.params))
+      (5,)
+    """
+    log_gaps, growth = np.log(told.gaps), np.log(told.growth)
+    taken: list[int] = []
+    while np.any(too_large := log_gaps >= np.log(MIN_GAP)):
+        last = int(np.flatnonzero(too_large)[-1])
+        left = [block for block in range(last + 1) if block not in taken]
+        taken.append(max(left, key=lambda block: growth[block]))
+        log_gaps[taken[-1] :] -= growth[taken[-1]]
+    return tuple(sorted(taken))
+
+
+def repair(
+    config: ViTConfig,
+    params: Params,
+    *,
+    found: defects.SingularDefects | None = None,
+    price: float = PRICE,
+    progress: Callable[[str], Any] = lambda line: None,
+) -> Repaired:
+    """Undoes a singular defect by changes ε of singular values, without photographs.
+
+    Minimizes over ε
+
+        mean_i max(0, log σ_0(G_i(ε)) - log σ_1(G_i(0)) - log τ)²
+        + mean_b max(0, log ‖E_b(ε)ᵀν_b‖ - log τ)² + price · Σ_k ‖ε_k‖²/‖σ_k‖²
+
+    over products i from the first changed block on, changed blocks b and their kernels
+    k. τ is the largest gap in front of the defect.
+
+    Args:
+      config: the architecture.
+      params: the params tree; not changed.
+      found: the directions, if they are known already; None: computed here.
+      price: of a change that ordinary tokens see: for x ~ N(0, I) a kernel's
+        E‖ΔW·x‖²/E‖W·x‖² is ‖ε‖²/‖σ‖². Above 0.
+      progress: called with a line about each round.
+
+    Returns:
+      See `Repaired`. Without a forecast defect nothing is changed or computed.
+
+    Raises:
+      ValueError: a price that is not above 0.
+      FloatingPointError: the search has not settled after `MAX_ROUNDS` rounds.
+    """
+    if not 0 < price < np.inf:
+        raise ValueError(f"price must be above 0 and finite, got {price}")
+    if found is None:
+        found = defects.singular_defects(config, params)
+    told = forecasts.forecast(config, params, found=found, count=1)
+    blocks = explaining_blocks(told)
+    factors = factors_of(config, params, blocks)
+    eps = {name: np.zeros_like(sigma) for name, sigma in factors.sigma.items()}
+    if not blocks:
+        gaps = told.gaps
+        return Repaired(params, eps, factors, blocks, gaps, gaps, 0.0, 0, 0)
+    search = _Search(config, params, blocks, factors, told)
+    with jax.enable_x64(True):
+        values, rounds, iterations = search.run(price, progress)
+    for block, each in zip(blocks, values, strict=True):
+        for name, s in zip(kernels.names(config), each, strict=True):
+            sigma = factors.sigma[name][block]
+            eps[name][block] = np.maximum(np.float32(s - sigma), -sigma)
+    params = factor.merge(params, factors, eps)
+    after = defects.singular_defects(config, params)
+    paid = sum(
+        float(np.square(e[block]).sum() / np.square(factors.sigma[name][block]).sum())
+        for name, e in eps.items()
+        for block in blocks
+    )
+    return Repaired(
+        params, eps, factors, blocks, told.gaps, after.gaps, paid, rounds, iterations
+    )
+
+
+def factors_of(
+    config: ViTConfig, params: Params, blocks: Sequence[int]
+) -> factor.Factors:
+    """`factor.factorize` of a few blocks; all others are zero and take no memory."""
+    _, stacks = kernels.split(config, params)
+    factors = factor.Factors(u={}, sigma={}, v={})
+    for name, stack in stacks.items():
+        depth, width_in, width_out = np.shape(stack)
+        size = min(width_in, width_out)
+        factors.u[name] = np.zeros((depth, width_out, size), np.float32)
+        factors.sigma[name] = np.zeros((depth, size), np.float32)
+        factors.v[name] = np.zeros((depth, width_in, size), np.float32)
+    jobs = [(name, block) for name in stacks for block in blocks]
+    parts = linalg.in_parallel(
+        lambda job: factor.factorize_kernel(np.asarray(stacks[job[0]][job[1]])), jobs
+    )
+    for (name, block), (u, sigma, v) in zip(jobs, parts, strict=True):
+        factors.u[name][block] = u
+        factors.sigma[name][block] = sigma
+        factors.v[name][block] = v
+    return factors
+
+
+def trigger(
+    weights: kernels.BlockWeights, nu: Float[np.ndarray, " D"]
+) -> Float[np.ndarray, " D"]:
+    """The unit input to which an FFN answers most along ν; zeros if to none."""
+    fit = defects.hidden_fit(weights.ffn_layer, weights.first, weights.bias)
+    answer = fit.T @ (weights.last.T @ (weights.gamma2 * nu))
+    return answer / max(float(np.linalg.norm(answer)), linalg.TINY)
+
+
+# --- The search: small problems, each corrected by exact decompositions ---------------
+
+
+class _Search:
+    """Finds the singular values; holds the maps and the subspaces of a repair."""
+
+    def __init__(
+        self,
+        config: ViTConfig,
+        params: Params,
+        blocks: tuple[int, ...],
+        factors: factor.Factors,
+        told: Forecast,
+    ):
+        self.blocks, self.nu = blocks, told.directions[list(blocks)]
+        maps, sigma = [], []
+        for block, nu in zip(blocks, self.nu, strict=True):
+            weights = kernels.weights(config, params, block)
+            four = [
+                factor.KernelFactors(
+                    *(x[n][block] for x in (factors.u, factors.sigma, factors.v))
+                )
+                for n in kernels.names(config)
+            ]
+            reach = REACH * trigger(weights, nu)
+            maps.append(spectral_map.of_block(weights, four, reach))
+            sigma.append(tuple(np.asarray(x.sigma, np.float64) for x in four))
+        self.maps, self.sigma = tuple(maps), tuple(sigma)
+        before = told.gaps[: told.stretches[0].first]
+        self.slack = float(np.log(np.max(before, initial=1.0)))
+
+        first = blocks[0]
+        self.before = np.eye(config.embed_dim)
+        for block in range(first):
+            self.before = defects.block_map(config, params, block) @ self.before
+            self.before /= np.linalg.norm(self.before)
+        jobs = range(first, config.depth)
+        self.own = list(
+            linalg.in_parallel(lambda i: defects.block_map(config, params, i), jobs)
+        )
+
+    def run(self, price: float, progress: Callable[[str], Any]) -> tuple[Any, int, int]:
+        """Singular values of all changed blocks, rounds and iterations."""
+        theta = jax.tree.map(jnp.zeros_like, self.sigma)
+        triplets, logs = self.leading(self.sigma, TRIPLETS)
+        ceiling, total = logs[:, 1], 0
+        u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
+        for done in range(1, MAX_ROUNDS + 1):
+            problem = self.problem(u, v, ceiling)
+            theta, steps = minimize(problem, theta, price)
+            values = jax.device_get(singular_values(problem, theta))
+            total += int(steps)
+            small = np.asarray(log_stretches(problem, values))
+            triplets, logs = self.leading(values, MORE)
+            apart = float(np.max(logs[:, 0] - small))
+            progress(
+                f"round {done}: {steps} iterations, σ0 at most "
+                f"{np.exp(np.max(logs[:, 0] - ceiling)):.3f} times σ1 before"
+            )
+            if apart < AGREE:
+                return values, done, total
+            u = _joined(u, [t.u for t in triplets])
+            v = _joined(v, [t.v for t in triplets])
+        raise FloatingPointError(
+            f"the data-free repair has not settled after {MAX_ROUNDS} rounds: the "
+            f"largest log σ0 is {apart:.3g} above that of its subspace"
+        )
+
+    def changed(self, values: Any) -> list[np.ndarray]:
+        """The maps E_i from the first changed block on, with other singular values."""
+        maps, identity = list(self.own), jnp.eye(len(self.before))
+        for block, part, s in zip(self.blocks, self.maps, values, strict=True):
+            now = spectral_map.apply(part, s, identity)
+            maps[block - self.blocks[0]] = np.asarray(now)
+        return maps
+
+    def leading(
+        self, values: Any, count: int
+    ) -> tuple[list[linalg.Triplets], np.ndarray]:
+        """Leading triplets of the products G_i and log σ, exactly."""
+        maps = self.changed(values)
+        maps[0] = maps[0] @ self.before
+        found = list(linalg.running_triplets(maps.__getitem__, len(maps), count))
+        logs = [log + np.log(np.maximum(t.s, linalg.TINY)) for t, log in found]
+        return [t for t, _ in found], np.stack(logs)
+
+    def problem(self, u: np.ndarray, v: np.ndarray, ceiling: np.ndarray) -> Problem:
+        """The objective in the subspaces u, v [n, D, k] of the products."""
+        first = self.blocks[0]
+        ends = [*(b - first for b in self.blocks[1:]), len(self.own)]
+        starts = [b - first for b in self.blocks]
+        outputs = []
+        for start, end in zip(starts, ends, strict=True):
+            pulled = np.empty((0, u.shape[2], u.shape[1]))  # through E_end … E_i+1
+            for i in range(end - 1, start - 1, -1):
+                pulled = np.concatenate([u[i].T[None], pulled])
+                pulled = pulled @ self.own[i] if i > start else pulled
+            outputs.append(pulled)
+        between = []
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            product = np.eye(u.shape[1])
+            for i in range(start + 1, end):
+                product = self.own[i] @ product
+            between.append(product)
+        problem = Problem(
+            blocks=self.maps,
+            sigma=self.sigma,
+            nu=self.nu,
+            between=tuple(between),
+            inputs=np.concatenate([self.before @ each for each in v], axis=1),
+            outputs=tuple(outputs),
+            ceiling=ceiling,
+            slack=np.asarray(self.slack),
+        )
+        return jax.tree.map(jnp.asarray, problem)
+
+
+def _joined(basis: np.ndarray, more: list[np.ndarray]) -> np.ndarray:
+    """Orthonormal bases [n, D, k] of each subspace and further vectors."""
+    return np.linalg.qr(np.concatenate([basis, np.stack(more)], axis=2))[0]
+
+
+# --- The objective --------------------------------------------------------------------
+
+
+def singular_values(problem: Problem, theta: Any) -> Any:
+    """Returns s = σ·exp(θ), which is never negative."""
+    return jax.tree.map(lambda sigma, t: sigma * jnp.exp(t), problem.sigma, theta)
+
+
+def log_stretches(problem: Problem, values: Any) -> Float[Array, " n"]:
+    """Returns log σ_0 of each product in its subspace, at most that of the product."""
+    x, small = problem.inputs, []
+    for at, outputs in enumerate(problem.outputs):
+        x = spectral_map.apply(problem.blocks[at], values[at], x)
+        n, k, _ = outputs.shape
+        own = x[:, : n * k].reshape(-1, n, k)
+        small.append(jnp.einsum("ikd,dil->ikl", outputs, own))
+        if at < len(problem.between):
+            x = problem.between[at] @ x[:, n * k :]
+    ritz = jnp.linalg.svd(jnp.concatenate(small), compute_uv=False)
+    return jnp.log(ritz[:, 0])
+
+
+def gains(problem: Problem, values: Any) -> Float[Array, " m"]:
+    """‖E_bᵀν_b‖ of each changed block: how far it can stretch a token along ν_b."""
+
+    def gain(block: SpectralBlock, s: Any, nu: Any) -> Array:
+        through = functools.partial(spectral_map.apply, block, s)
+        (pulled,) = jax.linear_transpose(through, nu[:, None])(nu[:, None])
+        return jnp.linalg.norm(pulled)
+
+    each = zip(problem.blocks, values, problem.nu, strict=True)
+    return jnp.stack([gain(*one) for one in each])
+
+
+def objective(problem: Problem, theta: Any, price: Any) -> Float[Array, ""]:
+    """What `repair` minimizes, with the products in their subspaces."""
+    values = singular_values(problem, theta)
+    stretch = log_stretches(problem, values) - problem.ceiling - problem.slack
+    gain = jnp.log(gains(problem, values)) - problem.slack
+    paid = jax.tree.map(
+        lambda s, sigma: jnp.sum((s - sigma) ** 2) / jnp.sum(sigma**2),
+        values,
+        problem.sigma,
+    )
+    return (
+        jnp.mean(jnp.maximum(stretch, 0.0) ** 2)
+        + jnp.mean(jnp.maximum(gain, 0.0) ** 2)
+        + price * sum(jax.tree.leaves(paid))
+    )
+
+
+@jax.jit
+def minimize(problem: Problem, theta: Any, price: Any) -> tuple[Any, Array]:
+    """θ of the smallest objective near `theta`, by L-BFGS; and its iterations."""
+
+    def loss(theta: Any) -> Array:
+        return objective(problem, theta, price)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def goes_on(carry: Any) -> Array:
+        _, state, steps = carry
+        gradient = optax.tree_utils.tree_get(state, "grad")
+        flat = optax.tree_utils.tree_norm(gradient) < FLAT
+        return (steps == 0) | ((steps < MAX_ITERATIONS) & ~flat)
+
+    def step(carry: Any) -> Any:
+        theta, state, steps = carry
+        value, gradient = value_and_grad(theta, state=state)
+        update, state = solver.update(
+            gradient, state, theta, value=value, grad=gradient, value_fn=loss
+        )
+        return optax.apply_updates(theta, update), state, steps + 1
+
+    start = theta, solver.init(theta), jnp.zeros((), int)
+    theta, _, steps = jax.lax.while_loop(goes_on, step, start)
+    return theta, steps

@@ -1,0 +1,209 @@
+"""datafree.py: planted defects are undone from the weights; sound models are left."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+import photos
+from samples import SMALL, error_of, random_params
+from sinder_jax import datafree, defects, delta, factor, param_tree, planted
+from sinder_jax.analysis import defective
+from sinder_jax.analysis.forecast import Forecast, Stretch, forecast
+from sinder_jax.analysis.tokens import last_patches
+from sinder_jax.data import decode, listing
+
+SEED = 3
+
+
+@functools.cache
+def model():
+    return planted.planted_model(SEED)
+
+
+@functools.cache
+def repaired():
+    return datafree.repair(model().config, model().params)
+
+
+@pytest.mark.slow  # compiling the search takes 20 s of a core
+def test_a_planted_defect_is_gone_from_the_weights():
+    found = repaired()
+    assert found.blocks == (model().block,)
+    assert found.gaps_before.max() > 10
+    # Twelve seeds have 1.05 at most with the planted unit taken out.
+    assert found.gaps_after.max() < 1.1
+    assert not found.has_defect
+
+
+@pytest.mark.slow  # compiling the search takes 20 s of a core
+def test_defective_patches_are_gone_and_sound_tokens_as_before():
+    made, found = model(), repaired()
+    nu = defects.singular_defect_directions(made.config, made.params)[-1]
+    before = after = 0
+    for file in listing.sample_images()[:3]:
+        image = photos.normalize(photos.crop(decode.read_rgb(file), 224))
+        tokens = [
+            last_patches(made.config, each, image)
+            for each in (made.params, found.params)
+        ]
+        told = defective.measure(*tokens, nu, mask_thr=4.0)
+        before += told["outliers_before"] + told["large_norms_before"]
+        after += told["outliers_after"] + told["large_norms_after"]
+        assert told["cosine_of_sound_tokens"] > 0.99
+    assert before >= 3 * 2 * 6
+    assert after <= before / 10
+
+
+@pytest.mark.slow  # compiling the search takes 20 s of a core
+def test_only_the_kernels_of_the_blocks_change_and_only_by_eps():
+    made, found = model(), repaired()
+    whole = factor.factorize(made.config, made.params)
+    for name, eps in found.eps.items():
+        others = np.delete(np.arange(made.config.depth), found.blocks)
+        assert not eps[others].any()
+        assert (found.factors.sigma[name] + eps >= 0).all()
+        for block in found.blocks:
+            np.testing.assert_array_equal(
+                found.factors.u[name][block], whole.u[name][block]
+            )
+    merged = factor.merge(made.params, whole, found.eps)
+    assert param_tree.digest(merged) == param_tree.digest(found.params)
+    told = delta.from_eps(made.config, made.params, found.factors, found.eps)
+    assert delta.touched(told) == found.blocks
+    assert param_tree.digest(delta.apply(made.params, told)) == param_tree.digest(
+        merged
+    )
+
+
+@pytest.mark.slow  # compiling the search takes 20 s of a core
+def test_the_price_paid_is_the_change_that_random_inputs_see():
+    made, found = model(), repaired()
+    rng, paid = np.random.default_rng(0), 0.0
+    for name in found.eps:
+        each = (x[name][model().block] for x in (found.factors.u, found.factors.v))
+        u, v = (np.asarray(x, np.float64) for x in each)
+        sigma, eps = found.factors.sigma[name][5], found.eps[name][5]
+        x = rng.normal(size=(len(v), 20_000))
+        sizes = [np.square(u * s @ (v.T @ x)).sum() for s in (eps, sigma)]
+        paid += sizes[0] / sizes[1]
+    assert made.block == 5
+    assert found.price == pytest.approx(paid, rel=0.05)  # 20,000 probes
+
+
+def test_a_model_without_a_defect_comes_back_as_it_is():
+    params = jax.tree.map(np.array, model().params)
+    params["blocks"]["mlp"]["w3"]["kernel"][model().block][model().unit] = 0.0
+    found = datafree.repair(model().config, params)
+    assert found.params is params
+    assert found.blocks == () and found.rounds == 0
+    assert not any(eps.any() for eps in found.eps.values())
+
+
+def told(gaps):
+    gaps = np.asarray(gaps, float)
+    growth = gaps / np.concatenate([[1.0], gaps[:-1]])
+    nothing = np.zeros((len(gaps), 2))
+    return Forecast(0, (), nothing, gaps, growth, gaps, 0.0, ())
+
+
+@pytest.mark.parametrize(
+    ("gaps", "blocks"),
+    [
+        ([1.0, 1.1, 1.2], ()),
+        ([1.0, 1.1, 12.0, 11.0, 9.0], (2,)),
+        ([1.0, 2.5, 20.0, 20.0], (2,)),  # 2.5 is left
+        ([1.0, 4.0, 20.0, 20.0], (1, 2)),  # 4 would be left
+        ([5.0, 1.0, 6.0], (0, 2)),  # two defects, one after the other
+    ],
+)
+def test_explaining_blocks_are_the_fewest_without_which_no_gap_is_large(gaps, blocks):
+    assert datafree.explaining_blocks(told(gaps)) == blocks
+
+
+@functools.cache
+def problem(kind="mlp", blocks=(0, 2)):
+    """A search over several blocks of a random model, and its problem with all of D."""
+    config = SMALL[kind]
+    params = jax.tree.map(lambda x: 0.2 * x, random_params(config))
+    found = defects.singular_defects(config, params)
+    every = forecast(config, params, found=found)
+    every = every._replace(stretches=(Stretch(0, config.depth - 1),))
+    factors = datafree.factors_of(config, params, blocks)
+    with jax.enable_x64(True):
+        search = datafree._Search(config, params, blocks, factors, every)
+        triplets, logs = search.leading(search.sigma, config.embed_dim)
+        u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
+        return search, search.problem(u, v, logs[:, 1])
+
+
+def changed(search, seed=5):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.uniform(-0.5, 0.5, x.shape), search.sigma)
+
+
+def test_the_whole_space_gives_the_stretch_of_every_product():
+    search, whole = problem()
+    with jax.enable_x64(True):
+        values = jax.device_get(datafree.singular_values(whole, changed(search)))
+        small = datafree.log_stretches(whole, values)
+        _, logs = search.leading(values, 1)
+    np.testing.assert_allclose(small, logs[:, 0], rtol=0, atol=1e-9)
+
+
+def test_a_subspace_gives_no_more_than_the_stretch_of_the_product():
+    search, whole = problem()
+    with jax.enable_x64(True):
+        triplets, logs = search.leading(search.sigma, 2)
+        u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
+        small = search.problem(u, v, logs[:, 1])
+        values = jax.device_get(datafree.singular_values(whole, changed(search)))
+        stretches, exact = jax.device_get(
+            [datafree.log_stretches(each, values) for each in (small, whole)]
+        )
+    assert (stretches <= exact + 1e-12).all()
+    assert (stretches < exact - 1e-3).any()  # or the test could not fail
+
+
+def test_gains_are_those_of_the_maps():
+    search, whole = problem()
+    with jax.enable_x64(True):
+        values = jax.device_get(datafree.singular_values(whole, changed(search)))
+        got = datafree.gains(whole, values)
+        maps = search.changed(values)
+    want = [
+        np.linalg.norm(maps[b].T @ nu) for b, nu in zip((0, 2), search.nu, strict=True)
+    ]
+    np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
+def test_the_gradient_of_the_objective_is_that_of_finite_differences():
+    search, whole = problem()
+    theta, h = changed(search), 1e-5
+    direction = changed(search, seed=6)
+    with jax.enable_x64(True):
+        whole = whole._replace(ceiling=whole.ceiling - 1.0)  # so that all terms count
+
+        def along(t):
+            moved = jax.tree.map(lambda x, d: x + t * d, theta, direction)
+            return datafree.objective(whole, moved, 0.03)
+
+        got = jax.grad(along)(0.0)
+        want = (along(h) - along(-h)) / (2 * h)
+    assert got == pytest.approx(float(want), rel=1e-6)
+
+
+def test_bases_stay_orthonormal_as_they_grow():
+    rng = np.random.default_rng(0)
+    basis = np.linalg.qr(rng.normal(size=(2, 9, 3)))[0]
+    grown = datafree._joined(basis, list(rng.normal(size=(2, 9, 2))))
+    np.testing.assert_allclose(
+        np.swapaxes(grown, 1, 2) @ grown, np.stack([np.eye(5)] * 2), atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("price", [0.0, -1.0, np.inf, np.nan])
+def test_an_impossible_price_is_refused(price):
+    said = error_of(datafree.repair, model().config, model().params, price=price)
+    assert "price must be above 0" in said
