@@ -27,7 +27,7 @@ from sinder_jax.param_tree import Params
 from sinder_jax.spectral_map import SpectralBlock, Values
 from sinder_jax.vit import ViTConfig
 
-PRICE = 0.03  # of a kernel changed as much as it is large; 1 is a stretch of e
+PRICE = 0.03  # of ε as large as σ; a mean stretch e times too far costs 1
 REACH = 4.0  # standard deviations that tokens may lie out along the trigger
 TRIPLETS = 4  # leading ones of each product in the first subspaces ...
 MORE = 2  # ... and in every round those of the products as changed so far
@@ -133,7 +133,8 @@ def repair(
         + mean_b max(0, log ‖E_b(ε)ᵀν_b‖ - log τ)² + price · Σ_k ‖ε_k‖²/‖σ_k‖²
 
     over products i from the first changed block on, changed blocks b and their kernels
-    k. τ is the largest gap in front of the defect.
+    k. τ is the largest gap in front of the defect. The FFN of a changed block is fitted
+    to inputs that reach `REACH` standard deviations out along its `trigger`.
 
     Args:
       config: the architecture.
