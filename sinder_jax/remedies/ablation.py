@@ -99,8 +99,5 @@ def _without(
     leaf: Float[np.ndarray, "*in D"],
 ) -> Float[np.ndarray, "*in D"]:
     """A kernel or bias whose rows, times γ, have no part along the line."""
-    reached = gamma != 0
-    line = np.where(reached, line, 0.0)
-    line = line / max(np.linalg.norm(line), TINY)
     along = (leaf * gamma) @ line
-    return leaf - along[..., None] * line / np.where(reached, gamma, 1.0)
+    return leaf - along[..., None] * line / np.where(gamma == 0, 1.0, gamma)

@@ -29,8 +29,8 @@ Images = Float[AnyArray, "B height width 3"]
 SHARE = 0.25
 """Of the largest score: a unit below it is no register neuron.
 
-Measured: the planted unit of twelve tiny models and five trained ones scores 13 or
-more, and no other unit of them above 3.
+Measured: the planted unit of twelve tiny models, and of a trained one planted in five
+ways, scores 10 to 17, and no other unit a quarter of that; 3.0 where one was looked at.
 """
 
 
