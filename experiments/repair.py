@@ -23,6 +23,7 @@ from experiments import config as config_files
 from experiments.run import (
     cluster,
     compiled,
+    datafree_run,
     diagnosis,
     first_start,
     inputs,
@@ -117,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Config. All that can be checked is checked before the long part begins.
     began = time.monotonic()
     args, overrides = _parser().parse_known_args(argv)
-    config = config_files.load(args.config)
+    config = config_files.load(args.config, whole=_whole)
     config_files.override(config, overrides)
+    if "repair" in config:
+        return datafree_run.run(args, config)
     options = inputs.repair_options(config)
     inputs.check_weights_given(config, resumes=inputs.resumes(args.workdir))
     sinks.check_packages(config)
@@ -366,6 +369,11 @@ def write_finished(
 def passes(every: int, position: int, batch: int) -> bool:
     """True if the last `batch` images passed a multiple of `every`."""
     return position // every > (position - batch) // every
+
+
+def _whole(config: ConfigDict) -> str:
+    """The config that has all keys of this kind of repair."""
+    return "datafree.py" if "repair" in config else "giant.py"
 
 
 def _parser() -> cli.Parser:
