@@ -45,7 +45,9 @@ def test_apply_is_the_block_map_for_any_singular_values(kind):
 
 @pytest.mark.parametrize("kind", ["mlp", "swiglu"])
 def test_slopes_are_the_mean_derivatives_of_inputs_that_reach_out(kind):
-    weights, block, sigma = made(kind, reach=0.4)
+    weights, block, sigma = made(kind, reach=1.0)
+    weights = weights._replace(bias=weights.bias - 2.0)  # a gate mostly closed
+    block = block.replace(bias=weights.bias)
     rng = np.random.default_rng(3)
     count, width = 200_000, len(weights.v)
     x = rng.normal(size=(count, width)) + np.outer(rng.normal(size=count), block.reach)
