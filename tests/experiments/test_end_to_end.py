@@ -565,7 +565,7 @@ def failure(capsys, *arguments: object, workdir: Path | None = None) -> str:
     [
         (["--config=tiny.py"], "required: --workdir"),
         (["--workdir=run"], "required: --config"),
-        (["--config=huge.py"], "no config huge.py; give a path or one of base.py, gia"),
+        (["--config=huge.py"], "no config huge.py; give a path or one of base.py, dat"),
         (["--config=broken.py"], "broken.py cannot be used: SyntaxError: .*line 2"),
         (["--config=notes.py"], "notes.py defines no get_config"),
         (["--config=tiny.py", "--config.lrr=1"], r"no key lrr: did you mean lr\?"),
