@@ -12,7 +12,7 @@ import scene_trees
 import small_runs
 from experiments import evaluate
 from experiments.configs.evals import cause_cityscapes, cause_voc
-from experiments.evaluation import cause
+from experiments.evaluation import cause, cause_settings
 from experiments.evaluation.cause_batches import Order
 from samples import error_of
 from sinder_jax import checkpoint, vit
@@ -95,7 +95,7 @@ def test_only_the_results_of_the_stages_are_kept(whole):
     """Snapshots of the second hold the bank, 1.7 GB of the published size."""
     (folder,) = (whole / "states").iterdir()
     kept = [path.name.rpartition("_")[0] for path in folder.glob("*.npz")]
-    assert sorted(kept) == [f"seed0_{stage}" for stage in sorted(cause.STAGES)]
+    assert sorted(kept) == [f"seed0_{stage}" for stage in sorted(cause_settings.STAGES)]
     assert [path.name for path in folder.iterdir() if path.is_dir()] == ["seed0"]
 
 
@@ -182,7 +182,7 @@ def test_settings_that_cannot_be_are_refused(model, data, tmp_path, changes, sai
 
 def published(name, gpus):
     config = CONFIGS[name].get_config()
-    config.update({**cause.PUBLISHED[name], "gpus": gpus})
+    config.update({**cause_settings.PUBLISHED[name], "gpus": gpus})
     return config
 
 
@@ -197,8 +197,11 @@ def published(name, gpus):
 )
 def test_steps_and_rates_are_those_of_the_original(name, crops, gpus, steps):
     config = published(name, gpus)
-    assert cause.order(config, crops, 0).steps == steps
-    options = {stage: cause.options(config, stage, steps) for stage in cause.STAGES}
+    assert cause_settings.order(config, crops, 0).steps == steps
+    options = {
+        stage: cause_settings.options(config, stage, steps)
+        for stage in cause_settings.STAGES
+    }
     assert {each.lr for each in options.values()} == {1e-3 * gpus}
     assert options["fine_tuning"].halve_every == 2 * steps
     assert options["front_door"].halve_every == 0
