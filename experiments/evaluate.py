@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Stopping() as stopping,
         Progress() as progress,
     ):
+        names: list[str] = []
+        owners: list[Model] = []
         found: list[Result] = []
         for name, model in zip(args.checkpoint, models, strict=True):
             progress.say(f"{name}: {config.protocol} on {config.data}")
@@ -85,11 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder.mkdir(parents=True, exist_ok=True)
             cache = Path(config.cache) if config.cache else out / FEATURES
             given = job.Job(config, model, data, folder, cache, progress, stopping)
-            result = _evaluated(protocol, given, overwrite=args.overwrite)
-            told = {**result.evaluated, "positions": resampling(model)}
-            found.append(result._replace(evaluated=told))
+            for form, result in _evaluated(
+                protocol, given, overwrite=args.overwrite
+            ).items():
+                names.append(f"{name} + {form}" if form else name)
+                owners.append(model)
+                told = {**result.evaluated, "positions": resampling(model)}
+                found.append(result._replace(evaluated=told))
             model.forget()  # another may come
-        rows = report.rows(config, args.checkpoint, models, found)
+        rows = report.rows(config, names, owners, found)
         report.write(out, rows)
         for line in report.lines(rows):
             print(cli.shown(line))
@@ -172,16 +178,20 @@ def resampling(model: "Model") -> str:
     return f"{antialias} antialias and offset {config.interpolate_offset:g}"
 
 
-def _evaluated(protocol: "Module", job: "Job", *, overwrite: bool) -> "Result":
-    """Runs a protocol; `overwrite` removes trainings that it cannot go on with.
+def _evaluated(
+    protocol: "Module", job: "Job", *, overwrite: bool
+) -> "Mapping[str, Result]":
+    """Runs a protocol, for results by name; `overwrite` removes trainings that it cannot go on with.
 
     Others go on, so that the same command may be started again after a stop.
     """
+    from experiments.evaluation import job as jobs
     from experiments.evaluation import training
 
     while True:
         try:
-            return protocol.run(job)
+            found = protocol.run(job)
+            return {"": found} if isinstance(found, jobs.Result) else found
         except training.Unusable as error:
             if not overwrite:
                 raise
@@ -264,7 +274,12 @@ def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
         there = settings(there)
         results = out / report.JSON
         rows = json.loads(results.read_text()) if results.exists() else []
-        found = [(str(row["digest"]), str(row["checkpoint"])) for row in rows]
+        # A remedied model comes with the model itself, whose digest it has.
+        found = [
+            (str(row["digest"]), str(row["checkpoint"]))
+            for row in rows
+            if "remedy" not in row
+        ]
     except FileNotFoundError:
         return "something else" if any(out.iterdir()) else ""
     except (ValueError, KeyError, TypeError):

@@ -30,7 +30,7 @@ MOST_SEED = 2**32 - 1  # JAX drops higher bits: 2**32 would give the numbers of 
 # Protocols that find features again.
 KEEPING = (
     *("knn", "linear", "stego_cityscapes", "stego_potsdam3"),
-    *("cause_cityscapes", "cause_voc"),
+    *("cause_cityscapes", "cause_voc", "artifacts"),
 )
 
 

@@ -58,12 +58,13 @@ class Result(NamedTuple):
         number of images; in the units of the paper, such as percent.
       headline: names of the metrics for the summary line and the plot, the main one
         first.
-      unit: of the headline's metrics: "%", or such as "m".
+      unit: of the headline's metrics: "%", or such as "m"; empty for plain numbers.
       evaluated: what was evaluated, by name, for the reader: images, resolution of the
         masks, K, learning rate; JSON values.
-      lower_is_better: True for errors.
+      lower_is_better: True for errors; None if that differs between the metrics.
       details: more numbers by name, for results.json alone; JSON values.
       figures: pictures of what the model does, by name.
+      versus: two metrics to plot one over the other, instead of the headline.
     """
 
     counts: Float[np.ndarray, "seeds images ..."]
@@ -71,9 +72,10 @@ class Result(NamedTuple):
     headline: tuple[str, ...]
     unit: str
     evaluated: Mapping[str, Any]
-    lower_is_better: bool = False
+    lower_is_better: bool | None = False
     details: Mapping[str, Any] = {}
     figures: Mapping[str, Figure] = {}
+    versus: tuple[str, str] | None = None
 
     def metrics(self) -> Scores:
         """The metrics, each the mean over the seeds."""

@@ -6,6 +6,8 @@ functions:
 
     prepare(config, models) -> data     lists and checks, before anything is computed
     run(job) -> Result                  evaluates one model; `job.data` is that data
+                                        (several Results by name, if a model is
+                                        evaluated in several forms)
 
 `prepare` is called once, with all models (their weights not read yet), and raises
 ValueError or FileNotFoundError for whatever is wrong with config, data or models. `run`
@@ -15,7 +17,7 @@ is called for each model in turn. What a killed run must not lose goes into
 
 import difflib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, cast
 
 from ml_collections import ConfigDict
@@ -33,6 +35,7 @@ PROTOCOLS = {
     "stego_potsdam3": "experiments.evaluation.stego",
     "cause_cityscapes": "experiments.evaluation.cause",
     "cause_voc": "experiments.evaluation.cause",
+    "artifacts": "experiments.evaluation.artifacts",
 }
 
 
@@ -42,8 +45,8 @@ class Module(Protocol):
     def prepare(self, config: ConfigDict, models: Sequence[Model]) -> Any:
         """Lists and checks the data; raises for all that is wrong."""
 
-    def run(self, job: Job) -> Result:
-        """Evaluates one model."""
+    def run(self, job: Job) -> Result | Mapping[str, Result]:
+        """Evaluates one model, or forms of it by name; "" is the model itself."""
 
 
 def check_name(name: Any) -> str:

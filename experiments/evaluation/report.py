@@ -101,7 +101,10 @@ def write(out: Path, found: Sequence[Row]) -> None:
         }
         for row in found
     }
-    figure = score_plots.scores(points, first.unit)
+    if first.versus is None:
+        figure = score_plots.scores(points, first.unit)
+    else:
+        figure = score_plots.versus(points, *first.versus)
     files.write(out / PLOT, style.encode(figure, "png"))
     _write_pictures(out / PICTURES, found)
 
@@ -152,7 +155,8 @@ def lines(found: Sequence[Row]) -> list[str]:
 def markdown(found: Sequence[Row]) -> str:
     """The headline of all models as a table, and what was evaluated below it."""
     first = found[0].result
-    names = [f"{name} ({first.unit})" for name in first.headline]
+    unit = f" ({first.unit})" if first.unit else ""
+    names = [name + unit for name in first.headline]
     table = [["checkpoint", *names]]
     table += [
         [row.checkpoint, *(_with_interval(row, n, unit=False) for n in first.headline)]
@@ -166,8 +170,9 @@ def markdown(found: Sequence[Row]) -> str:
             for row in found[1:]
         ]
         text += f"\n{_table(table)}\n"
-    better = "Lower" if first.lower_is_better else "Higher"
-    text += f"\n{better} is better."
+    if first.lower_is_better is not None:
+        better = "Lower" if first.lower_is_better else "Higher"
+        text += f"\n{better} is better."
     if found[0].intervals:
         text += " In brackets: 95 % intervals, bootstrap over the images evaluated"
         seeds = first.counts.shape[0]
@@ -192,7 +197,8 @@ def _number(value: float) -> float | None:
 
 
 def _format(value: float, unit: str, sign: str = "") -> str:
-    return f"{value:{sign}.2f}" if unit == "%" else f"{value:{sign}.3f}"
+    digits = {"%": 2, "": 4}.get(unit, 3)
+    return f"{value:{sign}.{digits}f}"
 
 
 def _percent(value: float | None) -> str:
@@ -201,7 +207,7 @@ def _percent(value: float | None) -> str:
 
 def _with_interval(row: Row, name: str, *, unit: bool = True) -> str:
     kind = row.result.unit
-    shown = _format(row.metrics[name], kind) + f" {kind}" * unit
+    shown = _format(row.metrics[name], kind) + f" {kind}" * (unit and kind != "")
     if name in row.intervals:
         low, high = (_format(x, kind) for x in row.intervals[name])
         shown += f" [{low}, {high}]"
@@ -211,7 +217,8 @@ def _with_interval(row: Row, name: str, *, unit: bool = True) -> str:
 def _difference(row: Row, name: str, *, unit: bool = True) -> str:
     kind = row.result.unit
     words = "points" if kind == "%" else kind
-    shown = _format(row.differences[name], kind, "+") + f" {words}" * unit
+    shown = _format(row.differences[name], kind, "+")
+    shown += f" {words}" * (unit and kind != "")
     if name in row.difference_intervals:
         low, high = (_format(x, kind, "+") for x in row.difference_intervals[name])
         shown += f" [{low}, {high}]"

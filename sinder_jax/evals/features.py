@@ -22,6 +22,9 @@ from sinder_jax import families, layers, placement, vit
 from sinder_jax.vit import Images, ViTConfig
 
 
+Run = Callable[[ViTConfig, Any, Images, tuple[int, ...]], Any]
+
+
 class BlockFeatures(NamedTuple):
     """Tokens of chosen blocks, in the order in which the blocks were given.
 
@@ -56,6 +59,7 @@ def extract(
     blocks: Sequence[int],
     norm: bool = True,
     precision: Any = "highest",
+    run: Run | None = None,
 ) -> BlockFeatures:
     """Tokens after the given blocks (dinov2 `get_intermediate_layers`).
 
@@ -68,6 +72,8 @@ def extract(
       norm: applies the model's final LayerNorm to the tokens of every block; False
         returns them raw.
       precision: of every matrix product.
+      run: (config, params, images, blocks) -> raw tokens after these blocks, for a
+        forward pass of another kind, whose precision is its own; None: the model's.
 
     Returns:
       float32 features.
@@ -76,9 +82,13 @@ def extract(
       ValueError: a block that does not exist, or a side that does not fit.
     """
     rows, columns = vit.patch_grid(config, *images.shape[1:3])
-    kept: Any = vit.ViT(config, precision=precision).apply(
-        {"params": params}, images, blocks=tuple(blocks), method="intermediates"
-    )
+    kept: Any
+    if run is None:
+        kept = vit.ViT(config, precision=precision).apply(
+            {"params": params}, images, blocks=tuple(blocks), method="intermediates"
+        )
+    else:
+        kept = run(config, params, images, tuple(blocks))
     if norm:
         final = layers.LayerNorm(families.of(config).norm_epsilon)
         kept = [final.apply({"params": params["norm"]}, tokens) for tokens in kept]
@@ -105,6 +115,7 @@ def make_extract(
     group: int = 1,
     devices: Sequence[jax.Device] | None = None,
     precision: Any = "highest",
+    run: Run | None = None,
 ) -> Callable[[Any], Any]:
     """`extract` on several devices that each hold the model.
 
@@ -121,6 +132,7 @@ def make_extract(
         and thus the last bits.
       devices: None means all, in the order of `placement.over`.
       precision: as for `extract`.
+      run: likewise.
 
     Returns:
       A function from images [B, height, width, 3], NumPy or JAX, to what `of` returns,
@@ -133,7 +145,13 @@ def make_extract(
     def of_group(params: Any, images: Images) -> Any:
         return of(
             extract(
-                config, params, images, blocks=blocks, norm=norm, precision=precision
+                config,
+                params,
+                images,
+                blocks=blocks,
+                norm=norm,
+                precision=precision,
+                run=run,
             )
         )
 
@@ -144,7 +162,7 @@ def make_extract(
 
     everywhere, share = PartitionSpec(), PartitionSpec(axis)
     result = PartitionSpec(*[None] * batch_axis, axis)
-    run = jax.jit(
+    compiled = jax.jit(
         jax.shard_map(
             of_device,
             mesh=mesh,
@@ -160,7 +178,7 @@ def make_extract(
         if missing := -count % step:
             filling = np.zeros((missing, *images.shape[1:]), images.dtype)
             images = np.concatenate([np.asarray(images), filling])
-        found = run(placed, jax.device_put(images, sharding))
+        found = compiled(placed, jax.device_put(images, sharding))
         if not missing:
             return found
         return jax.tree.map(

@@ -1,6 +1,6 @@
 """The figure of an evaluation: what each model scored, with intervals.
 
-scores of models --scores--> Figure
+scores of models --scores, versus--> Figure
 """
 
 from collections.abc import Mapping
@@ -36,6 +36,33 @@ def scores(points: Mapping[str, Mapping[str, Score]], unit: str) -> Figure:
         ax.set_yticks(range(len(points)), [_short(name) for name in points])
         ax.set_ylim(len(points) - 0.5, -0.5)
         ax.set_xlabel(f"{metric} ({unit})")
+    return figure
+
+
+@style.styled
+def versus(points: Mapping[str, Mapping[str, Score]], across: str, up: str) -> Figure:
+    """A point for each model, one metric over another, and the interval of each.
+
+    Args:
+      points: as for `scores`; a metric that is not a number leaves its model out.
+      across: the metric on the horizontal axis.
+      up: the metric on the vertical axis.
+    """
+    figure = style.new_figure(style.COLUMN, 2.4 + 0.16 * len(points))
+    ax = figure.subplots()
+    for place, (name, found) in enumerate(points.items()):
+        (x, wide), (y, high) = found[across], found[up]
+        color = style.SERIES[place % len(style.SERIES)]
+        marker = style.MARKERS[place % len(style.MARKERS)]
+        if wide is not None:
+            ax.plot(wide, [y, y], color=color)
+        if high is not None:
+            ax.plot([x, x], high, color=color)
+        label = _short(name)
+        ax.plot([x], [y], marker=marker, color=color, ls="none", label=label)
+    ax.set_xlabel(across)
+    ax.set_ylabel(up)
+    figure.legend(loc="outside lower center", ncols=1)
     return figure
 
 

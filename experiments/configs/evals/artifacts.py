@@ -1,0 +1,29 @@
+r"""One meter for every remedy: how defective tokens are, and what a remedy damaged.
+
+    python -m experiments.evaluate --config=artifacts.py --workdir=evals/artifacts \
+        --checkpoint=runs/planted/planted.safetensors --checkpoint=runs/planted \
+        --config.data=sample:crops --config.remedies="ablation,test-time registers"
+
+The first checkpoint is the original; docs/remedies.md says what each number is.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import evals
+
+
+def get_config() -> ConfigDict:
+    """The settings of the meter."""
+    config = evals.shared()
+    config.protocol = "artifacts"
+    config.image_size = 518  # pixels of the middle square, the size of the paper
+    config.batch_size = 4  # images that a device takes at once
+    config.num_images = 64  # measured, spread evenly over the data
+    config.mask_thr = 4.0  # outlier along ν: so many standard deviations, as in giant
+
+    # Of the first checkpoint, with commas: clamping, ablation, test-time registers.
+    config.remedies = ""
+    config.gamma = 0.0  # for clamping: the largest singular value left
+    config.remedy_images = 8  # for test-time registers; these are not measured
+    config.truth = ""  # the model before a defect was planted, if there is one
+    return config
