@@ -181,8 +181,9 @@ def resampling(model: "Model") -> str:
 def _evaluated(
     protocol: "Module", job: "Job", *, overwrite: bool
 ) -> "Mapping[str, Result]":
-    """Runs a protocol, for results by name; `overwrite` removes trainings that it cannot go on with.
+    """Runs a protocol, for results by name.
 
+    `overwrite` removes trainings that it cannot go on with.
     Others go on, so that the same command may be started again after a stop.
     """
     from experiments.evaluation import job as jobs

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float
 from sinder_jax import families, layers, placement, vit
 from sinder_jax.vit import Images, ViTConfig
 
-
 Run = Callable[[ViTConfig, Any, Images, tuple[int, ...]], Any]
+"""Another forward pass, see `extract`."""
 
 
 class BlockFeatures(NamedTuple):

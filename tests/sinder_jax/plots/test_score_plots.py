@@ -21,3 +21,19 @@ def test_every_metric_has_a_panel_and_every_model_a_point():
     assert [list(line.get_xdata()) for line in second.lines] == [[95.0], [96.0]]
     name = first.get_yticklabels()[1].get_text()
     assert len(name) == score_plots.MOST_NAME and name.startswith("…")
+
+
+def test_one_metric_over_another_with_both_intervals():
+    points = {
+        "a": {"x": (0.1, (0.05, 0.2)), "y": (0.9, (0.8, 1.0))},
+        "b": {"x": (0.3, None), "y": (0.5, None)},
+    }
+    (ax,) = score_plots.versus(points, "x", "y").axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("x", "y")
+    drawn = [(list(x.get_xdata()), list(x.get_ydata())) for x in ax.lines]
+    assert drawn == [
+        ([0.05, 0.2], [0.9, 0.9]),
+        ([0.1, 0.1], [0.8, 1.0]),
+        ([0.1], [0.9]),
+        ([0.3], [0.5]),
+    ]
