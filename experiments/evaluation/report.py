@@ -172,11 +172,14 @@ def markdown(found: Sequence[Row]) -> str:
         text += f"\n{_table(table)}\n"
     if first.lower_is_better is not None:
         better = "Lower" if first.lower_is_better else "Higher"
-        text += f"\n{better} is better."
+        text += f"\n{better} is better. "
+    else:
+        text += "\n"
     if found[0].intervals:
-        text += " In brackets: 95 % intervals, bootstrap over the images evaluated"
+        text += "In brackets: 95 % intervals, bootstrap over the images evaluated"
         seeds = first.counts.shape[0]
         text += f" and {seeds} seeds." if seeds > 1 else "."
+    text = text.rstrip(" ")
     for row in found:
         text += f"\n\n{row.checkpoint} ({row.digest[:12]}): {_evaluated(row.result)}."
     if classes := first.details.get("iou"):

@@ -88,9 +88,11 @@ def test_every_number_has_an_interval_and_a_remedy_its_cost(measured):
     assert rows[2]["evaluated"]["seconds of the remedy"] > 0
     table = (measured / "results.md").read_text()
     assert "| damage |" in table and "is better" not in table
+    assert "\nIn brackets: 95 % intervals" in table
     assert (measured / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_numbers(places, tmp_path, monkeypatch):
     out, write, begun = tmp_path / "out", images._write, []
     monkeypatch.setattr(images, "LEAST_CHUNK", 2)
