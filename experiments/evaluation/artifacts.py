@@ -28,7 +28,7 @@ from sinder_jax.data import decode, listing
 from sinder_jax.data.listing import Photograph
 from sinder_jax.evals import features
 from sinder_jax.model import Model, check_same_architecture
-from sinder_jax.remedies import REMEDIES, Remedied, test_time_registers
+from sinder_jax.remedies import REMEDIES, Remedied, register_neurons
 from sinder_jax.storage import files
 
 NAMES = tuple(
@@ -250,7 +250,7 @@ def _read(job: Job) -> Callable[[Any], Any]:
 def tokens(
     job: Job,
     model: Model,
-    neurons: test_time_registers.Neurons = test_time_registers.NONE,
+    neurons: register_neurons.Neurons = register_neurons.NONE,
 ) -> np.ndarray:
     """Raw patch tokens of the last block, [n, H, W, D], as a memory map."""
     side = job.config.image_size // model.config.patch_size
@@ -282,13 +282,13 @@ def _patches(found: features.BlockFeatures) -> Any:
 
 
 def _with_register(
-    neurons: test_time_registers.Neurons,
+    neurons: register_neurons.Neurons,
     config: vit.ViTConfig,
     params: Any,
     pixels: Any,
     blocks: tuple[int, ...],
 ) -> Any:
-    return test_time_registers.intermediates(config, params, neurons, pixels, blocks)
+    return register_neurons.intermediates(config, params, neurons, pixels, blocks)
 
 
 def score(has_truth: bool, total: np.ndarray, num_images: int) -> Scores:

@@ -1,7 +1,7 @@
 """Remedies for singular defects, beside the paper's repair, under one roof.
 
     model --REMEDIES[name].apply--> Remedied: params, and neurons to move at inference
-    Remedied, images --test_time_registers.forward--> features
+    Remedied, images --register_neurons.forward--> features
 
 The repair itself is in `repair`; here a model that it made stands beside the others.
 """
@@ -10,13 +10,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from sinder_jax.model import Model, check_same_architecture
-from sinder_jax.remedies import ablation, clamping, test_time_registers
+from sinder_jax.remedies import ablation, clamping, register_neurons
 
 
 class Remedied(NamedTuple):
     """A model after a remedy; its architecture is that of the model before.
 
-    `test_time_registers.forward` and `intermediates` run it.
+    `register_neurons.forward` and `intermediates` run it.
 
     Attributes:
       params: the weights.
@@ -24,7 +24,7 @@ class Remedied(NamedTuple):
     """
 
     params: Any
-    neurons: test_time_registers.Neurons = test_time_registers.NONE
+    neurons: register_neurons.Neurons = register_neurons.NONE
 
 
 class Remedy(NamedTuple):
@@ -54,7 +54,7 @@ def _ablation(model: Model, _: None) -> Remedied:
 
 
 def _test_time_registers(model: Model, photographs: Any) -> Remedied:
-    neurons = test_time_registers.find(model.config, model.params, photographs)
+    neurons = register_neurons.find(model.config, model.params, photographs)
     return Remedied(model.params, neurons)
 
 

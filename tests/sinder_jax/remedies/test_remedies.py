@@ -12,7 +12,7 @@ from sinder_jax.analysis.defective import norm_ratio
 from sinder_jax.analysis.tokens import token_norms
 from sinder_jax.data import listing
 from sinder_jax.model import Model
-from sinder_jax.remedies import REMEDIES, test_time_registers
+from sinder_jax.remedies import REMEDIES, register_neurons
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def test_every_remedy_but_none_takes_the_outliers_away():
         params, neurons = remedy.apply(model(), given[remedy.needs])
         image, config = photograph(3)[None], model().config
         last = (config.depth - 1,)
-        (tokens,) = test_time_registers.intermediates(
+        (tokens,) = register_neurons.intermediates(
             config, jax.device_put(params), neurons, image, last
         )
         grid = vit.patch_grid(config, *image.shape[1:3])

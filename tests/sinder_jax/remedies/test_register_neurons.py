@@ -1,4 +1,4 @@
-"""test_time_registers.py: the planted unit is found, and its throw leaves the image.
+"""register_neurons.py: the planted unit is found, and its throw leaves the image.
 
 Every number has a control that fails: other units, another block, an activation that
 stays where it is, an added token that stays in the output.
@@ -21,8 +21,8 @@ from sinder_jax import planted, vit
 from sinder_jax.analysis.defective import large_norms, norm_ratio
 from sinder_jax.analysis.tokens import cosine, last_patches, token_norms
 from sinder_jax.data import listing
-from sinder_jax.remedies import test_time_registers as registers
-from sinder_jax.remedies.test_time_registers import NONE, Neurons
+from sinder_jax.remedies import register_neurons as registers
+from sinder_jax.remedies.register_neurons import NONE, Neurons
 
 SEEDS = range(12)
 PLANTED = (planted.BLOCK, 0)
