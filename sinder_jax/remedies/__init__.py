@@ -3,12 +3,14 @@
     model --REMEDIES[name].apply--> Remedied: params, and neurons to move at inference
     Remedied, images --register_neurons.forward--> features
 
-The repair itself is in `repair`; here a model that it made stands beside the others.
+The repairs themselves are in `repair` and `datafree`; here the models that they make
+stand beside the others.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from sinder_jax import datafree
 from sinder_jax.model import Model, check_same_architecture
 from sinder_jax.remedies import ablation, clamping, register_neurons
 
@@ -58,6 +60,10 @@ def _test_time_registers(model: Model, photographs: Any) -> Remedied:
     return Remedied(model.params, neurons)
 
 
+def _data_free(model: Model, _: None) -> Remedied:
+    return Remedied(datafree.repair(model.config, model.params).params)
+
+
 def _repaired(model: Model, repaired: Model) -> Remedied:
     check_same_architecture(model, repaired)
     return Remedied(repaired.params)
@@ -68,6 +74,8 @@ REMEDIES = {
     "clamping": Remedy("gamma", _clamping),
     "ablation": Remedy("", _ablation),
     "test-time registers": Remedy("photographs", _test_time_registers),
+    "data-free": Remedy("", _data_free),
     "SINDER": Remedy("repaired", _repaired),
+    "hybrid": Remedy("repaired", _repaired),  # data-free, then SINDER
 }
 """Every remedy, by the name to print."""
