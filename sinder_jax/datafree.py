@@ -27,7 +27,7 @@ from sinder_jax.param_tree import Params
 from sinder_jax.spectral_map import SpectralBlock, Values
 from sinder_jax.vit import ViTConfig
 
-PRICE = 0.03  # of ε as large as σ; a mean stretch e times too far costs 1
+PRICE = 1.0  # of ε as large as σ, as much as of a mean stretch e times too far
 REACH = 4.0  # standard deviations that tokens may lie out along the trigger
 TRIPLETS = 4  # leading ones of each product in the first subspaces ...
 MORE = 2  # ... and in every round those of the products as changed so far

@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     config.plant = ""  # refused: planting needs photographs
     config.interpolate_antialias = True
     config.seed = 0  # of a planted model
-    config.price = 0.03  # of ε as large as σ
+    config.price = 1.0  # of ε as large as σ; 1: as of a mean stretch e times too far
 
     # To look at, before and after; empty: nothing is measured or drawn.
     config.data = ""
