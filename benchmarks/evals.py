@@ -3,18 +3,13 @@
 python -m benchmarks.run class_tokens knn
 """
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 
-import convert
 from benchmarks import synthetic
-from benchmarks.timing import Numbers, in_turn, summary
-from convert.files import hugging_face, writing
-from convert.files.tensors import Spec
+from benchmarks.timing import Numbers, in_turn, summary, tell
 from sinder_jax import vit
 from sinder_jax.evals import features, knn
 
@@ -25,28 +20,27 @@ QUERIES_AT_ONCE = 256  # of the k-NN in PyTorch, as in dinov2/eval/knn.py
 def bench_class_tokens(rounds: int, quick: bool) -> Numbers:
     """Compares a feature pass with transformers' Dinov2Model, S and L at 224 pixels."""
     names = {"dinov2_vits14": 32, "dinov2_vitl14": 8}  # images
+    if jax.default_backend() != "cpu":
+        names = dict.fromkeys(names, 64)
     if quick:
         names = {"dinov2_vits14": 2}
-    return {name: _class_tokens(name, each, rounds) for name, each in names.items()}
+    numbers: Numbers = {}
+    for name, count in names.items():
+        numbers[name] = _class_tokens(name, count, rounds)
+        tell(name, numbers[name])
+    return numbers
 
 
 def _class_tokens(name: str, count: int, rounds: int) -> Numbers:
     import torch
-    from transformers import Dinov2Model
 
-    from benchmarks import torch_baseline
+    from benchmarks import linear_probe, torch_device
 
-    torch_baseline.set_device(jax.default_backend() == "cpu")
-    torch_baseline.set_precision("highest")
-    device = torch.get_default_device()
+    device = torch_device.prepare("highest")
     config = vit.CONFIGS[name]
     config = vit.ViTConfig(**{**config.as_dict(), "interpolate_offset": 0.0})
     params = synthetic.random_params(config)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch, name)
-        _write_hugging_face(folder, config, params)
-        model = Dinov2Model.from_pretrained(folder).eval()
-    model.to(device)
+    model = linear_probe.backbone(config, params).to(device)
     images = np.random.default_rng(1).standard_normal((count, SIDE, SIDE, 3))
     images = images.astype(np.float32)
     channels_first = np.ascontiguousarray(np.moveaxis(images, 3, 1))
@@ -74,13 +68,6 @@ def _class_tokens(name: str, count: int, rounds: int) -> Numbers:
     return numbers
 
 
-def _write_hugging_face(folder: Path, config: vit.ViTConfig, params: dict) -> None:
-    arrays = convert.to_torch(config, params, layout="hf")
-    specs = {name: Spec(x.shape, "float32") for name, x in arrays.items()}
-    contents = hugging_face.contents(config)
-    writing.write_directory(folder, contents, specs, arrays.items())
-
-
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
@@ -92,10 +79,9 @@ def bench_knn(rounds: int, quick: bool) -> Numbers:
     """
     import torch
 
-    from benchmarks import torch_baseline
+    from benchmarks import torch_device
 
-    torch_baseline.set_device(jax.default_backend() == "cpu")
-    torch_baseline.set_precision("highest")
+    device = torch_device.prepare("highest")
     rows, queries, k = (2_000, 300, 20) if quick else (100_000, 5_000, max(knn.KS))
     rng = np.random.default_rng(0)
     bank = rng.standard_normal((rows, 384), np.float32)
@@ -106,7 +92,6 @@ def bench_knn(rounds: int, quick: bool) -> Numbers:
         found["ours"] = knn.neighbors(bank, asked, k).rows
 
     def theirs() -> None:
-        device = torch.get_default_device()
         x, q = (
             torch.nn.functional.normalize(torch.from_numpy(each).to(device))
             for each in (bank, asked)

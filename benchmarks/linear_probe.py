@@ -11,7 +11,6 @@ loops in PyTorch, with transformers' DINOv2 and the same weights and images:
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +18,8 @@ import numpy as np
 import torch
 
 import convert
-from benchmarks import synthetic, torch_baseline
+from benchmarks import synthetic, torch_device
+from benchmarks.timing import in_turn
 from sinder_jax import families, vit
 from sinder_jax.evals import features, linear
 
@@ -34,9 +34,15 @@ class Case:
     Args:
       config: the architecture, with the images' size as its own.
       images: of a batch.
+      device: of PyTorch.
     """
 
-    def __init__(self, config: vit.ViTConfig, images: int):
+    def __init__(
+        self,
+        config: vit.ViTConfig,
+        images: int,
+        device: torch.device | None = None,
+    ):
         size = config.img_size
         rng = np.random.default_rng(0)
         self.pixels = rng.standard_normal((images, size, size, 3), np.float32)
@@ -61,9 +67,9 @@ class Case:
             )
             for number, kind in enumerate(linear.KINDS)
         }
-        self._backbone = _backbone(config, params)
+        self._backbone = backbone(config, params).to(device)
         self._torch_heads = {
-            kind: [_head(heads, k) for k in range(len(self.rates))]
+            kind: [_head(heads, k).to(device) for k in range(len(self.rates))]
             for kind, heads in self.heads.items()
         }
         self._optimizer = torch.optim.SGD(
@@ -75,7 +81,6 @@ class Case:
             momentum=0.9,
         )
         x = torch.from_numpy(np.ascontiguousarray(np.moveaxis(self.pixels, 3, 1)))
-        device = torch.get_default_device()
         self._torch_batch = (
             x.to(device),
             torch.from_numpy(self.labels).long().to(device),
@@ -109,7 +114,7 @@ class Case:
         self._optimizer.zero_grad()
         torch.stack(losses).sum().backward()
         self._optimizer.step()
-        torch_baseline.wait()
+        torch_device.wait()
         return np.array([loss.item() for loss in losses])
 
     def _torch_features(self, pixels: torch.Tensor) -> dict[Any, torch.Tensor]:
@@ -123,8 +128,8 @@ class Case:
         }
 
 
-def _backbone(config: vit.ViTConfig, params: Any) -> Any:
-    """Transformers' DINOv2 with our weights."""
+def backbone(config: vit.ViTConfig, params: Any) -> Any:
+    """Transformers' DINOv2 with our weights, on the host."""
     import transformers
 
     state = convert.to_torch(config, params, layout="hf")
@@ -140,7 +145,7 @@ def _backbone(config: vit.ViTConfig, params: Any) -> Any:
         ),
         state_dict={key: torch.from_numpy(x) for key, x in state.items()},
     )
-    return made.eval().to(torch.get_default_device())
+    return made.eval()
 
 
 def _head(heads: linear.Heads, number: int) -> torch.nn.Linear:
@@ -152,23 +157,18 @@ def _head(heads: linear.Heads, number: int) -> torch.nn.Linear:
     return head
 
 
-def bench_linear(
-    rounds: int,
-    quick: bool,
-    in_turn: Callable[..., dict[str, list[float]]],
-) -> dict[str, Any]:
+def bench_linear(rounds: int, quick: bool) -> dict[str, Any]:
     """Steps per second of all 52 heads of S, features included.
 
     On a CPU 32 images of 224 pixels, on a GPU 256.
     """
     on_cpu = jax.default_backend() == "cpu"
-    torch_baseline.set_device(on_cpu)
-    torch_baseline.set_precision("highest")
+    device = torch_device.prepare("highest")
     config = dataclasses.replace(
         vit.CONFIGS["dinov2_vits14"], img_size=56 if quick else 224
     )
     images = 4 if quick else 32 if on_cpu else 256
-    case = Case(config, images)
+    case = Case(config, images, device)
     difference = float(np.abs(case.ours() - case.all_heads()).max())
     seconds = in_turn(
         rounds, **{EACH: case.one_head, ALL: case.all_heads, OURS: case.ours}

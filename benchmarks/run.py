@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import decode, evals, memory, operations, process, synthetic
 from benchmarks.timing import Numbers, in_turn, summary
-from sinder_jax import defects, factor, families, kernels, repair, vit
+from sinder_jax import defects, factor, kernels, repair, vit
 
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "torch")
 
@@ -76,6 +76,8 @@ class Case:
         """A function that takes one of the authors' steps in PyTorch."""
         from benchmarks import torch_baseline
 
+        torch_baseline.set_device(jax.default_backend() == "cpu")
+        torch_baseline.set_precision("highest")
         model = self.model
         baseline = torch_baseline.Baseline(
             model.config,
@@ -89,6 +91,7 @@ class Case:
 
         def call() -> None:
             result = baseline.step(self.image)
+            torch_baseline.wait()
             self.losses.setdefault(rebuild, []).append(result.loss)
 
         return call
@@ -227,68 +230,10 @@ def bench_memory(rounds: int, quick: bool) -> Numbers:
 
 
 def bench_features(rounds: int, quick: bool) -> Numbers:
-    """Compares the forward pass with PyTorch's, which uses its fused attention.
+    """Compares the forward pass with PyTorch's."""
+    from benchmarks import features  # imports torch
 
-    On a CPU: ViT-L, one image. On a GPU: S, L and g, 16 images, in both precisions.
-    """
-    on_cpu = jax.default_backend() == "cpu"
-    names = ["dinov2_vitl14"] if on_cpu else [f"dinov2_vit{x}14" for x in "slg"]
-    if quick:
-        names = ["dinov2_vits14"]
-    numbers: Numbers = {}
-    for name in names:
-        config = dataclasses.replace(vit.CONFIGS[name], img_size=112 if quick else 518)
-        params = synthetic.random_params(config)
-        for precision in ("highest",) if on_cpu else ("highest", "high"):
-            numbers[f"{name}, {precision}"] = _features(
-                config, params, rounds, 1 if on_cpu else 16, precision
-            )
-    return numbers
-
-
-def _features(
-    config: vit.ViTConfig,
-    params: dict[str, Any],
-    rounds: int,
-    images: int,
-    precision: str,
-) -> Numbers:
-    import torch
-
-    import convert
-    from benchmarks import torch_baseline
-    from convert import torch_vit
-
-    torch_baseline.set_device(jax.default_backend() == "cpu")
-    torch_baseline.set_precision(precision)
-    device = torch.get_default_device()
-    arrays = convert.to_torch(config, params)
-    state = {key: torch.from_numpy(x).to(device) for key, x in arrays.items()}
-    size = config.img_size
-    image = np.random.default_rng(1).standard_normal((images, size, size, 3))
-    image = image.astype(np.float32)
-    channels_first = np.ascontiguousarray(np.moveaxis(image, 3, 1))
-    pixels = torch.from_numpy(channels_first).to(device)
-    model = vit.ViT(config, precision=precision)
-    apply = jax.jit(lambda params, x: model.apply({"params": params}, x))
-    params, x = jax.tree.map(jnp.asarray, params), jnp.asarray(image)
-
-    def theirs() -> None:
-        with torch.no_grad():
-            torch_vit.features(
-                state,
-                pixels,
-                num_heads=config.num_heads,
-                norm_epsilon=families.of(config).norm_epsilon,
-            )
-        torch_baseline.wait()
-
-    seconds = in_turn(
-        rounds, PyTorch=theirs, ours=lambda: jax.block_until_ready(apply(params, x))
-    )
-    numbers = summary(seconds, "PyTorch")
-    numbers["images/s"] = {k: images / x for k, x in numbers["seconds"].items()}
-    return numbers
+    return features.bench_features(rounds, quick)
 
 
 def bench_convert(rounds: int, quick: bool) -> Numbers:
@@ -303,7 +248,7 @@ def bench_linear(rounds: int, quick: bool) -> Numbers:
     """Compares a step of the linear probe's 52 heads with PyTorch loops."""
     from benchmarks import linear_probe  # imports torch
 
-    return linear_probe.bench_linear(rounds, quick, in_turn)
+    return linear_probe.bench_linear(rounds, quick)
 
 
 def bench_crf(rounds: int, quick: bool) -> Numbers:
@@ -389,6 +334,7 @@ def main() -> None:
             f"got benchmark {unknown[0]!r}, expected one of {', '.join(BENCHMARKS)}"
         )
     results: dict[str, Numbers] = {"run": environment()}
+    print(markdown(results), flush=True)
     for name in args.names or BENCHMARKS:
         results[name] = BENCHMARKS[name](args.rounds, args.quick)
         print(markdown({name: results[name]}), flush=True)

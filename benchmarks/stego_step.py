@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from benchmarks import torch_baseline, torch_stego
+from benchmarks import torch_device, torch_stego
 from benchmarks.timing import Numbers, in_turn, summary
 from sinder_jax.evals import stego
 
@@ -29,9 +29,12 @@ class Case:
       grid: rows and columns of patches.
       dim: width of the tokens.
       classes: of the masks, which have 14 pixels a patch.
+      device: of PyTorch.
     """
 
-    def __init__(self, images: int, grid: int, dim: int, classes: int):
+    def __init__(
+        self, images: int, grid: int, dim: int, classes: int, device: torch.device
+    ):
         rng = np.random.default_rng(0)
         shape = (2, images, grid, grid, dim)
         features = rng.standard_normal(shape, np.float32)
@@ -41,8 +44,7 @@ class Case:
         self.state = stego.init(jax.random.key(0), dim, classes)
         key = jax.random.fold_in(jax.random.wrap_key_data(self.state.key), 0)
         draws = stego.draw(key, images, dim, OPTIONS)
-        self._theirs = torch_stego.Baseline(self.state.params, OPTIONS)
-        device = torch.get_default_device()
+        self._theirs = torch_stego.Baseline(self.state.params, OPTIONS, device)
         kept, coordinates, negatives = (
             torch.from_numpy(np.array(x)).to(device) for x in draws
         )
@@ -55,7 +57,8 @@ class Case:
             ),
             torch.from_numpy(labels).to(device),
         )
-        self._step = stego.make_step(OPTIONS)
+        lowered = stego.compiled_step.lower(OPTIONS, self.state, *self._batch)
+        self._step = lowered.compile()
 
     def ours(self) -> np.ndarray:
         """One step; returns its losses."""
@@ -66,20 +69,18 @@ class Case:
     def theirs(self) -> np.ndarray:
         """One step of PyTorch; returns its losses."""
         losses = self._theirs.step(*self._given)
-        torch_baseline.wait()
+        torch_device.wait()
         return np.array([x.item() for x in losses])
 
     def bytes(self) -> int:
         """What XLA reserves beside the batch and the state."""
-        lowered = stego.compiled_step.lower(OPTIONS, self.state, *self._batch)
-        return lowered.compile().memory_analysis().temp_size_in_bytes
+        return self._step.memory_analysis().temp_size_in_bytes
 
 
 def bench_stego(rounds: int, quick: bool) -> Numbers:
     """Compares a step of head and probes with PyTorch's."""
-    torch_baseline.set_device(jax.default_backend() == "cpu")
-    torch_baseline.set_precision("highest")
-    case = Case(*((2, 4, 32, 5) if quick else (16, 28, 384, 27)))
+    sizes = (2, 4, 32, 5) if quick else (16, 28, 384, 27)
+    case = Case(*sizes, torch_device.prepare("highest"))
     memory = case.bytes()
     difference = float(np.abs(case.ours() - case.theirs()).max())
     seconds = in_turn(rounds, **{PYTORCH: case.theirs, "ours": case.ours})

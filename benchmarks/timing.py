@@ -1,5 +1,7 @@
 """Competitors timed in turn, A B A B ..., and compared by their medians."""
 
+import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +21,11 @@ def in_turn(rounds: int, **calls: Callable[[], Any]) -> dict[str, list[float]]:
             if count:
                 seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def tell(name: str, numbers: Numbers) -> None:
+    """Prints a part of a benchmark on stderr as soon as it is measured."""
+    print(json.dumps({name: numbers}), file=sys.stderr, flush=True)
 
 
 def summary(seconds: dict[str, list[float]], baseline: str) -> Numbers:

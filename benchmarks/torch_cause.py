@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, interpolate, normalize
 
-from benchmarks import torch_baseline
+from benchmarks import torch_device
 
 
 class Head(nn.Module):
@@ -78,7 +78,7 @@ def _set(module: Any, weight: Any, bias: Any) -> Any:
 
 
 def _tensor(x: Any) -> torch.Tensor:
-    return torch.tensor(np.array(x), device=torch.get_default_device())
+    return torch.tensor(np.array(x))
 
 
 class Bank(NamedTuple):
@@ -108,7 +108,7 @@ def contrastive_loss(
             same = vectors[b] @ of_keys.T
             positive, negative = same > 0.3, same < 0.1
             if keys is local[0]:
-                own = torch.arange(n)
+                own = torch.arange(n, device=student.device)
                 positive[own, own + b * n] = False
             scores = normalize(student[b], dim=-1) @ keys.T / 0.07
             out = ~(positive | negative)
@@ -125,24 +125,33 @@ class Trainer:
       codebook: [K, D].
       lr: learning rate.
       dropout: probability.
+      device: of all of it.
     """
 
-    def __init__(self, state: Any, codebook: Any, lr: float, dropout: float):
-        self._codebook = _tensor(codebook)
+    def __init__(
+        self,
+        state: Any,
+        codebook: Any,
+        lr: float,
+        dropout: float,
+        device: torch.device | None = None,
+    ):
+        self._codebook = _tensor(codebook).to(device)
         self._unit = normalize(self._codebook, dim=-1)
         self.student, self.teacher = (
-            nn.ModuleList([Head(branch.head, dropout), linear(branch.projection)])
+            nn.ModuleList([Head(branch.head, dropout), linear(branch.projection)]).to(
+                device
+            )
             for branch in (state.student, state.teacher)
         )
-        self._linear = linear(state.linear)
+        self._linear = linear(state.linear).to(device)
         self._parameters = [*self.student.parameters(), *self._linear.parameters()]
         self._optimizer = torch.optim.Adam(self._parameters, lr)
         counts = np.asarray(state.bank.counts)
         filled = np.arange(state.bank.keys.shape[1])[None] < counts[:, None]
         codes = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
-        codes = codes.to(torch.get_default_device())
-        keys = _tensor(np.asarray(state.bank.keys)[filled])
-        self._bank = Bank(keys, self._unit[codes])
+        keys = _tensor(np.asarray(state.bank.keys)[filled]).to(device)
+        self._bank = Bank(keys, self._unit[codes.to(device)])
 
     def step(
         self, features: Any, labels: Any, cells: Any, clip: float = 1.0
@@ -155,7 +164,7 @@ class Trainer:
           cells: the sampled tokens of each image [B, n].
           clip: norm of the gradients.
         """
-        rows = torch.arange(len(features))[:, None]
+        rows = torch.arange(len(features), device=features.device)[:, None]
         codes = (normalize(features, dim=-1) @ self._unit.T).argmax(-1)
         quantized = self._codebook[codes]
         with torch.no_grad():
@@ -181,5 +190,5 @@ class Trainer:
                 self.teacher.parameters(), self.student.parameters(), strict=True
             ):
                 old.lerp_(new, 0.01)
-        torch_baseline.wait()
+        torch_device.wait()
         return contrast.item(), probed.item()

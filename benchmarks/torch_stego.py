@@ -18,15 +18,21 @@ class Baseline:
     Args:
       params: to start from.
       options: of the training.
+      device: of the parameters.
     """
 
-    def __init__(self, params: stego.Params, options: stego.StegoOptions):
+    def __init__(
+        self,
+        params: stego.Params,
+        options: stego.StegoOptions,
+        device: torch.device | None = None,
+    ):
         self._options = options
         self.head, self.linear = (
-            [_parameter(x) for layer in part for x in layer]
+            [_parameter(x, device) for layer in part for x in layer]
             for part in (params.head, [params.linear])
         )
-        self.centroids = _parameter(params.centroids)
+        self.centroids = _parameter(params.centroids, device)
         self._optimizers = [
             torch.optim.Adam(some, rate)
             for some, rate in (
@@ -129,8 +135,7 @@ class Baseline:
         return linear, cluster
 
 
-def _parameter(x: Any) -> torch.Tensor:
-    device = torch.get_default_device()
+def _parameter(x: Any, device: torch.device | None) -> torch.Tensor:
     return torch.tensor(np.array(x), device=device).requires_grad_()
 
 

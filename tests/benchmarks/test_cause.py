@@ -8,10 +8,9 @@ from sinder_jax.evals import cause_head
 def test_losses_are_those_of_the_pytorch_transcription(monkeypatch):
     """And so are the weights after a step, but for Adam's start where a slope is 0."""
     pytest.importorskip("torch")
-    from benchmarks import cause, torch_baseline
+    from benchmarks import cause
 
     monkeypatch.setattr(cause_head, "DROPOUT", 0.0)
-    torch_baseline.set_device(True)
     case = cause.Case(
         images=3,
         side=9,

@@ -12,4 +12,6 @@ def test_the_baseline_computes_the_same():
     image = rng.integers(100, 120, (12, 14, 3)).astype(np.uint8)
     maps = rng.dirichlet(np.ones(5), (12, 14)).astype(np.float32)
     expected = np.asarray(crf.mean_field(maps, image))
-    np.testing.assert_allclose(benchmark.dense(maps, image), expected, atol=1e-5)
+    for keep in (False, True):
+        found = benchmark.dense(maps, image, keep=keep)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
