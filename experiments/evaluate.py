@@ -1,13 +1,16 @@
 """Evaluates models downstream: do their features get better by a repair?
 
-    checkpoints, data --a protocol, model by model--> one Result each
+    checkpoints, remedies of the first one --remedied.forms--> Jobs
+    Jobs, data --a protocol, one by one--> one Result each
     Results --> OUT/results.json, results.md, results.png and a line each
 
 Several checkpoints are compared on the same images: each with the first one, with an
 interval of the difference. A run that was killed continues where it was; features are
-kept in OUT/features. `experiments.evaluation.protocols` says how a protocol plugs in.
+kept in OUT/features. `experiments.evaluation.protocols` says how a protocol plugs in,
+`experiments.evaluation.remedied` what a remedy is to it.
 """
 
+import argparse
 import contextlib
 import fcntl
 import hashlib
@@ -26,6 +29,7 @@ if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
 
     from experiments.evaluation.job import Job, Result
     from experiments.evaluation.protocols import Module
+    from experiments.evaluation.remedied import Plan
     from sinder_jax.model import Model
 
 EXAMPLE = """\
@@ -63,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args, overrides = _parser().parse_known_args(argv)
 
-    from experiments.evaluation import job, protocols, report
+    from experiments.evaluation import job, protocols, remedied, report
     from experiments.evaluation.progress import Progress
     from experiments.run.stopping import Stopping
 
@@ -72,30 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _config(args.config, overrides)
     protocol = protocols.module(config.protocol)
     models = open_models(args.checkpoint)
+    plan = remedied.prepare(config)
     data = protocol.prepare(config, models)
     with (
         claimed(args.workdir, config, models, overwrite=args.overwrite) as out,
         Stopping() as stopping,
         Progress() as progress,
     ):
-        names: list[str] = []
-        owners: list[Model] = []
-        found: list[Result] = []
-        for name, model in zip(args.checkpoint, models, strict=True):
-            progress.say(f"{name}: {config.protocol} on {config.data}")
-            folder = out / STATES / state_key(config, model)
-            folder.mkdir(parents=True, exist_ok=True)
-            cache = Path(config.cache) if config.cache else out / FEATURES
-            given = job.Job(config, model, data, folder, cache, progress, stopping)
-            for form, result in _evaluated(
-                protocol, given, overwrite=args.overwrite
-            ).items():
-                names.append(f"{name} + {form}" if form else name)
-                owners.append(model)
-                told = {**result.evaluated, "positions": resampling(model)}
-                found.append(result._replace(evaluated=told))
-            model.forget()  # another may come
-        rows = report.rows(config, names, owners, found)
+        cache = Path(config.cache) if config.cache else out / FEATURES
+        first = job.Job(config, models[0], data, out, cache, progress, stopping)
+        rows = report.rows(config, *_evaluated(args, protocol, plan, first, models))
         report.write(out, rows)
         for line in report.lines(rows):
             print(cli.shown(line))
@@ -179,20 +169,51 @@ def resampling(model: "Model") -> str:
 
 
 def _evaluated(
-    protocol: "Module", job: "Job", *, overwrite: bool
-) -> "Mapping[str, Result]":
-    """Runs a protocol, for results by name.
+    args: argparse.Namespace,
+    protocol: "Module",
+    plan: "Plan",
+    first: "Job",
+    models: "Sequence[Model]",
+) -> "tuple[list[str], list[str], list[Result]]":
+    """Evaluates each checkpoint, and of the first one also what remedies make of it.
 
-    `overwrite` removes trainings that it cannot go on with.
+    Returns names, digests and results, in the order of the rows.
+    """
+    from experiments.evaluation import remedied
+
+    names, digests, results = [], [], []
+    for checkpoint, model in zip(args.checkpoint, models, strict=True):
+        mine = plan if model is models[0] else remedied.NONE
+        for form in remedied.forms(mine, first._replace(model=model), checkpoint):
+            config = form.job.config
+            form.job.progress.say(f"{form.name}: {config.protocol} on {config.data}")
+            folder = first.folder / STATES / state_key(form.job)
+            folder.mkdir(parents=True, exist_ok=True)
+            told = {**remedied.kept_cost(form, folder), "positions": resampling(model)}
+            job = form.job._replace(folder=folder)
+            found = _run(protocol, job, overwrite=args.overwrite)
+            names.append(form.name)
+            digests.append(job.model.digest)
+            results.append(
+                found._replace(
+                    evaluated={**found.evaluated, **told},
+                    details={**found.details, **form.details},
+                )
+            )
+        model.forget()  # another may come
+    return names, digests, results
+
+
+def _run(protocol: "Module", job: "Job", *, overwrite: bool) -> "Result":
+    """Runs a protocol; `overwrite` removes trainings that it cannot go on with.
+
     Others go on, so that the same command may be started again after a stop.
     """
-    from experiments.evaluation import job as jobs
     from experiments.evaluation import training
 
     while True:
         try:
-            found = protocol.run(job)
-            return {"": found} if isinstance(found, jobs.Result) else found
+            return protocol.run(job)
         except training.Unusable as error:
             if not overwrite:
                 raise
@@ -200,11 +221,15 @@ def _evaluated(
             shutil.rmtree(error.folder)
 
 
-def state_key(config: "ConfigDict", model: "Model") -> str:
+def state_key(job: "Job") -> str:
     """Names the folder of what an evaluation keeps: one for each model and config."""
-    from experiments.evaluation import job
+    from experiments.evaluation import remedied
 
-    facts = [job.model_key(model), settings(config)]
+    told = settings(job.config)
+    facts = [
+        job.features_key,
+        {key: value for key, value in told.items() if key not in remedied.KEYS},
+    ]
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -275,7 +300,7 @@ def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
         there = settings(there)
         results = out / report.JSON
         rows = json.loads(results.read_text()) if results.exists() else []
-        # A remedied model comes with the model itself, whose digest it has.
+        # A remedied model comes with the first checkpoint and these settings.
         found = [
             (str(row["digest"]), str(row["checkpoint"]))
             for row in rows

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.evaluation import images, training
-from experiments.evaluation.job import Job, Result, Scores, model_key
+from experiments.evaluation.job import Job, Result, Scores
 from sinder_jax import cli, families, placement
 from sinder_jax.data import augment, decode, nyu, reading
 from sinder_jax.data.nyu import Splits, View
@@ -168,7 +168,7 @@ def _of_seed(job: Job, seed: int) -> training.Trained:
     plan = training.Plan(
         folder=job.folder / f"seed_{seed}",
         key={
-            "model": model_key(job.model),
+            "model": job.features_key,
             "photographs": images.digest_of(splits.train),
             "test photographs": images.digest_of(splits.test),
             "options": dataclasses.asdict(options),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from experiments.evaluation.job import Job, model_key
+from experiments.evaluation.job import Job
 from experiments.run import first_start
 from sinder_jax import cli, families
 from sinder_jax.data import decode, reading
@@ -119,7 +119,7 @@ class Read:
 
 
 def extractor(job: Job, **options: Any) -> Callable[[Any], Any]:
-    """`features.make_extract` of the job's model, as its config says.
+    """`features.make_extract` of the job's model and forward pass, as its config says.
 
     Args:
       job: of an evaluation.
@@ -130,6 +130,7 @@ def extractor(job: Job, **options: Any) -> Callable[[Any], Any]:
         job.model.params,
         group=job.config.batch_size,
         precision=job.config.matmul_precision,
+        run=job.forward.run,
         **options,
     )
 
@@ -213,7 +214,7 @@ def cached(
     """
     config, progress = job.config, job.progress
     key = {
-        "model": model_key(job.model),
+        "model": job.features_key,
         "photographs": digest_of(photographs),
         "precision": config.matmul_precision,
         "number format": config.cache_dtype,

@@ -1,6 +1,7 @@
 """What a protocol is given, and what it returns.
 
 Job: config, model, data, folders, progress --a protocol's `run`--> Result
+Job --features_key--> digest of all that decides the features of an image
 """
 
 import hashlib
@@ -16,9 +17,25 @@ from ml_collections import ConfigDict
 
 from experiments.evaluation.progress import Progress
 from experiments.run.stopping import Stopping
+from sinder_jax.evals import features
 from sinder_jax.model import Model
 
 Scores = dict[str, float]
+
+
+class Forward(NamedTuple):
+    """How tokens are computed.
+
+    Attributes:
+      run: see `features.extract`; None: by the model as it is.
+      facts: JSON values that tell this forward pass from others of the same weights.
+    """
+
+    run: features.Run | None = None
+    facts: tuple[Any, ...] = ()
+
+
+AS_IT_IS = Forward()
 
 
 class Job(NamedTuple):
@@ -33,6 +50,8 @@ class Job(NamedTuple):
       cache: folder of the features, shared by evaluations.
       progress: shows how far the evaluation is.
       stopping: hears that this start is to stop, for `training.train`.
+      forward: how the model is run; `images.extractor` heeds it.
+      origin: the checkpoint's model, if a remedy made `model` of it, else None.
     """
 
     config: ConfigDict
@@ -42,6 +61,13 @@ class Job(NamedTuple):
     cache: Path
     progress: Progress
     stopping: Stopping
+    forward: Forward = AS_IT_IS
+    origin: Model | None = None
+
+    @property
+    def features_key(self) -> str:
+        """Digest of all that decides what the features of an image are."""
+        return features_key(self.model, self.forward)
 
 
 class Result(NamedTuple):
@@ -88,10 +114,10 @@ def mean_of(scores: list[Scores]) -> Scores:
     return {name: float(np.mean([each[name] for each in scores])) for name in scores[0]}
 
 
-def model_key(model: Model) -> str:
-    """Digest of all that decides a model's features: weights and architecture.
+def features_key(model: Model, forward: Forward = AS_IT_IS) -> str:
+    """Digest of weights, architecture and forward pass.
 
     Two models with the same weights may resample the position embedding differently.
     """
-    facts = [model.digest, model.config.as_dict()]
+    facts = [model.digest, model.config.as_dict(), *forward.facts]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

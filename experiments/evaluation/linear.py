@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.evaluation import images, training
-from experiments.evaluation.job import Job, Result, Scores, model_key
+from experiments.evaluation.job import Job, Result, Scores
 from sinder_jax import families, placement
 from sinder_jax.data import augment, decode, labelled, listing, reading
 from sinder_jax.data.labelled import Splits
@@ -202,7 +202,7 @@ def _of_seed(job: Job, val: np.ndarray, seed: int) -> Mapping[str, np.ndarray]:
     plan = training.Plan(
         folder=job.folder / f"seed_{seed}",
         key={
-            "model": model_key(job.model),
+            "model": job.features_key,
             "photographs": images.digest_of(train.photographs),
             "validation photographs": images.digest_of(job.data.splits.val.photographs),
             "settings": {

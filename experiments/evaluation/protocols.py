@@ -6,18 +6,18 @@ functions:
 
     prepare(config, models) -> data     lists and checks, before anything is computed
     run(job) -> Result                  evaluates one model; `job.data` is that data
-                                        (several Results by name, if a model is
-                                        evaluated in several forms)
 
 `prepare` is called once, with all models (their weights not read yet), and raises
 ValueError or FileNotFoundError for whatever is wrong with config, data or models. `run`
-is called for each model in turn. What a killed run must not lose goes into
-`job.folder`, which belongs to this model and this config.
+is called for each model in turn, and for what each remedy makes of the first one. What
+a killed run must not lose goes into `job.folder`, which belongs to this model and this
+config. Features come from `images.extractor` or `images.cached`, which heed
+`job.forward`: a model is not all that there is to run.
 """
 
 import difflib
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
 from ml_collections import ConfigDict
@@ -45,8 +45,8 @@ class Module(Protocol):
     def prepare(self, config: ConfigDict, models: Sequence[Model]) -> Any:
         """Lists and checks the data; raises for all that is wrong."""
 
-    def run(self, job: Job) -> Result | Mapping[str, Result]:
-        """Evaluates one model, or forms of it by name; "" is the model itself."""
+    def run(self, job: Job) -> Result:
+        """Evaluates one model."""
 
 
 def check_name(name: Any) -> str:

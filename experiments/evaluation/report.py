@@ -16,7 +16,6 @@ from experiments.evaluation.job import Result, Scores
 from experiments.study.photos import unique_names
 from sinder_jax import cli
 from sinder_jax.evals import bootstrap
-from sinder_jax.model import Model
 from sinder_jax.plots import score_plots, style
 from sinder_jax.storage import files
 
@@ -52,13 +51,13 @@ class Row(NamedTuple):
 def rows(
     config: ConfigDict,
     checkpoints: Sequence[str],
-    models: Sequence[Model],
+    digests: Sequence[str],
     results: Sequence[Result],
 ) -> list[Row]:
     """Draws the bootstrap's samples and compares each model with the first."""
     found: list[Row] = []
     first_samples: dict[str, Any] = {}
-    for checkpoint, model, result in zip(checkpoints, models, results, strict=True):
+    for checkpoint, digest, result in zip(checkpoints, digests, results, strict=True):
         metrics, samples = result.metrics(), {}
         if config.resamples:
             samples = bootstrap.samples(
@@ -72,7 +71,7 @@ def rows(
         found.append(
             Row(
                 checkpoint,
-                model.digest,
+                digest,
                 config.protocol,
                 result,
                 metrics,

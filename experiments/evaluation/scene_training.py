@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from ml_collections import ConfigDict
 
-from experiments.evaluation import training
+from experiments.evaluation import images, training
 from experiments.evaluation.job import Job
 from experiments.evaluation.schedule import Schedule
 from sinder_jax import families, placement
@@ -70,21 +69,18 @@ class Backbone(NamedTuple):
     statistics: families.Statistics
 
 
-def backbone(config: ConfigDict, model: Model) -> Backbone:
+def backbone(job: Job) -> Backbone:
     """Patch tokens of the last blocks, oldest first, after the final norm."""
-    architecture = model.config
-    extract = features.make_extract(
-        architecture,
-        model.params,
-        blocks=features.last_blocks(architecture, config.blocks),
+    architecture, count = job.model.config, job.config.blocks
+    extract = images.extractor(
+        job,
+        blocks=features.last_blocks(architecture, count),
         of=_side_by_side,
         batch_axis=0,
-        group=config.batch_size,
-        precision=config.matmul_precision,
     )
     return Backbone(
         extract,
-        config.blocks * architecture.embed_dim,
+        count * architecture.embed_dim,
         architecture.patch_size,
         families.of(architecture).statistics,
     )
@@ -98,9 +94,9 @@ def raw_colors(model: Model) -> Backbone:
     """The normalized pixels of each patch: what a model has to be better than."""
     patch = model.config.patch_size
 
-    def pixels(images: Any) -> Array:
-        n, height, width, colors = images.shape
-        cells = jnp.asarray(images).reshape(
+    def pixels(some: Any) -> Array:
+        n, height, width, colors = some.shape
+        cells = jnp.asarray(some).reshape(
             n, height // patch, patch, width // patch, patch, colors
         )
         cells = jnp.transpose(cells, (0, 1, 3, 2, 4, 5))

@@ -141,7 +141,7 @@ def predictions(
 def run(job: Job) -> Result:
     """Trains a head from every seed, and evaluates it on the validation images."""
     config, data = job.config, job.data
-    sources = {"": scene_training.backbone(config, job.model)}
+    sources = {"": scene_training.backbone(job)}
     if config.raw_colors:
         sources["raw_color_"] = scene_training.raw_colors(job.model)
     counts = []

@@ -145,12 +145,13 @@ def backbones(text: str, models: Sequence[Model]) -> list[str]:
 
 
 def backbone_of(job: Job) -> str:
-    """What the job's model counts as; empty if nothing was given."""
+    """What the job's checkpoint counts as; empty if nothing was given."""
     data: Data = job.data
+    checkpoint = job.origin or job.model
     (found,) = (
         name
         for model, name in zip(data.models, data.backbones, strict=True)
-        if model is job.model
+        if model is checkpoint
     )
     return found
 

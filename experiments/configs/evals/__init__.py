@@ -18,6 +18,13 @@ def shared() -> ConfigDict:
     config.cache = ""  # folder of the features; empty: features/ in the workdir
     config.cache_dtype = "float32"  # or "float16", half as large
 
+    # Of the first checkpoint, with commas: clamping, ablation, data-free, test-time
+    # registers. Each makes a row of its own; docs/remedies.md says what they do.
+    config.remedies = ""
+    config.gamma = 0.0  # for clamping: the largest singular value left
+    config.remedy_images = 8  # photographs that test-time registers read
+    config.remedy_data = ""  # where they are; labels are not needed
+
     # Intervals.
     config.resamples = 1_000  # bootstrap over images; 0: no intervals
     config.seed = 0  # of the bootstrap, and of whatever a protocol draws

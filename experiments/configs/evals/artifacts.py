@@ -20,10 +20,7 @@ def get_config() -> ConfigDict:
     config.batch_size = 4  # images that a device takes at once
     config.num_images = 64  # measured, spread evenly over the data
     config.mask_thr = 4.0  # outlier along ν: so many standard deviations, as in giant
-
-    # Of the first checkpoint, with commas: clamping, ablation, test-time registers.
-    config.remedies = ""
-    config.gamma = 0.0  # for clamping: the largest singular value left
-    config.remedy_images = 8  # for test-time registers; these are not measured
+    # config.remedy_data, empty: config.data. Photographs that remedies read are not
+    # measured.
     config.truth = ""  # the model before a defect was planted, if there is one
     return config

@@ -5,8 +5,6 @@ from ml_collections import ConfigDict
 
 from experiments.evaluation import report
 from experiments.evaluation.job import Result
-from sinder_jax.model import Model
-from sinder_jax.vit import ViTConfig
 
 CONFIG = ConfigDict({"protocol": "depth", "resamples": 200, "seed": 0})
 
@@ -22,11 +20,9 @@ def result(errors, lower=True):
 
 
 def rows(*results, config=CONFIG):
-    models = [
-        Model(ViTConfig(32, 1, 1, "mlp"), dict, known_digest="ab") for _ in results
-    ]
+    digests = ["ab" for _ in results]
     names = [f"model|{i}" for i in range(len(results))]
-    return report.rows(config, names, models, results)
+    return report.rows(config, names, digests, results)
 
 
 ERRORS = np.random.default_rng(0).random((1, 50))
