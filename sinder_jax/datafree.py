@@ -31,6 +31,7 @@ PRICE = 1.0  # of ε as large as σ, as much as of a mean stretch e times too fa
 REACH = 4.0  # standard deviations that tokens may lie out along the trigger
 TRIPLETS = 4  # leading ones of each product in the first subspaces ...
 MORE = 2  # ... and in every round those of the products as changed so far
+WIDTHS = 8  # subspaces are filled with zeros to a multiple: rounds share a compilation
 MAX_ROUNDS = 12
 AGREE = 1e-3  # log σ_0 of a product and of its subspace, at the end
 MAX_ITERATIONS = 200  # of L-BFGS in a round
@@ -301,7 +302,8 @@ class _Search:
 
     def problem(self, u: np.ndarray, v: np.ndarray, ceiling: np.ndarray) -> Problem:
         """The objective in the subspaces u, v [n, D, k] of the products."""
-        first = self.blocks[0]
+        first, fill = self.blocks[0], (0, -u.shape[2] % WIDTHS)
+        u, v = (np.pad(each, ((0, 0), (0, 0), fill)) for each in (u, v))
         ends = [*(b - first for b in self.blocks[1:]), len(self.own)]
         starts = [b - first for b in self.blocks]
         outputs = []

@@ -8,11 +8,21 @@ import pytest
 
 import photos
 from samples import SMALL, error_of, random_params
-from sinder_jax import datafree, defects, delta, factor, param_tree, planted
+from sinder_jax import (
+    datafree,
+    defects,
+    delta,
+    factor,
+    kernels,
+    param_tree,
+    planted,
+    vit,
+)
 from sinder_jax.analysis import defective
 from sinder_jax.analysis.forecast import Forecast, Stretch, forecast
 from sinder_jax.analysis.tokens import last_patches
 from sinder_jax.data import decode, listing
+from throwing import throwing
 
 SEED = 3
 
@@ -90,6 +100,58 @@ def test_the_price_paid_is_the_change_that_random_inputs_see():
         paid += sizes[0] / sizes[1]
     assert made.block == 5
     assert found.price == pytest.approx(paid, rel=0.05)  # 20,000 probes
+
+
+def whole_objective(config, params, blocks):
+    """The objective in the whole space of every product, before any change."""
+    found = defects.singular_defects(config, params)
+    told = forecast(config, params, found=found)
+    factors = datafree.factors_of(config, params, blocks)
+    search = datafree._Search(config, params, blocks, factors, told)
+    triplets, logs = search.leading(search.sigma, config.embed_dim)
+    u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
+    whole = search.problem(u, v, logs[:, 1])
+    return jax.jit(jax.value_and_grad(lambda theta: objective(whole, theta))), search
+
+
+def objective(problem, theta):
+    return datafree.objective(problem, theta, datafree.PRICE)
+
+
+def norm(tree):
+    return float(np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree))))
+
+
+def test_the_repair_of_a_small_model_ends_at_a_minimum_of_its_objective():
+    config = vit.ViTConfig(16, 3, 2, "mlp", img_size=28)
+    params, (line,) = throwing(config, [1])
+    told = forecast(config, params)
+    assert abs(told.directions[1] @ line) > 0.99 and told.gaps[1] > 10
+    lines = []
+    found = datafree.repair(config, params, progress=lines.append)
+    assert found.blocks == (1,) and len(lines) == found.rounds < datafree.MAX_ROUNDS
+    np.testing.assert_array_equal(found.gaps_before, told.gaps)
+    now = defects.singular_defects(config, found.params)
+    np.testing.assert_array_equal(found.gaps_after, now.gaps)
+    assert not found.has_defect and now.gaps.max() < 1.1
+
+    with jax.enable_x64(True):
+        value_and_grad, search = whole_objective(config, params, found.blocks)
+        theta = tuple(
+            np.log1p(np.float64(found.eps[name][1]) / found.factors.sigma[name][1])
+            for name in found.eps
+        )
+        before, _ = value_and_grad(jax.tree.map(np.zeros_like, search.sigma))
+        value, slope = jax.device_get(value_and_grad((theta,)))
+    assert value < float(before) / 100
+    # The search ends at FLAT, in subspaces that may miss AGREE of a stretch.
+    assert norm(slope) < 5e-3
+    assert found.price == pytest.approx(
+        sum(
+            np.square(e[1]).sum() / np.square(found.factors.sigma[name][1]).sum()
+            for name, e in found.eps.items()
+        )
+    )
 
 
 def test_a_model_without_a_defect_comes_back_as_it_is():
@@ -178,6 +240,72 @@ def test_gains_are_those_of_the_maps():
     np.testing.assert_allclose(got, want, rtol=1e-10)
 
 
+def reference_map(config, params, block, found, s, nu):
+    """A changed block's map from rebuilt kernels: no code of the search, but SciPy."""
+    names = kernels.names(config)
+    four = [
+        (found.u[n][block] * x) @ np.float64(found.v[n][block].T)
+        for n, x in zip(names, s, strict=True)
+    ]
+    before = kernels.weights(config, params, block)
+    w = before._replace(**dict(zip(("v", "proj", "first", "last"), four, strict=True)))
+    # What the FFN as it was, without LayerNorm's centering, makes of ν: its answer.
+    fit = defects.hidden_fit(before.ffn_layer, before.first, before.bias)
+    answer = (np.diag(before.gamma2) @ before.last @ fit).T @ nu
+    reach = 4.0 * answer / np.linalg.norm(answer)
+    covariance = np.eye(len(nu)) + np.outer(reach, reach)
+    root = np.linalg.cholesky(covariance)  # x = root·z, z ~ N(0, I)
+    slopes = defects.hidden_slopes(w.ffn_layer, w.first @ root, w.bias)
+    parts = zip(slopes, np.split(w.first, len(slopes)), strict=True)
+    fit = sum(slope[:, None] * rows for slope, rows in parts)
+    center = np.eye(len(nu)) - 1 / len(nu)
+    ffn = np.diag(w.gamma2) @ w.last @ fit @ np.diag(w.scale2) @ center
+    attention = np.diag(w.gamma1) @ w.proj @ w.v @ np.diag(w.scale1) @ center
+    return (np.eye(len(nu)) + ffn) @ (np.eye(len(nu)) + attention)
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks"), [("mlp", (0, 2)), ("mlp", (1,)), ("swiglu", (0, 1))]
+)
+def test_the_objective_is_the_sum_of_its_three_terms(kind, blocks):
+    config, price, slack = SMALL[kind], 0.3, 0.05
+    params = jax.tree.map(lambda x: 0.2 * x, random_params(config))
+    found = datafree.factors_of(config, params, blocks)
+    search, whole = problem(kind, blocks)
+    theta = changed(search)
+    # Some products and some blocks are stretched less than they may be.
+    n = config.depth - blocks[0]
+    ceiling = np.asarray(whole.ceiling) - np.linspace(1.0, -4.0, n)
+    with jax.enable_x64(True):
+        whole = whole._replace(ceiling=ceiling, slack=np.asarray(slack))
+        got = float(jax.jit(datafree.objective)(whole, theta, price))
+
+    maps = [defects.block_map(config, params, i) for i in range(config.depth)]
+    gains, paid = [], 0.0
+    for block, nu, each in zip(blocks, search.nu, theta, strict=True):
+        names = kernels.names(config)
+        sigma = [np.float64(found.sigma[name][block]) for name in names]
+        s = [x * np.exp(t) for x, t in zip(sigma, each, strict=True)]
+        maps[block] = reference_map(config, params, block, found, s, nu)
+        gains.append(np.log(np.linalg.norm(maps[block].T @ nu)) - slack)
+        for now, x in zip(s, sigma, strict=True):
+            paid += np.sum((now - x) ** 2) / np.sum(x**2)
+    product, stretches = np.eye(config.embed_dim), []
+    for block, each in enumerate(maps):
+        if block == blocks[0]:  # logarithms count from here
+            product /= np.linalg.norm(product) if block else 1.0
+        product = each @ product
+        stretches.append(np.log(np.linalg.norm(product, 2)))
+    stretches = np.array(stretches[blocks[0] :]) - ceiling - slack
+    want = [
+        np.mean(np.square(np.maximum(x, 0.0))) for x in (stretches, np.array(gains))
+    ]
+    assert want[0] > 0 and want[1] > 0 and paid > 0
+    assert n == 1 or (stretches < 0).any()
+    # U and V are stored as float32, and orthogonal to 1e-7 only.
+    assert got == pytest.approx(sum(want) + price * paid, rel=1e-5)
+
+
 def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     search, whole = problem()
     theta, h = changed(search), 1e-5
@@ -185,12 +313,14 @@ def test_the_gradient_of_the_objective_is_that_of_finite_differences():
     with jax.enable_x64(True):
         whole = whole._replace(ceiling=whole.ceiling - 1.0)  # so that all terms count
 
+        @jax.jit
+        @jax.value_and_grad
         def along(t):
             moved = jax.tree.map(lambda x, d: x + t * d, theta, direction)
             return datafree.objective(whole, moved, 0.03)
 
-        got = jax.grad(along)(0.0)
-        want = (along(h) - along(-h)) / (2 * h)
+        got = along(0.0)[1]
+        want = (along(h)[0] - along(-h)[0]) / (2 * h)
     assert got == pytest.approx(float(want), rel=1e-6)
 
 
