@@ -61,7 +61,7 @@ def open_model(
         return _open_torch(Path(path), name or path.name, given)
     if prefix is not None:
         raise ValueError(f"{path}: a prefix is for PyTorch files; leave it out")
-    of_a_run = (run_files.FROZEN, run_files.REPAIRED, run_files.DIAGNOSIS)
+    of_a_run = (run_files.FROZEN, run_files.REPAIRED, run_files.CLAIMS)
     if any((path / name).exists() for name in of_a_run):
         path = path / run_files.REPAIRED
         if not path.exists():

@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "repair" in config:
         return datafree_run.run(args, config)
     options = inputs.repair_options(config)
+    inputs.check_plant(config)
     inputs.check_weights_given(config, resumes=inputs.resumes(args.workdir))
     sinks.check_packages(config)
     span = tracing.parse(args.profile) if args.profile else None

@@ -27,6 +27,8 @@ NAMED = 5  # at most this many bad files are named
 BARS = "▁▂▃▄▅▆▇█"
 ESSENTIALS = ("lr", "momentum", "mask_thr", "active_blocks", "images_per_step")
 DIAGNOSIS = ("verdict", "block", "photographs", "with_defect")
+# What a repair from the weights alone has none of.
+OF_IMAGES = ("config", "images", "stops", "defects", "loss", "bad", "log", "saved")
 EXAMPLE = """\
 examples:
   python -m experiments.status runs/giant
@@ -89,7 +91,8 @@ def read(workdir: AnyPath, *, now: float) -> dict[str, Any]:
         "workdir": str(workdir),
         **{key: config.get(key) for key in ("model", "checkpoint", "data")},
         **{key: config.get(key) for key in ESSENTIALS},
-        **{key: diagnosis.get(key) for key in DIAGNOSIS},
+        "repair": config.get("repair", "sinder"),
+        **{key: diagnosis.get(key, summary.get(key)) for key in DIAGNOSIS},
         "prepared": (workdir / run_files.FROZEN).exists(),
         **_life(alive, finished, now),
         "images": images,
@@ -182,7 +185,8 @@ def lines(status: Mapping[str, Any]) -> list[str]:
     now = SimpleNamespace(**status)
     many = (now.processes or 1) > 1
     source = f" from {now.checkpoint}" if now.checkpoint else ""
-    model = f"{now.model}{source}, photographs of {now.data}"
+    model = f"{now.model}{source}"
+    model += f", photographs of {now.data}" if now.data else ""
     known = [f"{key} {status[key]}" for key in ESSENTIALS if status[key] is not None]
     devices = f"{now.devices}{f' of {now.processes} processes' if many else ''}"
     stops = loss = ""
@@ -231,6 +235,8 @@ def lines(status: Mapping[str, Any]) -> list[str]:
         "saved": saved,
         "next": next_,
     }
+    if now.repair != "sinder":
+        shown = {label: x for label, x in shown.items() if label not in OF_IMAGES}
     return [f"{label:<9}{text}" for label, text in shown.items() if text]
 
 
@@ -256,7 +262,9 @@ def _verdict(now: SimpleNamespace) -> str:
     if now.verdict is None:
         return ""
     where = "" if now.block in (None, -1) else f" in block {now.block}"
-    shown = f"{now.with_defect} of {now.photographs} photographs show it"
+    shown = "said by the weights alone"
+    if now.photographs is not None:
+        shown = f"{now.with_defect} of {now.photographs} photographs show it"
     return f"{now.verdict}{where}: {shown}"
 
 

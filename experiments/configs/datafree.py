@@ -15,20 +15,14 @@ def get_config() -> ConfigDict:
     """Every setting of a data-free repair; those that giant.py has mean the same."""
     config = ConfigDict()
     config.repair = "datafree"  # which repair this is
-    config.model = "dinov2_vitg14"
+    config.model = "dinov2_vitg14"  # "planted": the demo's, with weights of its own
     config.checkpoint = ""
-    config.plant = ""  # refused: planting needs photographs
-    config.interpolate_antialias = True
-    config.seed = 0  # of a planted model
+    config.seed = 0  # of the demo's model
     config.price = 1.0  # of ε as large as σ; 1: as of a mean stretch e times too far
 
     # To look at, before and after; empty: nothing is measured or drawn.
     config.data = ""
-    config.num_images = 30_000
-    config.shuffle_seed = 0
-    config.image_size = 518  # pixels, the short side
-    config.resize = "crop"
-    config.images_per_step = 1
-    config.mask_thr = 4.0
     config.measure_images = 8
+    config.image_size = 518  # pixels, the short side
+    config.mask_thr = 4.0
     return config

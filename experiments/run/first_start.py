@@ -8,7 +8,7 @@ a resumed run would give another result without a word.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -44,6 +44,8 @@ FREE_KEYS = (
 )
 # Keys that made the stored model, factors and directions: even --force holds them.
 FROZEN_KEYS = ("model", "method", "num_probes", "seed", "interpolate_antialias")
+
+KIND = "repair"  # key of a config of another repair than SINDER's
 
 
 def settle(
@@ -146,17 +148,13 @@ def settle_config(
       ValueError: keys that change the result differ; names them.
     """
     path = workdir.path / run_files.CONFIG
-    first = _is_first(workdir)
+    first = is_first(workdir)
     stored = {} if first else stored_config(workdir)
-    per_step = images_per_step if first else stored["images_per_step"]
+    per_step = images_per_step if first else stored.get("images_per_step", 0)
     config.images_per_step = config.images_per_step or per_step
-    differences = {
-        key: f"{key} was {stored.get(key)!r} and is {value!r}"
-        for key, value in config.items()
-        if not first and stored.get(key) != value and key not in FREE_KEYS
-    }
+    differences = {} if first else changes(stored, config)
     changed = "; ".join(differences.values())
-    held = [key for key in differences if key in FROZEN_KEYS]
+    held = [key for key in differences if key in (*FROZEN_KEYS, KIND)]
     if changed and not (force and not held):
         forced = "" if held else ", or --force to resume with the new one"
         raise ValueError(
@@ -170,7 +168,19 @@ def settle_config(
     workdir.config = config.to_dict()
 
 
-def _is_first(workdir: Workdir) -> bool:
+def changes(stored: Mapping[str, Any], config: ConfigDict) -> dict[str, str]:
+    """What changes the result and is not as at the first start, in words, by key."""
+    was, now = (each.get(KIND, "sinder") for each in (stored, config))
+    if was != now:  # with other keys, all of which would be named
+        return {KIND: f"{KIND} was {was!r} and is {now!r}"}
+    return {
+        key: f"{key} was {stored.get(key)!r} and is {value!r}"
+        for key, value in config.items()
+        if stored.get(key) != value and key not in FREE_KEYS
+    }
+
+
+def is_first(workdir: Workdir) -> bool:
     """True if nothing was computed yet, with another config or other photographs."""
     made = workdir.frozen.exists() or workdir.summary.exists()
     return not made and not run_files.numbered(workdir.states)
@@ -222,7 +232,7 @@ def settle_photographs(
         difference.
     """
     path = workdir.path / run_files.PHOTOGRAPHS
-    first = _is_first(workdir)
+    first = is_first(workdir)
     if not (first or path.exists()):
         cli.warn(f"{path} is missing: the photographs may be others than before")
     elif not first:

@@ -198,15 +198,7 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
       ValueError: an unknown model or no checkpoint; says what to fetch and to run.
       FileNotFoundError: the checkpoint does not exist; says the same.
     """
-    if config.plant:
-        truth.block(config, architecture(config).depth)
     if config.model == PLANTED:
-        if config.plant:
-            raise ValueError(
-                f"config.plant={config.plant} needs a trained model, and "
-                f"config.model={PLANTED} has a defect of its own: give --config.model "
-                "and --config.checkpoint"
-            )
         if config.checkpoint:
             raise ValueError(
                 f"config.model={PLANTED} makes its own weights; give the model of "
@@ -234,6 +226,23 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
         )
 
 
+def check_plant(config: ConfigDict) -> None:
+    """Refuses a `config.plant` that cannot be planted.
+
+    Raises:
+      ValueError: no block of the model, or a model that has a planted defect.
+    """
+    if not config.plant:
+        return
+    truth.block(config, architecture(config).depth)
+    if config.model == PLANTED:
+        raise ValueError(
+            f"config.plant={config.plant} needs a trained model, and "
+            f"config.model={PLANTED} has a defect of its own: give --config.model "
+            "and --config.checkpoint"
+        )
+
+
 def architecture(config: ConfigDict) -> vit.ViTConfig:
     """Architecture of `config.model`, a published model or the planted one."""
     if config.model in families.RELATIVES:
@@ -256,7 +265,7 @@ def how_to_get(model: str) -> str:
 
 
 def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
-    """Opens the model to repair; its config resamples as the run's config says.
+    """Opens the model to repair; resamples as the run's config says, if it does.
 
     Args:
       config: names the model and its weights: a checkpoint directory, also in a bucket,
@@ -279,7 +288,7 @@ def load_model(config: ConfigDict, planted_file: Path = Path()) -> Model:
     wrong = models.differences(model.config, named, grid=False)
     if wrong:
         raise ValueError(f"{path} is not {config.model}: they differ in {wrong}")
-    return resampled(model, config)
+    return resampled(model, config) if "interpolate_antialias" in config else model
 
 
 def write_planted(path: Path, made: planted.PlantedModel) -> None:

@@ -141,9 +141,14 @@ def lost(workdir: Workdir) -> list[str] | None:
     summary = workdir.read_summary()
     if summary.get("finished") is not True or not summary["files"]:
         return None
+    workdir.rewind_metrics(summary["images"])
+    return damaged(workdir, summary)
+
+
+def damaged(workdir: Workdir, summary: Mapping[str, Any]) -> list[str]:
+    """Names of files that are missing or not as the summary of a run says."""
     stated = summary.get("sha256", {})  # a bucket's, and an earlier version's, has none
     found = digests(workdir, summary["files"]) if stated else {}
-    workdir.rewind_metrics(summary["images"])
     return [
         name
         for name in dict.fromkeys([*summary["files"], *stated])

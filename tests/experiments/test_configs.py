@@ -338,13 +338,13 @@ def test_active_blocks_0_means_all():
 def test_a_defect_is_planted_in_a_block_that_exists(plant):
     config = overridden(f"--config.plant={plant}", file="planted_small.py")
     with pytest.raises(ValueError, match="config.plant must be a block from 0 to 11"):
-        inputs.check_weights_given(config)
+        inputs.check_plant(config)
 
 
 def test_no_defect_is_planted_in_the_demo_s_model():
     config = overridden("--config.plant=4", file="tiny.py")
     with pytest.raises(ValueError, match="needs a trained model"):
-        inputs.check_weights_given(config)
+        inputs.check_plant(config)
 
 
 @pytest.mark.parametrize("name", protocols.PROTOCOLS)
