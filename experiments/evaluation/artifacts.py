@@ -2,6 +2,7 @@
 
     photographs --each model's last block--> tokens, kept as features
     tokens, those of the first model, those of the truth --sums--> a row a photograph
+    config.knn, config.segmentation --their protocols--> their main metric beside
 
 The first checkpoint is what all others, and what remedies make of it, are compared
 with. All are measured on the same photographs; those that a remedy reads are others.
@@ -16,7 +17,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 import convert
-from experiments.evaluation import images, remedied
+from experiments.configs.evals import knn as knn_config
+from experiments.configs.evals import segmentation_linear as segmentation_config
+from experiments.evaluation import images, knn, remedied, segmentation
 from experiments.evaluation.job import AS_IT_IS, Job, Result, Scores
 from sinder_jax import loss
 from sinder_jax.analysis import artifacts, forecast
@@ -25,6 +28,11 @@ from sinder_jax.data.listing import Photograph
 from sinder_jax.evals import features
 from sinder_jax.model import Model, check_same_architecture
 
+# Protocols that evaluate each model too, by the key of the config with their data.
+ALSO = {
+    "knn": (knn, knn_config.get_config),
+    "segmentation": (segmentation, segmentation_config.get_config),
+}
 PHOTOGRAPH = "photograph_variation"
 COLUMNS = (*artifacts.Sums._fields, PHOTOGRAPH)
 
@@ -37,11 +45,13 @@ class Data:
       first: the model before any remedy.
       truth: the model before planting, or None.
       photographs: to measure on.
+      also: config and data of other protocols, by a key of `ALSO`.
     """
 
     first: Model
     truth: Model | None
     photographs: list[Photograph]
+    also: dict[str, tuple[ConfigDict, Any]]
 
     @functools.cached_property
     def direction(self) -> np.ndarray:
@@ -75,7 +85,36 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     truth = convert.open_model(config.truth) if config.truth else None
     for other in (*models[1:], *([truth] if truth else [])):
         check_same_architecture(first, other)
-    return Data(first, truth, chosen(config))
+    photographs = chosen(config)
+    return Data(first, truth, photographs, prepare_also(config, models))
+
+
+def prepare_also(
+    config: ConfigDict, models: Sequence[Model]
+) -> dict[str, tuple[ConfigDict, Any]]:
+    """Settings and data of the protocols of `ALSO` for which there is data.
+
+    Raises:
+      ValueError, FileNotFoundError: as their `prepare`; names the key.
+    """
+    found = {}
+    for name, (module, get_config) in ALSO.items():
+        if not config[name]:
+            continue
+        own = get_config()
+        same = ["matmul_precision", "read_threads", "read_workers", "resamples", "seed"]
+        same += ["cache", "cache_dtype"] * (own.protocol in images.KEEPING)
+        own.update({key: config[key] for key in same})
+        own.data = config[name]
+        if "pictures" in own:
+            own.pictures = 0
+        try:
+            found[name] = own, module.prepare(own, models)
+        except ValueError as error:
+            raise ValueError(
+                f"config.{name}={config[name]}, as {own.protocol}.py takes it: {error}"
+            ) from None
+    return found
 
 
 def chosen(config: ConfigDict) -> list[Photograph]:
@@ -139,7 +178,16 @@ def run(job: Job) -> Result:
         },
         lower_is_better=None,
         versus=("damage", "mending"),
+        also={name: _also(job, name) for name in data.also},
     )
+
+
+def _also(job: Job, name: str) -> Result:
+    """What another protocol says of the job's model."""
+    config, data = job.data.also[name]
+    folder = job.folder / name
+    folder.mkdir(exist_ok=True)
+    return ALSO[name][0].run(job._replace(config=config, data=data, folder=folder))
 
 
 def _read(job: Job) -> Callable[[Any], Any]:

@@ -91,6 +91,8 @@ class Result(NamedTuple):
       details: more numbers by name, for results.json alone; JSON values.
       figures: pictures of what the model does, by name.
       versus: two metrics to plot one over the other, instead of the headline.
+      also: of other protocols that evaluated this model, by a name that goes before
+        those of their metrics. The report tells the main one of each.
     """
 
     counts: Float[np.ndarray, "seeds images ..."]
@@ -102,6 +104,11 @@ class Result(NamedTuple):
     details: Mapping[str, Any] = {}
     figures: Mapping[str, Figure] = {}
     versus: tuple[str, str] | None = None
+    also: Mapping[str, "Result"] = {}
+
+    def parts(self) -> "dict[str, Result]":
+        """This result and the others, by what goes before the names of metrics."""
+        return {"": self} | {f"{name} ": other for name, other in self.also.items()}
 
     def metrics(self) -> Scores:
         """The metrics, each the mean over the seeds."""

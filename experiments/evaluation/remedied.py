@@ -190,7 +190,8 @@ def _after(plan: Plan, job: Job, name: str) -> tuple[Job, dict[str, Any]]:
     }
     moved = list(zip(neurons.blocks.tolist(), neurons.units.tolist(), strict=True))
     if reads:
-        cost["units moved"] = [f"{unit} of block {block}" for block, unit in moved]
+        units = ", ".join(f"{unit} of block {block}" for block, unit in moved)
+        cost["units moved"] = units or "none"
     forward = AS_IT_IS
     if moved:
         run = functools.partial(_with_register, neurons)

@@ -6,10 +6,12 @@ Rows --write--> OUT/results.json, results.md, results.png     Rows --lines--> st
 
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.evaluation.job import Result, Scores
@@ -21,6 +23,7 @@ from sinder_jax.storage import files
 
 JSON, TABLE, PLOT = "results.json", "results.md", "results.png"
 PICTURES = "pictures"
+UNDEFINED = "–"
 Interval = tuple[float, float]
 
 
@@ -58,14 +61,12 @@ def rows(
     found: list[Row] = []
     first_samples: dict[str, Any] = {}
     for checkpoint, digest, result in zip(checkpoints, digests, results, strict=True):
-        metrics, samples = result.metrics(), {}
-        if config.resamples:
-            samples = bootstrap.samples(
-                result.counts,
-                result.score,
-                resamples=config.resamples,
-                seed=config.seed,
-            )
+        metrics: Scores = {}
+        samples: dict[str, np.ndarray] = {}
+        for prefix, part in result.parts().items():
+            metrics |= {prefix + name: x for name, x in part.metrics().items()}
+            drawn = _samples(config, part)
+            samples |= {prefix + name: x for name, x in drawn.items()}
         first = found[0].metrics if found else {}
         first_samples = first_samples or samples
         found.append(
@@ -87,14 +88,26 @@ def rows(
     return found
 
 
+def _samples(config: ConfigDict, result: Result) -> dict[str, np.ndarray]:
+    """Empty if the config wants none; NaN for one image: all its draws are alike."""
+    if not config.resamples:
+        return {}
+    if result.counts.shape[1] == 1:
+        return dict.fromkeys(result.metrics(), np.full(1, np.nan))
+    return bootstrap.samples(
+        result.counts, result.score, resamples=config.resamples, seed=config.seed
+    )
+
+
 def write(out: Path, found: Sequence[Row]) -> None:
     """Writes the three files, each whole or not at all."""
     told = json.dumps([as_json(row) for row in found], indent=2, ensure_ascii=False)
     files.write(out / JSON, told + "\n")
     files.write(out / TABLE, markdown(found))
     first = found[0].result
+    folder = len(os.path.dirname(os.path.commonprefix([x.checkpoint for x in found])))
     points = {
-        row.checkpoint: {
+        row.checkpoint[folder:].lstrip("/") or row.checkpoint: {
             name: (row.metrics[name], row.intervals.get(name))
             for name in first.headline
         }
@@ -109,8 +122,14 @@ def write(out: Path, found: Sequence[Row]) -> None:
 
 
 def _write_pictures(folder: Path, found: Sequence[Row]) -> None:
-    """Writes MODEL_NAME.png for each picture of each model."""
-    names = unique_names([Path(row.checkpoint) for row in found])
+    """Writes MODEL_NAME.png for each picture of each model, MODEL_REMEDY_NAME.png."""
+    paths = []
+    for row in found:
+        remedy = row.result.details.get("remedy", "")
+        path = Path(row.checkpoint.removesuffix(f" + {remedy}"))
+        end = f"_{remedy.replace(' ', '_')}" if remedy else ""
+        paths.append(path.with_name(path.stem + end))
+    names = unique_names(paths)
     for model, row in zip(names, found, strict=True):
         for name, figure in row.result.figures.items():
             folder.mkdir(exist_ok=True)
@@ -129,7 +148,10 @@ def as_json(row: Row) -> dict[str, Any]:
         "difference_intervals": {
             n: [_number(x) for x in i] for n, i in row.difference_intervals.items()
         },
-        "evaluated": dict(row.result.evaluated),
+        "evaluated": {
+            **row.result.evaluated,
+            **{name: dict(x.evaluated) for name, x in row.result.also.items()},
+        },
         **row.result.details,
     }
 
@@ -138,50 +160,45 @@ def lines(found: Sequence[Row]) -> list[str]:
     """A line for each model: its headline, and what was evaluated."""
     told = []
     for row in found:
+        units = columns(row.result)
         numbers = ", ".join(
-            f"{name} {_with_interval(row, name)}" for name in row.result.headline
+            f"{name} {_with_interval(row, name, unit)}" for name, unit in units.items()
         )
         told.append(f"{row.checkpoint}: {numbers} ({_evaluated(row.result)})")
         if row.differences:
-            main = row.result.headline[0]
-            told.append(
-                f"{row.checkpoint} - {found[0].checkpoint}: {main} "
-                f"{_difference(row, main)}"
+            main = [row.result.headline[0], *list(units)[len(row.result.headline) :]]
+            differences = ", ".join(
+                f"{name} {_difference(row, name, units[name])}" for name in main
             )
+            told.append(f"{row.checkpoint} - {found[0].checkpoint}: {differences}")
     return told
+
+
+def columns(result: Result) -> dict[str, str]:
+    """Units by metric: of the headline, and of the main metric of other protocols."""
+    others = {f"{name} {x.headline[0]}": x.unit for name, x in result.also.items()}
+    return dict.fromkeys(result.headline, result.unit) | others
 
 
 def markdown(found: Sequence[Row]) -> str:
     """The headline of all models as a table, and what was evaluated below it."""
-    first = found[0].result
-    unit = f" ({first.unit})" if first.unit else ""
-    names = [name + unit for name in first.headline]
+    first = found[0]
+    units = columns(first.result)
+    names = [f"{name} ({unit})" if unit else name for name, unit in units.items()]
     table = [["checkpoint", *names]]
-    table += [
-        [row.checkpoint, *(_with_interval(row, n, unit=False) for n in first.headline)]
-        for row in found
-    ]
-    text = f"# {found[0].protocol}\n\n{_table(table)}\n"
+    table += [[row.checkpoint, *_cells(row, units, _with_interval)] for row in found]
+    text = f"# {first.protocol}\n\n{_table(table)}\n"
     if len(found) > 1:
-        table = [[f"minus {found[0].checkpoint}", *names]]
+        table = [[f"minus {first.checkpoint}", *names]]
         table += [
-            [row.checkpoint, *(_difference(row, n, unit=False) for n in first.headline)]
-            for row in found[1:]
+            [row.checkpoint, *_cells(row, units, _difference)] for row in found[1:]
         ]
         text += f"\n{_table(table)}\n"
-    if first.lower_is_better is not None:
-        better = "Lower" if first.lower_is_better else "Higher"
-        text += f"\n{better} is better. "
-    else:
-        text += "\n"
-    if found[0].intervals:
-        text += "In brackets: 95 % intervals, bootstrap over the images evaluated"
-        seeds = first.counts.shape[0]
-        text += f" and {seeds} seeds." if seeds > 1 else "."
-    text = text.rstrip(" ")
+    if notes := _notes(first, text):
+        text += f"\n{notes}"
     for row in found:
         text += f"\n\n{row.checkpoint} ({row.digest[:12]}): {_evaluated(row.result)}."
-    if classes := first.details.get("iou"):
+    if classes := first.result.details.get("iou"):
         table = [["IoU (%)", *(row.checkpoint for row in found)]]
         table += [
             [name, *(_percent(row.result.details["iou"][name]) for row in found)]
@@ -189,6 +206,33 @@ def markdown(found: Sequence[Row]) -> str:
         ]
         text += f"\n\n{_table(table)}"
     return text + "\n"
+
+
+def _cells(
+    row: Row, units: Mapping[str, str], told: Callable[..., str]
+) -> Iterator[str]:
+    return (told(row, name, unit, with_unit=False) for name, unit in units.items())
+
+
+def _notes(first: Row, text: str) -> str:
+    """How to read a text with tables."""
+    notes, result = [], first.result
+    if result.lower_is_better is not None:
+        better = "Lower" if result.lower_is_better else "Higher"
+        notes.append(f"{better} is better.")
+    counts = [part.counts.shape[1] for part in result.parts().values()]
+    if first.intervals and counts[0] == 1:
+        notes.append("One image was evaluated: there is no interval.")
+    if first.intervals and max(counts) > 1:
+        seeds = result.counts.shape[0]
+        images = "the images evaluated" + f" and {seeds} seeds" * (seeds > 1)
+        notes.append(f"In brackets: 95 % intervals, bootstrap over {images}.")
+    if UNDEFINED in text:
+        notes.append(
+            f"{UNDEFINED}: undefined, for want of anything to divide by; as an "
+            "interval, in some draws of images."
+        )
+    return " ".join(notes)
 
 
 # --- Text -----------------------------------------------------------------------------
@@ -199,36 +243,45 @@ def _number(value: float) -> float | None:
 
 
 def _format(value: float, unit: str, sign: str = "") -> str:
+    if not math.isfinite(value):
+        return UNDEFINED
     digits = {"%": 2, "": 4}.get(unit, 3)
-    return f"{value:{sign}.{digits}f}"
+    return f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no minus before 0.0000
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1f}"
+    return UNDEFINED if value is None else f"{value:.1f}"
 
 
-def _with_interval(row: Row, name: str, *, unit: bool = True) -> str:
-    kind = row.result.unit
-    shown = _format(row.metrics[name], kind) + f" {kind}" * (unit and kind != "")
-    if name in row.intervals:
-        low, high = (_format(x, kind) for x in row.intervals[name])
-        shown += f" [{low}, {high}]"
-    return shown
+def _with_interval(row: Row, name: str, unit: str, *, with_unit: bool = True) -> str:
+    return _number_with(
+        row.metrics[name], row.intervals.get(name), unit, unit * with_unit
+    )
 
 
-def _difference(row: Row, name: str, *, unit: bool = True) -> str:
-    kind = row.result.unit
-    words = "points" if kind == "%" else kind
-    shown = _format(row.differences[name], kind, "+")
-    shown += f" {words}" * (unit and kind != "")
-    if name in row.difference_intervals:
-        low, high = (_format(x, kind, "+") for x in row.difference_intervals[name])
-        shown += f" [{low}, {high}]"
+def _difference(row: Row, name: str, unit: str, *, with_unit: bool = True) -> str:
+    words = "points" if unit == "%" else unit
+    interval = row.difference_intervals.get(name)
+    return _number_with(row.differences[name], interval, unit, words * with_unit, "+")
+
+
+def _number_with(
+    value: float, interval: Interval | None, unit: str, words: str, sign: str = ""
+) -> str:
+    shown = _format(value, unit, sign)
+    if not math.isfinite(value):
+        return shown
+    shown += f" {words}" if words else ""
+    if interval is not None:
+        low, high = (_format(x, unit, sign) for x in interval)
+        shown += f" [{low}, {high}]" if math.isfinite(sum(interval)) else f" [{low}]"
     return shown
 
 
 def _evaluated(result: Result) -> str:
-    return ", ".join(f"{name}: {value}" for name, value in result.evaluated.items())
+    own = ", ".join(f"{name}: {value}" for name, value in result.evaluated.items())
+    others = [f"{name}: {_evaluated(x)}" for name, x in result.also.items()]
+    return "; ".join([own, *others])
 
 
 def _table(cells: Sequence[Sequence[str]]) -> str:

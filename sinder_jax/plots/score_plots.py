@@ -3,6 +3,7 @@
 scores of models --scores, versus--> Figure
 """
 
+import math
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
@@ -10,7 +11,8 @@ from matplotlib.figure import Figure
 from sinder_jax.plots import style
 
 Score = tuple[float, tuple[float, float] | None]
-MOST_NAME = 32  # characters of a model's name
+MOST_NAME = 32  # characters of a model's name on an axis ...
+MOST_LABEL = 48  # ... and in a legend
 
 
 @style.styled
@@ -44,7 +46,7 @@ def versus(points: Mapping[str, Mapping[str, Score]], across: str, up: str) -> F
     """A point for each model, one metric over another, and the interval of each.
 
     Args:
-      points: as for `scores`; a metric that is not a number leaves its model out.
+      points: as for `scores`; without two numbers a model is in the legend alone.
       across: the metric on the horizontal axis.
       up: the metric on the vertical axis.
     """
@@ -55,18 +57,21 @@ def versus(points: Mapping[str, Mapping[str, Score]], across: str, up: str) -> F
         color = style.SERIES[place % len(style.SERIES)]
         marker = style.MARKERS[place % len(style.MARKERS)]
         if wide is not None:
-            ax.plot(wide, [y, y], color=color)
+            ax.plot(wide, [y, y], color=color, marker="|")
         if high is not None:
-            ax.plot([x, x], high, color=color)
-        label = _short(name)
+            ax.plot([x, x], high, color=color, marker="_")
+        there = math.isfinite(x) and math.isfinite(y)
+        label = _short(name, MOST_LABEL) + ("" if there else " (undefined)")
         ax.plot([x], [y], marker=marker, color=color, ls="none", label=label)
+    if all(math.isnan(found[up][0]) for found in points.values()):
+        ax.text(0.5, 0.5, f"{up}: undefined", ha="center", transform=ax.transAxes)
     ax.set_xlabel(across)
     ax.set_ylabel(up)
     figure.legend(loc="outside lower center", ncols=1)
     return figure
 
 
-def _short(name: str) -> str:
-    """The end of a path that is too long for an axis, with nothing read as math."""
-    name = name if len(name) <= MOST_NAME else f"…{name[1 - MOST_NAME :]}"
+def _short(name: str, most: int = MOST_NAME) -> str:
+    """The end of a path that is too long, with nothing read as math."""
+    name = name if len(name) <= most else f"…{name[1 - most :]}"
     return name.replace("$", r"\$")

@@ -23,4 +23,9 @@ def get_config() -> ConfigDict:
     # config.remedy_data, empty: config.data. Photographs that remedies read are not
     # measured.
     config.truth = ""  # the model before a defect was planted, if there is one
+
+    # Data as for knn.py and segmentation_linear.py, which then evaluate each row, too,
+    # with the settings of these files; empty: they do not.
+    config.knn = ""
+    config.segmentation = ""
     return config

@@ -1,14 +1,24 @@
 """The meter of remedies from its command line, on the tiny planted model."""
 
+import contextlib
+import io
 import json
+import os
+import subprocess
+import sys
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import photos
 import planted_models
+import scene_trees
 from experiments import evaluate
 from experiments.evaluation import artifacts, images, remedied
-from sinder_jax import cli
+from samples import SMALL as SMALL_MODELS
+from samples import random_params
+from sinder_jax import checkpoint, cli
 from sinder_jax.evals import features
 
 SMALL = [
@@ -112,6 +122,28 @@ def test_a_killed_run_goes_on_to_the_same_numbers(places, tmp_path, monkeypatch)
     assert [x["intervals"] for x in whole] == [x["intervals"] for x in after]
 
 
+@pytest.mark.slow
+def test_any_number_of_devices_gives_the_same_numbers(places, tmp_path):
+    found = {}
+    for devices in (1, 4):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        # XLA's thread pool has a thread for each core or device, whichever are more.
+        environment = {**os.environ, "XLA_FLAGS": flags, "NPROC": "4"}
+        out = tmp_path / str(devices)
+        command = [sys.executable, "-m", "experiments.evaluate"]
+        command += ["--config=artifacts.py", f"--config.data={places / 'data'}"]
+        command += [f"--workdir={out}", f"--checkpoint={places / 'planted'}", *SMALL]
+        command += [f"{REMEDIES},data-free"]
+        subprocess.run(command, env=environment, check=True)
+        found[devices] = results(out)
+        for row in found[devices][1:]:
+            assert row["evaluated"].pop("seconds of the remedy") >= 0
+    assert found[1] == found[4]
+    for file in (tmp_path / "1").rglob("rows.bin"):
+        other = tmp_path / "4" / file.relative_to(tmp_path / "1")
+        assert file.read_bytes() == other.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("argument", "told"),
     [
@@ -144,3 +176,179 @@ def test_photographs_that_remedies_read_are_not_measured(places):
         artifacts.chosen(config)
     config.remedy_data = "sample"
     assert len(artifacts.chosen(config)) == 7
+
+
+# --- Where a number is undefined ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(places, tmp_path_factory):
+    """A model without a defect on one photograph of one color; and what was told."""
+    root = tmp_path_factory.mktemp("bare")
+    (root / "data").mkdir()
+    Image.new("RGB", (120, 120), (90, 30, 200)).save(root / "data/plain.png")
+    small = ["--config.image_size=112", "--config.remedies=ablation"]
+    small.append(f"--config.data={root / 'data'}")
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert run(places, root / "out", *small, checkpoints=("truth",)) == 0
+    return root / "out", told.getvalue()
+
+
+def test_a_model_without_a_defect_has_nothing_to_mend(bare):
+    out, lines = bare
+    rows = results(out)
+    assert [row["metrics"]["mending"] for row in rows] == [None, None]
+    assert rows[1]["metrics"]["damage"] == pytest.approx(0, abs=1e-5)
+    assert rows[1]["differences"]["mending"] is None
+    assert rows[1]["digest"] == rows[0]["digest"]  # ablation left it as it is
+    assert "NaN" not in (out / "results.json").read_text()
+    assert "mending –, defective by norm 0.0000 [–]" in lines
+    table = (out / "results.md").read_text()
+    assert "nan" not in table + lines and "–: undefined, for want of" in table
+    assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_photograph_has_no_interval(bare):
+    for row in results(bare[0]):
+        intervals = {**row["intervals"], **row["difference_intervals"]}
+        assert set(row["intervals"]) == set(row["metrics"])
+        assert all(interval == [None, None] for interval in intervals.values())
+    table = (bare[0] / "results.md").read_text()
+    assert "One image was evaluated: there is no interval." in table
+    assert "bootstrap" not in table
+
+
+def test_a_photograph_of_one_color_has_no_variation_to_divide_by(bare):
+    assert [row["metrics"]["PCA variation"] for row in results(bare[0])] == [None, None]
+
+
+def sums(**changed):
+    """A photograph's sums with nothing in them but what is given, as `score` wants."""
+    of = dict.fromkeys(artifacts.COLUMNS, 0.0) | {"patches": 9.0} | changed
+    return np.array([of[name] for name in artifacts.COLUMNS])
+
+
+def test_without_a_sound_token_damage_is_undefined():
+    all_large = sums(large=9, large_before=9, thrown=9, true_thrown=4.5)
+    found = artifacts.score(True, all_large, 1)
+    assert np.isnan(found["damage"]) and np.isnan(found["truth, sound"])
+    assert found["mending"] == 0 and found["defective by norm"] == 1
+    assert found["truth, thrown"] == 0.5
+    assert "truth, thrown" not in artifacts.score(False, all_large, 1)
+
+
+def test_a_remedy_can_make_it_worse():
+    assert artifacts.score(False, sums(large=6, large_before=2), 1)["mending"] == -2
+
+
+# --- What cannot be measured ----------------------------------------------------------
+
+
+def failure(capsys, *arguments, **options):
+    assert cli.run(lambda: run(*arguments, **options)) == cli.USER_ERROR
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
+    return line.removeprefix("error: ")
+
+
+def test_models_of_other_architectures_are_refused(places, tmp_path, capsys):
+    other = tmp_path / "other"
+    checkpoint.save(
+        other, SMALL_MODELS["swiglu"], random_params(SMALL_MODELS["swiglu"])
+    )
+    checkpoints = ("planted", other)
+    message = failure(capsys, places, tmp_path / "out", checkpoints=checkpoints)
+    assert f"planted and {other} have different architectures: embed_dim" in message
+    truth = f"--config.truth={other}"
+    message = failure(capsys, places, tmp_path / "out", truth)
+    assert f"planted and {other} have different architectures: embed_dim" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_photograph_is_named(places, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/0.png").write_bytes(b"not a picture")
+    photos.save_noise(tmp_path / "data/1.png", 240, 240)
+    message = failure(
+        capsys, places, tmp_path / "out", f"--config.data={tmp_path / 'data'}"
+    )
+    assert message.startswith(f"{tmp_path}/data/0.png: not an image")
+
+
+def test_remedies_that_read_all_photographs_leave_none(places, tmp_path, capsys):
+    given = ("--config.remedies=test-time registers", "--config.remedy_images=7")
+    message = failure(capsys, places, tmp_path / "out", *given)
+    assert "config.remedy_images: remedies read 7 photographs" in message
+
+
+# --- k-NN and segmentation beside -----------------------------------------------------
+
+
+def test_labels_that_do_not_fit_are_one_line(places, tmp_path, capsys):
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            photos.save_noise(tmp_path / f"classes/{split}/{name}/0.png")
+    out, classes = tmp_path / "out", f"--config.knn={tmp_path / 'classes'}"
+    message = failure(capsys, places, out, classes)
+    assert f"{classes[2:]}, as knn.py takes it: config.ks: got K = 200" in message
+    message = failure(capsys, places, out, "--config.segmentation=nowhere")
+    assert "nowhere" in message
+    assert not out.exists()
+
+
+@pytest.mark.slow  # trains three heads
+def test_k_nn_and_segmentation_are_columns_beside(places, tmp_path, monkeypatch):
+    """With the numbers that the protocols give for themselves, by the same settings."""
+    for split, count in (("train", 3), ("val", 2)):
+        for place, name in enumerate(("cat", "dog")):
+            for i in range(count):
+                file = tmp_path / f"classes/{split}/{name}/{i}.png"
+                photos.save_noise(file, 60, 60, seed=10 * place + i)
+    masks = scene_trees.own(tmp_path / "masks", train=5, val=3)
+    own = {
+        "knn": {"ks": "1", "resize": 56, "image_size": 56},
+        "segmentation": {"crop": 24, "iterations": 3, "images_per_step": 4},
+    }
+    data = {"knn": tmp_path / "classes", "segmentation": masks}
+
+    def smaller(name):
+        module, get_config = artifacts.ALSO[name]
+
+        def get_smaller():
+            config = get_config()
+            config.update(own[name])
+            return config
+
+        return module, get_smaller
+
+    monkeypatch.setattr(artifacts, "ALSO", {name: smaller(name) for name in own})
+    given = [f"--config.{name}={place}" for name, place in data.items()]
+    given += ["--config.image_size=112", REMEDIES]
+    assert run(places, tmp_path / "out", *given) == 0
+    rows = results(tmp_path / "out")
+    for row in rows:
+        assert {"knn top1", "knn top5", "segmentation miou"} <= set(row["metrics"])
+        assert set(row["intervals"]) == set(row["metrics"])
+        assert row["evaluated"]["knn"]["images"] == 4
+        assert row["evaluated"]["segmentation"]["images"] == 3
+    assert "knn top1" in rows[1]["differences"]
+    mious = [row["metrics"]["segmentation miou"] for row in rows]
+    assert len(set(mious)) == 3  # the forward pass reaches the heads
+    table = (tmp_path / "out/results.md").read_text()
+    assert "| knn top1 (%) | segmentation miou (%) |" in table
+    for name, protocol in (("knn", "knn"), ("segmentation", "segmentation_linear")):
+        out = tmp_path / name
+        settings = own[name] | {"data": data[name], "resamples": 50}
+        settings |= {"remedies": REMEDIES.partition("=")[2], "remedy_images": 2}
+        settings |= {"remedy_data": places / "data"}
+        assert 0 == evaluate.main(
+            [
+                *(f"--config={protocol}.py", f"--workdir={out}"),
+                f"--checkpoint={places / 'planted'}",
+                *(f"--config.{key}={value}" for key, value in settings.items()),
+            ]
+        )
+        for alone, beside in zip(results(out), rows, strict=True):
+            for kind in ("metrics", "intervals", "differences"):
+                for metric, value in alone[kind].items():
+                    assert beside[kind][f"{name} {metric}"] == value

@@ -93,7 +93,7 @@ def test_each_remedy_is_a_row_with_its_cost(whole, places):
     assert ablated["evaluated"]["photographs it read"] == 0
     assert moved["evaluated"]["photographs it read"] == 2
     assert moved["evaluated"]["seconds of the remedy"] > 0
-    assert moved["evaluated"]["units moved"] == [f"0 of block {planted.BLOCK}"]
+    assert moved["evaluated"]["units moved"] == f"0 of block {planted.BLOCK}"
     assert "+ test-time registers (" in (whole / "results.md").read_text()
 
 

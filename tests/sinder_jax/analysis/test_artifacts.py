@@ -32,6 +32,38 @@ def test_tail_estimates_the_exponent_of_a_pareto_tail():
     )
 
 
+def test_tail_is_the_mean_of_the_logs_over_the_first_norm_below():
+    norms = np.random.default_rng(1).uniform(1, 9, (6, 10))
+    ordered = np.sort(norms.ravel())[::-1]
+    expected = np.mean([np.log(ordered[i] / ordered[3]) for i in range(3)])
+    assert artifacts.tail_size(60) == 3
+    # float32 logarithms of numbers up to 9.
+    assert float(artifacts.tail(norms)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_tokens_without_length_have_no_tail():
+    assert np.isnan(float(artifacts.tail(np.zeros((3, 3)))))
+
+
+def test_a_token_along_the_direction_is_neither_sound_nor_thrown(sound):
+    before = sound.copy()
+    before[2, 2] = np.linalg.norm(sound[2, 2]) * DIRECTION  # as long as any other
+    found = artifacts.sums(before, before, DIRECTION, sound)
+    assert float(found.along_before) == float(found.along) == 1
+    assert float(found.large_before) == float(found.thrown) == 0
+    assert float(found.sound) == 99
+    assert float(found.kept) == pytest.approx(99, abs=1e-3)
+    assert float(found.true_sound) == pytest.approx(99, abs=1e-3)
+
+
+def test_cosines_are_with_the_model_before_and_with_the_truth(sound, thrown):
+    truth = -sound
+    found = artifacts.sums(sound, thrown, DIRECTION, truth)
+    assert float(found.kept) == pytest.approx(98, abs=1e-3)
+    assert float(found.true_sound) == pytest.approx(-98, abs=1e-3)
+    assert float(found.true_thrown) == pytest.approx(-2, abs=1e-4)
+
+
 def test_a_thrown_token_makes_tail_and_ratio_heavier(sound, thrown):
     before = artifacts.sums(sound, thrown, DIRECTION)
     after = artifacts.sums(thrown, thrown, DIRECTION)

@@ -37,3 +37,18 @@ def test_one_metric_over_another_with_both_intervals():
         ([0.1], [0.9]),
         ([0.3], [0.5]),
     ]
+
+
+def test_a_model_without_a_number_is_in_the_legend_alone():
+    undefined = (float("nan"), (float("nan"), float("nan")))
+    points = {
+        "a": {"x": (0.1, (0.05, 0.2)), "y": undefined},
+        "b": {"x": (0.3, None), "y": (0.5, None)},
+    }
+    figure = score_plots.versus(points, "x", "y")
+    (legend,) = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["a (undefined)", "b"] and not figure.axes[0].texts
+    del points["b"]
+    (ax,) = score_plots.versus(points, "x", "y").axes
+    assert [text.get_text() for text in ax.texts] == ["y: undefined"]
