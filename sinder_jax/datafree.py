@@ -11,7 +11,7 @@ for all.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +82,7 @@ class Problem(NamedTuple):
       inputs: [D, n·k], the subspaces on the input side, before the first changed block.
       outputs: [n_b, k, D] for each changed block b, those on the output side seen from
         behind b, of the products up to the next changed block.
-      ceiling: [n], log σ_1 of each product before the repair.
+      ceiling: [n], log σ_m of each product before the repair, with m changed blocks.
       slack: log τ.
     """
 
@@ -96,26 +96,44 @@ class Problem(NamedTuple):
     slack: Any
 
 
-def explaining_blocks(told: Forecast) -> tuple[int, ...]:
-    """The fewest blocks without whose growth no gap would reach `MIN_GAP`.
+def explaining_blocks(
+    told: Forecast, maps: Sequence[Float[np.ndarray, "D D"]]
+) -> dict[int, Float[np.ndarray, " D"]]:
+    """The blocks that make a direction stand out, each with that direction.
 
-    Blocks are taken by their growth, the largest first, until the gap of every block,
-    divided by the growth of the blocks taken up to there, is below `MIN_GAP`.
+    Up to the last gap that reaches `MIN_GAP`, the block is taken at which the gap grows
+    most, and its gain along ν set to 1, which is what its residual connection passes.
+    Then gaps and directions are computed again, and so on until no gap reaches
+    `MIN_GAP`: a defect may hide another one behind it.
+
+    Args:
+      told: the forecast.
+      maps: E_i of all blocks; not changed.
 
     Example:
       >>> from sinder_jax import planted
       >>> made = planted.planted_model(0)
-      >>> explaining_blocks(forecasts.forecast(made.config, made.params))
-      (5,)
+      >>> told = forecasts.forecast(made.config, made.params)
+      >>> maps = [defects.block_map(made.config, made.params, i) for i in range(12)]
+      >>> list(explaining_blocks(told, maps))
+      [5]
     """
-    log_gaps, growth = np.log(told.gaps), np.log(told.growth)
-    taken: list[int] = []
-    while np.any(too_large := log_gaps >= np.log(MIN_GAP)):
+    gaps, directions, maps = told.gaps, told.directions, list(maps)
+    taken: dict[int, np.ndarray] = {}
+    while np.any(too_large := gaps >= MIN_GAP):
         last = int(np.flatnonzero(too_large)[-1])
         left = [block for block in range(last + 1) if block not in taken]
-        taken.append(max(left, key=lambda block: growth[block]))
-        log_gaps[taken[-1] :] -= growth[taken[-1]]
-    return tuple(sorted(taken))
+        if not left:
+            break
+        growth = np.diff(np.log(gaps), prepend=0.0)
+        block = max(left, key=lambda block: growth[block])
+        nu = taken[block] = directions[block]
+        pulled = nu @ maps[block]
+        shorter = 1 / np.linalg.norm(pulled) - 1
+        maps[block] = maps[block] + shorter * np.outer(nu, pulled)
+        found = defects.of_maps(maps.__getitem__, len(maps))
+        gaps, directions = found.gaps, found.directions
+    return dict(sorted(taken.items()))
 
 
 def repair(
@@ -130,12 +148,13 @@ def repair(
 
     Minimizes over ε
 
-        mean_i max(0, log σ_0(G_i(ε)) - log σ_1(G_i(0)) - log τ)²
+        mean_i max(0, log σ_0(G_i(ε)) - log σ_m(G_i(0)) - log τ)²
         + mean_b max(0, log ‖E_b(ε)ᵀν_b‖ - log τ)² + price · Σ_k ‖ε_k‖²/‖σ_k‖²
 
-    over products i from the first changed block on, changed blocks b and their kernels
-    k. τ is the largest gap in front of the defect. The FFN of a changed block is fitted
-    to inputs that reach `REACH` standard deviations out along its `trigger`.
+    over products i from the first changed block on, each with m of the changed blocks
+    b, and their kernels k. τ is the largest gap in front of the defect. The FFN of a
+    changed block is fitted to inputs that reach `REACH` standard deviations out along
+    its `trigger`.
 
     Args:
       config: the architecture.
@@ -157,13 +176,20 @@ def repair(
     if found is None:
         found = defects.singular_defects(config, params)
     told = forecasts.forecast(config, params, found=found, count=1)
-    blocks = explaining_blocks(told)
+    maps: list[np.ndarray] = []
+    if told.has_defect:
+        map_of = functools.partial(defects.block_map, config, params)
+        maps = list(linalg.in_parallel(map_of, range(config.depth)))
+    directions = explaining_blocks(told, maps)
+    blocks = tuple(directions)
     factors = factors_of(config, params, blocks)
     eps = {name: np.zeros_like(sigma) for name, sigma in factors.sigma.items()}
     if not blocks:
         gaps = told.gaps
         return Repaired(params, eps, factors, blocks, gaps, gaps, 0.0, 0, 0)
-    search = _Search(config, params, blocks, factors, told)
+    before = told.gaps[: told.stretches[0].first]
+    slack = float(np.log(np.max(before, initial=1.0)))
+    search = _Search(config, params, directions, factors, maps, slack)
     with jax.enable_x64(True):
         values, rounds, iterations = search.run(price, progress)
     for block, each in zip(blocks, values, strict=True):
@@ -224,13 +250,15 @@ class _Search:
         self,
         config: ViTConfig,
         params: Params,
-        blocks: tuple[int, ...],
+        directions: Mapping[int, Float[np.ndarray, " D"]],
         factors: factor.Factors,
-        told: Forecast,
+        maps: Sequence[Float[np.ndarray, "D D"]],
+        slack: float,
     ):
-        self.blocks, self.nu = blocks, told.directions[list(blocks)]
-        maps, sigma = [], []
-        for block, nu in zip(blocks, self.nu, strict=True):
+        self.blocks, self.slack = tuple(directions), slack
+        self.nu = np.stack(list(directions.values()))
+        parts, sigma = [], []
+        for block, nu in directions.items():
             weights = kernels.weights(config, params, block)
             four = [
                 factor.KernelFactors(
@@ -239,27 +267,22 @@ class _Search:
                 for n in kernels.names(config)
             ]
             reach = REACH * trigger(weights, nu)
-            maps.append(spectral_map.of_block(weights, four, reach))
+            parts.append(spectral_map.of_block(weights, four, reach))
             sigma.append(tuple(np.asarray(x.sigma, np.float64) for x in four))
-        self.maps, self.sigma = tuple(maps), tuple(sigma)
-        before = told.gaps[: told.stretches[0].first]
-        self.slack = float(np.log(np.max(before, initial=1.0)))
-
-        first = blocks[0]
+        self.parts, self.sigma = tuple(parts), tuple(sigma)
+        first = self.blocks[0]
         self.before = np.eye(config.embed_dim)
-        for block in range(first):
-            self.before = defects.block_map(config, params, block) @ self.before
+        for each in maps[:first]:
+            self.before = each @ self.before
             self.before /= np.linalg.norm(self.before)
-        jobs = range(first, config.depth)
-        self.own = list(
-            linalg.in_parallel(lambda i: defects.block_map(config, params, i), jobs)
-        )
+        self.own = list(maps[first:])
 
     def run(self, price: float, progress: Callable[[str], Any]) -> tuple[Any, int, int]:
         """Singular values of all changed blocks, rounds and iterations."""
         theta = jax.tree.map(jnp.zeros_like, self.sigma)
-        triplets, logs = self.leading(self.sigma, TRIPLETS)
-        ceiling, total = logs[:, 1], 0
+        count = min(TRIPLETS - 1 + len(self.blocks), len(self.before))
+        triplets, logs = self.leading(self.sigma, count)
+        ceiling, total = self.ceiling(logs), 0
         u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
         for done in range(1, MAX_ROUNDS + 1):
             problem = self.problem(u, v, ceiling)
@@ -271,7 +294,7 @@ class _Search:
             apart = float(np.max(logs[:, 0] - small))
             progress(
                 f"round {done}: {steps} iterations, σ0 at most "
-                f"{np.exp(np.max(logs[:, 0] - ceiling)):.3f} times σ1 before"
+                f"{np.exp(np.max(logs[:, 0] - ceiling)):.3f} times the aim"
             )
             if apart < AGREE:
                 return values, done, total
@@ -282,10 +305,16 @@ class _Search:
             f"largest log σ0 is {apart:.3g} above that of its subspace"
         )
 
+    def ceiling(self, logs: Float[np.ndarray, "n k"]) -> Float[np.ndarray, " n"]:
+        """Returns log σ_m of each product; m of the changed blocks are in it."""
+        first, n = self.blocks[0], len(logs)
+        inside = np.searchsorted(self.blocks, np.arange(first, first + n), side="right")
+        return logs[np.arange(n), np.minimum(inside, logs.shape[1] - 1)]
+
     def changed(self, values: Any) -> list[np.ndarray]:
         """The maps E_i from the first changed block on, with other singular values."""
         maps, identity = list(self.own), jnp.eye(len(self.before))
-        for block, part, s in zip(self.blocks, self.maps, values, strict=True):
+        for block, part, s in zip(self.blocks, self.parts, values, strict=True):
             now = spectral_map.apply(part, s, identity)
             maps[block - self.blocks[0]] = np.asarray(now)
         return maps
@@ -320,7 +349,7 @@ class _Search:
                 product = self.own[i] @ product
             between.append(product)
         problem = Problem(
-            blocks=self.maps,
+            blocks=self.parts,
             sigma=self.sigma,
             nu=self.nu,
             between=tuple(between),

@@ -9,6 +9,7 @@ during a repair.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,10 +92,18 @@ def singular_defects(
     def map_of(block: int) -> np.ndarray:
         return block_map(config, params, block, method, key=key, num_probes=num_probes)
 
+    return of_maps(map_of, config.depth, min(2, config.embed_dim), progress)
+
+
+def of_maps(
+    map_of: Callable[[int], Float[np.ndarray, "D D"]],
+    depth: int,
+    count: int = 2,
+    progress: linalg.Progress | None = None,
+) -> SingularDefects:
+    """`singular_defects` of any maps; arguments as for `linalg.running_triplets`."""
     directions, log_values = [], []
-    for triplets, log_scale in linalg.running_triplets(
-        map_of, config.depth, min(2, config.embed_dim), progress
-    ):
+    for triplets, log_scale in linalg.running_triplets(map_of, depth, count, progress):
         directions.append(triplets.u[:, 0])
         log_values.append(log_scale + np.log(np.maximum(triplets.s, linalg.TINY)))
     return SingularDefects(np.stack(directions), np.stack(log_values))

@@ -19,7 +19,7 @@ from sinder_jax import (
     vit,
 )
 from sinder_jax.analysis import defective
-from sinder_jax.analysis.forecast import Forecast, Stretch, forecast
+from sinder_jax.analysis.forecast import Forecast, forecast
 from sinder_jax.analysis.tokens import last_patches
 from sinder_jax.data import decode, listing
 from throwing import throwing
@@ -102,12 +102,14 @@ def test_the_price_paid_is_the_change_that_random_inputs_see():
     assert found.price == pytest.approx(paid, rel=0.05)  # 20,000 probes
 
 
-def whole_objective(config, params, blocks):
+def whole_objective(config, params, block):
     """The objective in the whole space of every product, before any change."""
     found = defects.singular_defects(config, params)
-    told = forecast(config, params, found=found)
-    factors = datafree.factors_of(config, params, blocks)
-    search = datafree._Search(config, params, blocks, factors, told)
+    directions = {block: found.directions[block]}
+    maps = [defects.block_map(config, params, i) for i in range(config.depth)]
+    factors = datafree.factors_of(config, params, [block])
+    slack = np.log(found.gaps[:block].max())
+    search = datafree._Search(config, params, directions, factors, maps, slack)
     triplets, logs = search.leading(search.sigma, config.embed_dim)
     u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
     whole = search.problem(u, v, logs[:, 1])
@@ -122,7 +124,14 @@ def norm(tree):
     return float(np.sqrt(sum(np.square(leaf).sum() for leaf in jax.tree.leaves(tree))))
 
 
-def test_the_repair_of_a_small_model_ends_at_a_minimum_of_its_objective():
+def test_the_repair_of_a_small_model_ends_at_a_minimum_of_its_objective(monkeypatch):
+    ceilings, problem_of = [], datafree._Search.problem
+
+    def noted(self, u, v, ceiling):
+        ceilings.append(ceiling)
+        return problem_of(self, u, v, ceiling)
+
+    monkeypatch.setattr(datafree._Search, "problem", noted)
     config = vit.ViTConfig(16, 3, 2, "mlp", img_size=28)
     params, (line,) = throwing(config, [1])
     told = forecast(config, params)
@@ -135,8 +144,12 @@ def test_the_repair_of_a_small_model_ends_at_a_minimum_of_its_objective():
     np.testing.assert_array_equal(found.gaps_after, now.gaps)
     assert not found.has_defect and now.gaps.max() < 1.1
 
+    # What a repair can hope for is told by the model before.
+    assert len(ceilings) == found.rounds > 1
+    np.testing.assert_array_equal(ceilings[-1], ceilings[0])
+
     with jax.enable_x64(True):
-        value_and_grad, search = whole_objective(config, params, found.blocks)
+        value_and_grad, search = whole_objective(config, params, 1)
         theta = tuple(
             np.log1p(np.float64(found.eps[name][1]) / found.factors.sigma[name][1])
             for name in found.eps
@@ -163,25 +176,56 @@ def test_a_model_without_a_defect_comes_back_as_it_is():
     assert not any(eps.any() for eps in found.eps.values())
 
 
-def told(gaps):
-    gaps = np.asarray(gaps, float)
-    growth = gaps / np.concatenate([[1.0], gaps[:-1]])
-    nothing = np.zeros((len(gaps), 2))
-    return Forecast(0, (), nothing, gaps, growth, gaps, 0.0, ())
+WIDTH = 12
+
+
+def thrown(*throws):
+    """Maps of five blocks, and lines; a throw is (block, size, number of the line)."""
+    vectors = np.linalg.qr(np.random.default_rng(0).normal(size=(WIDTH, WIDTH)))[0].T
+    lines, triggers = np.split(vectors, 2)
+    maps = [np.eye(WIDTH) for _ in range(5)]
+    for trigger, (block, size, line) in zip(triggers, throws, strict=False):
+        maps[block] += size * np.outer(lines[line], trigger)
+    found = defects.of_maps(maps.__getitem__, len(maps))
+    nothing = np.zeros(len(maps))
+    told = Forecast(
+        -1, (), found.directions, found.gaps, nothing, nothing, float("nan"), ()
+    )
+    return maps, told, lines
 
 
 @pytest.mark.parametrize(
-    ("gaps", "blocks"),
+    ("throws", "blocks"),
     [
-        ([1.0, 1.1, 1.2], ()),
-        ([1.0, 1.1, 12.0, 11.0, 9.0], (2,)),
-        ([1.0, 2.5, 20.0, 20.0], (2,)),  # 2.5 is left
-        ([1.0, 4.0, 20.0, 20.0], (1, 2)),  # 4 would be left
-        ([5.0, 1.0, 6.0], (0, 2)),  # two defects, one after the other
+        ((), []),
+        (((1, 2.0, 0),), []),  # a gap of 2.4
+        (((2, 12.0, 0),), [2]),
+        (((1, 1.5, 0), (2, 20.0, 0)), [2]),  # 2 is left
+        (((1, 4.0, 0), (2, 20.0, 0)), [1, 2]),  # 4 would be left
+        (((0, 15.0, 0), (3, 14.0, 1)), [0, 3]),  # at 3 two are stretched alike
+        (((1, 15.0, 0), (3, 15.0, 0)), [1, 3]),  # at 3 the gap hardly grows
+        (((0, 15.0, 0), (2, 15.0, 1), (4, 15.0, 0)), [0, 2, 4]),
     ],
 )
-def test_explaining_blocks_are_the_fewest_without_which_no_gap_is_large(gaps, blocks):
-    assert datafree.explaining_blocks(told(gaps)) == blocks
+def test_explaining_blocks_are_those_that_throw_with_their_directions(throws, blocks):
+    maps, told, lines = thrown(*throws)
+    before = [each.copy() for each in maps]
+    found = datafree.explaining_blocks(told, maps)
+    assert list(found) == blocks
+    np.testing.assert_array_equal(maps, before)
+    line_of = {block: lines[line] for block, _, line in throws}
+    for block, nu in found.items():
+        assert abs(nu @ line_of[block]) > 0.95  # 1 but for the residual connection
+
+
+@pytest.mark.slow  # compiling the search takes 10 s of a core
+@pytest.mark.parametrize("directions", [(0, 1), (0, 0)])
+def test_two_defects_are_undone_together(directions):
+    config = vit.ViTConfig(16, 5, 2, "mlp", img_size=28)
+    params, _ = throwing(config, [1, 3], directions=directions)
+    found = datafree.repair(config, params)
+    assert found.blocks == (1, 3) and found.gaps_before.max() > 10
+    assert found.gaps_after.max() < 1.1
 
 
 @functools.cache
@@ -190,14 +234,20 @@ def problem(kind="mlp", blocks=(0, 2)):
     config = SMALL[kind]
     params = jax.tree.map(lambda x: 0.2 * x, random_params(config))
     found = defects.singular_defects(config, params)
-    every = forecast(config, params, found=found)
-    every = every._replace(stretches=(Stretch(0, config.depth - 1),))
+    directions = {block: found.directions[block] for block in blocks}
+    maps = [defects.block_map(config, params, i) for i in range(config.depth)]
     factors = datafree.factors_of(config, params, blocks)
     with jax.enable_x64(True):
-        search = datafree._Search(config, params, blocks, factors, every)
+        search = datafree._Search(config, params, directions, factors, maps, 0.0)
         triplets, logs = search.leading(search.sigma, config.embed_dim)
         u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
-        return search, search.problem(u, v, logs[:, 1])
+        return search, search.problem(u, v, search.ceiling(logs))
+
+
+def test_a_repair_can_hope_for_the_singular_value_behind_as_many_as_it_changes():
+    search, _ = problem()  # of blocks 0 and 2, of three
+    logs = np.arange(12.0).reshape(3, 4)
+    np.testing.assert_array_equal(search.ceiling(logs), [1, 5, 10])
 
 
 def changed(search, seed=5):
@@ -268,7 +318,7 @@ def reference_map(config, params, block, found, s, nu):
     ("kind", "blocks"), [("mlp", (0, 2)), ("mlp", (1,)), ("swiglu", (0, 1))]
 )
 def test_the_objective_is_the_sum_of_its_three_terms(kind, blocks):
-    config, price, slack = SMALL[kind], 0.3, 0.05
+    config, price = SMALL[kind], 0.3
     params = jax.tree.map(lambda x: 0.2 * x, random_params(config))
     found = datafree.factors_of(config, params, blocks)
     search, whole = problem(kind, blocks)
@@ -276,10 +326,6 @@ def test_the_objective_is_the_sum_of_its_three_terms(kind, blocks):
     # Some products and some blocks are stretched less than they may be.
     n = config.depth - blocks[0]
     ceiling = np.asarray(whole.ceiling) - np.linspace(1.0, -4.0, n)
-    with jax.enable_x64(True):
-        whole = whole._replace(ceiling=ceiling, slack=np.asarray(slack))
-        got = float(jax.jit(datafree.objective)(whole, theta, price))
-
     maps = [defects.block_map(config, params, i) for i in range(config.depth)]
     gains, paid = [], 0.0
     for block, nu, each in zip(blocks, search.nu, theta, strict=True):
@@ -287,7 +333,7 @@ def test_the_objective_is_the_sum_of_its_three_terms(kind, blocks):
         sigma = [np.float64(found.sigma[name][block]) for name in names]
         s = [x * np.exp(t) for x, t in zip(sigma, each, strict=True)]
         maps[block] = reference_map(config, params, block, found, s, nu)
-        gains.append(np.log(np.linalg.norm(maps[block].T @ nu)) - slack)
+        gains.append(np.log(np.linalg.norm(maps[block].T @ nu)))
         for now, x in zip(s, sigma, strict=True):
             paid += np.sum((now - x) ** 2) / np.sum(x**2)
     product, stretches = np.eye(config.embed_dim), []
@@ -296,12 +342,15 @@ def test_the_objective_is_the_sum_of_its_three_terms(kind, blocks):
             product /= np.linalg.norm(product) if block else 1.0
         product = each @ product
         stretches.append(np.log(np.linalg.norm(product, 2)))
+    slack = np.mean(gains) if len(blocks) > 1 else gains[0] / 2
     stretches = np.array(stretches[blocks[0] :]) - ceiling - slack
-    want = [
-        np.mean(np.square(np.maximum(x, 0.0))) for x in (stretches, np.array(gains))
-    ]
+    gains = np.array(gains) - slack
+    want = [np.mean(np.square(np.maximum(x, 0.0))) for x in (stretches, gains)]
     assert want[0] > 0 and want[1] > 0 and paid > 0
-    assert n == 1 or (stretches < 0).any()
+    assert (stretches < 0).any() and (len(blocks) == 1 or (gains < 0).any())
+    with jax.enable_x64(True):
+        whole = whole._replace(ceiling=ceiling, slack=np.asarray(slack))
+        got = float(jax.jit(datafree.objective)(whole, theta, price))
     # U and V are stored as float32, and orthogonal to 1e-7 only.
     assert got == pytest.approx(sum(want) + price * paid, rel=1e-5)
 
