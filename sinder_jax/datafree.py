@@ -294,7 +294,7 @@ class _Search:
             apart = float(np.max(logs[:, 0] - small))
             progress(
                 f"round {done}: {steps} iterations, σ0 at most "
-                f"{np.exp(np.max(logs[:, 0] - ceiling)):.3f} times the aim"
+                f"{np.exp(np.max(logs[:, 0] - ceiling - self.slack)):.3f} times its aim"
             )
             if apart < AGREE:
                 return values, done, total
