@@ -35,13 +35,14 @@ from experiments.run.cluster import Vote
 from experiments.run.heartbeat import Heartbeat, own_command
 from experiments.run.journal import Counts, Dispatched, Journal
 from experiments.run.progress import LiveLine, duration
-from experiments.run.runner import Runner, choose_devices, on_host
+from experiments.run.runner import Runner, choose_devices
 from experiments.run.stopping import Stopping
 from experiments.run.workdir import Workdir
 from sinder_jax import cli, families, launch, repair
 from sinder_jax.checkpoint import Newest
 from sinder_jax.data import batches
 from sinder_jax.data.listing import Photograph
+from sinder_jax.placement import on_host
 from sinder_jax.storage.original import BASIS, Original
 
 EXAMPLE = """\

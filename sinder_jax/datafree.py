@@ -24,6 +24,7 @@ from sinder_jax import defects, factor, kernels, linalg, spectral_map
 from sinder_jax.analysis import forecast as forecasts
 from sinder_jax.analysis.forecast import MIN_GAP, Forecast
 from sinder_jax.param_tree import Params
+from sinder_jax.placement import on_host
 from sinder_jax.spectral_map import SpectralBlock, Values
 from sinder_jax.vit import ViTConfig
 
@@ -190,12 +191,12 @@ def repair(
     before = told.gaps[: told.stretches[0].first]
     slack = float(np.log(np.max(before, initial=1.0)))
     search = _Search(config, params, directions, factors, maps, slack)
-    with jax.enable_x64(True):
+    with on_host(), jax.enable_x64(True):  # a TPU computes no float64
         values, rounds, iterations = search.run(price, progress)
     for block, each in zip(blocks, values, strict=True):
         for name, s in zip(kernels.names(config), each, strict=True):
             sigma = factors.sigma[name][block]
-            eps[name][block] = np.maximum(np.float32(s - sigma), -sigma)
+            eps[name][block] = s - sigma  # rounded; never below -σ, as s > 0
     params = factor.merge(params, factors, eps)
     after = defects.singular_defects(config, params)
     paid = sum(

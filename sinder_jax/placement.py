@@ -11,6 +11,7 @@ block at the same time: the loops of `search` run in step, for as long as the lo
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -23,6 +24,17 @@ AXIS = "images"
 # Of `Frozen` and `RepairState`: their matrices, stacked over blocks to [L, m, n], are
 # split by the last axis. Vectors, and what is not stacked, are whole everywhere.
 STACKED = ("merged", "factors", "blocks")
+
+
+def on_host() -> AbstractContextManager[Any]:
+    """Arrays made in this block stay on the host, and are computed there.
+
+    One device may be too small, or compute no float64.
+    """
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX was started without a CPU backend
+        return nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,13 +23,13 @@ from PIL import Image
 
 from experiments.run.cluster import Cluster
 from experiments.run.inputs import AUTO, Weights
-from experiments.run.runner import on_host
 from experiments.run.workdir import Workdir
 from sinder_jax import cli, families, repair
 from sinder_jax.analysis import diagnosis, forecast
 from sinder_jax.analysis.diagnosis import CONDITIONS, NOWHERE
 from sinder_jax.data import decode
 from sinder_jax.data.listing import Photograph
+from sinder_jax.placement import on_host
 from sinder_jax.storage import run_files
 
 MOST = 16  # photographs

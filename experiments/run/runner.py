@@ -8,7 +8,6 @@ The devices may belong to several processes: each of them makes a Runner and ste
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -35,14 +34,6 @@ def choose_devices(images_per_step: int, processes: int) -> tuple[jax.Device, ..
         own = jax.local_devices(process)
         chosen += sorted(own, key=lambda device: device.id)[:per_process]
     return tuple(chosen)
-
-
-def on_host() -> AbstractContextManager[Any]:
-    """Arrays made in this block stay on the host: one device may be too small."""
-    try:
-        return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX was started without a CPU backend
-        return nullcontext()
 
 
 class Runner:
