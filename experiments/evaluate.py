@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # JAX takes seconds to import, which --help need not wait for
 
     from experiments.evaluation.job import Job, Result
     from experiments.evaluation.protocols import Module
-    from experiments.evaluation.remedied import Plan
+    from experiments.evaluation.remedied import Remedies
     from sinder_jax.model import Model
 
 EXAMPLE = """\
@@ -38,6 +38,8 @@ examples:
       --config.data=sample:crops --workdir=evals/sample
   python -m experiments.evaluate --config=knn.py --checkpoint=vitg14 \\
       --checkpoint=runs/giant --config.data=tfds:imagenet2012 --workdir=evals/knn
+  python -m experiments.evaluate --config=artifacts.py --checkpoint=vitg14 \\
+      --config.data=photos --config.remedies=ablation,data-free --workdir=evals/meter
 
 A bare config name means experiments/configs/evals/; --config.KEY=VALUE changes a key.
 Each model resamples its position embedding as its checkpoint says.
@@ -76,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = _config(args.config, overrides)
     protocol = protocols.module(config.protocol)
     models = open_models(args.checkpoint)
-    plan = remedied.prepare(config)
+    remedies = remedied.prepare(config)
     data = protocol.prepare(config, models)
     with (
         claimed(args.workdir, config, models, overwrite=args.overwrite) as out,
@@ -85,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         cache = Path(config.cache) if config.cache else out / FEATURES
         first = job.Job(config, models[0], data, out, cache, progress, stopping)
-        rows = report.rows(config, *_evaluated(args, protocol, plan, first, models))
+        found = _evaluated(args, protocol, remedies, first, models)
+        rows = report.rows(config, *found)
         report.write(out, rows)
         for line in report.lines(rows):
             print(cli.shown(line))
@@ -171,7 +174,7 @@ def resampling(model: "Model") -> str:
 def _evaluated(
     args: argparse.Namespace,
     protocol: "Module",
-    plan: "Plan",
+    remedies: "Remedies",
     first: "Job",
     models: "Sequence[Model]",
 ) -> "tuple[list[str], list[str], list[Result]]":
@@ -183,7 +186,7 @@ def _evaluated(
 
     names, digests, results = [], [], []
     for checkpoint, model in zip(args.checkpoint, models, strict=True):
-        mine = plan if model is models[0] else remedied.NONE
+        mine = remedies if model is models[0] else remedied.NONE
         for form in remedied.forms(mine, first._replace(model=model), checkpoint):
             config = form.job.config
             form.job.progress.say(f"{form.name}: {config.protocol} on {config.data}")

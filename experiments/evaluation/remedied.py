@@ -1,7 +1,7 @@
 """Remedies as rows of any evaluation: what each makes of the first checkpoint.
 
-    config.remedies --prepare--> Plan: their names, the photographs that they may read
-    Plan, Job of a checkpoint --forms--> Forms: that Job, then one for each remedy
+    config.remedies --prepare--> Remedies: names, photographs that they may read
+    Remedies, Job of a checkpoint --forms--> Forms: that Job, then one for each remedy
     Form --kept_cost--> seconds and photographs of the remedy, as first measured
 
 The other checkpoints are compared with the first one, so nothing is done to them.
@@ -37,7 +37,7 @@ SECONDS = "seconds of the remedy"
 UNLABELED = ("artifacts",)  # protocols whose `config.data` a remedy may read
 
 
-class Plan(NamedTuple):
+class Remedies(NamedTuple):
     """What is done to the first checkpoint.
 
     Attributes:
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     photographs: Sequence[Photograph]
 
 
-NONE = Plan((), [])
+NONE = Remedies((), [])
 
 
 class Form(NamedTuple):
@@ -77,7 +77,7 @@ class Form(NamedTuple):
 # --- Before anything is computed ------------------------------------------------------
 
 
-def prepare(config: ConfigDict) -> Plan:
+def prepare(config: ConfigDict) -> Remedies:
     """Checks the remedies of the config, and lists the photographs that they read.
 
     Raises:
@@ -105,7 +105,7 @@ def prepare(config: ConfigDict) -> Plan:
             f"config.matmul_precision: got {config.matmul_precision!r}, expected "
             f"'highest': {' and '.join(readers)} know no other"
         )
-    return Plan(names, _photographs(config, readers) if readers else [])
+    return Remedies(names, _photographs(config, readers) if readers else [])
 
 
 def _photographs(config: ConfigDict, readers: Sequence[str]) -> list[Photograph]:
@@ -156,11 +156,11 @@ def _place(photograph: Photograph) -> str:
 # --- Each form of a checkpoint --------------------------------------------------------
 
 
-def forms(plan: Plan, job: Job, checkpoint: str) -> Iterator[Form]:
+def forms(remedies: Remedies, job: Job, checkpoint: str) -> Iterator[Form]:
     """The checkpoint as it is, then what each remedy makes of it, one at a time.
 
     Args:
-      plan: the remedies.
+      remedies: to apply.
       job: of the checkpoint's model.
       checkpoint: as it was given.
 
@@ -168,13 +168,13 @@ def forms(plan: Plan, job: Job, checkpoint: str) -> Iterator[Form]:
       UnreadableImage: a photograph that a remedy reads cannot be decoded.
     """
     yield Form(checkpoint, job, cost_of_repair(checkpoint))
-    for name in plan.names:
+    for name in remedies.names:
         job.progress.say(f"remedy: {name}")
-        made, cost = _after(plan, job, name)
+        made, cost = _after(remedies, job, name)
         yield Form(f"{checkpoint} + {name}", made, cost, name)
 
 
-def _after(plan: Plan, job: Job, name: str) -> tuple[Job, dict[str, Any]]:
+def _after(remedies: Remedies, job: Job, name: str) -> tuple[Job, dict[str, Any]]:
     """Applies a remedy to the job's model."""
     model, remedy = job.model, REMEDIES[name]
     _ = model.params  # reading them is no part of the remedy
@@ -182,11 +182,11 @@ def _after(plan: Plan, job: Job, name: str) -> tuple[Job, dict[str, Any]]:
     reads = remedy.needs == "photographs"
     given: Any = job.config.gamma if remedy.needs == "gamma" else None
     if reads:
-        given = [_pixels(model, each) for each in plan.photographs]
+        given = [_pixels(model, each) for each in remedies.photographs]
     params, neurons = remedy.apply(model, given)
     cost: dict[str, Any] = {
         SECONDS: round(time.monotonic() - began, 2),
-        "photographs it read": len(plan.photographs) if reads else 0,
+        "photographs it read": len(remedies.photographs) if reads else 0,
     }
     moved = list(zip(neurons.blocks.tolist(), neurons.units.tolist(), strict=True))
     if reads:
@@ -243,7 +243,8 @@ def cost_of_repair(checkpoint: str) -> dict[str, Any]:
     if place.name.partition(".")[0] == run_files.REPAIRED:
         place = place.parent
     try:
-        told = run_files.read_json(place / run_files.SUMMARY)
+        with paths.answering(place):
+            told = run_files.read_json(place / run_files.SUMMARY)
     except (OSError, ValueError):
         return {}
     names = {"seconds": "seconds of its repair", "images": "images its repair passed"}

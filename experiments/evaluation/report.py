@@ -157,21 +157,23 @@ def as_json(row: Row) -> dict[str, Any]:
 
 
 def lines(found: Sequence[Row]) -> list[str]:
-    """A line for each model: its headline, and what was evaluated."""
+    """A line for each model: its main metrics, and what was evaluated."""
     told = []
     for row in found:
-        units = columns(row.result)
-        numbers = ", ".join(
-            f"{name} {_with_interval(row, name, unit)}" for name, unit in units.items()
-        )
-        told.append(f"{row.checkpoint}: {numbers} ({_evaluated(row.result)})")
+        result = row.result
+        others = list(columns(result))[len(result.headline) :]
+        names = [*(result.versus or result.headline), *others]
+        main = _listed(row, names, _with_interval)
+        told.append(f"{row.checkpoint}: {main} ({_evaluated(result)})")
         if row.differences:
-            main = [row.result.headline[0], *list(units)[len(row.result.headline) :]]
-            differences = ", ".join(
-                f"{name} {_difference(row, name, units[name])}" for name in main
-            )
-            told.append(f"{row.checkpoint} - {found[0].checkpoint}: {differences}")
+            main = _listed(row, [result.headline[0], *others], _difference)
+            told.append(f"{row.checkpoint} - {found[0].checkpoint}: {main}")
     return told
+
+
+def _listed(row: Row, names: Sequence[str], told: Callable[..., str]) -> str:
+    units = columns(row.result)
+    return ", ".join(f"{name} {told(row, name, units[name])}" for name in names)
 
 
 def columns(result: Result) -> dict[str, str]:

@@ -203,8 +203,9 @@ def test_a_model_without_a_defect_has_nothing_to_mend(bare):
     assert rows[1]["differences"]["mending"] is None
     assert rows[1]["digest"] == rows[0]["digest"]  # ablation left it as it is
     assert "NaN" not in (out / "results.json").read_text()
-    assert "mending –, defective by norm 0.0000 [–]" in lines
+    assert "damage 0.0000 [–], mending – (images: 1" in lines
     table = (out / "results.md").read_text()
+    assert "| 0.0000 [–] | – | 0.0000 [–] |" in table
     assert "nan" not in table + lines and "–: undefined, for want of" in table
     assert (out / "results.png").read_bytes().startswith(b"\x89PNG")
 

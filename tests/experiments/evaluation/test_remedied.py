@@ -72,7 +72,7 @@ def a_job(places, out, **settings):
         return job.Job(config, opened, None, out, out, progress, Stopping())
 
 
-def a_plan(places, *names):
+def remedies_of(places, *names):
     config = ConfigDict({"protocol": "knn", "gamma": 0.0, "remedy_images": 2})
     config.matmul_precision, config.data = "highest", ""
     config.remedies, config.remedy_data = ",".join(names), str(places / "others")
@@ -111,11 +111,11 @@ def test_a_kill_between_remedies_leads_to_the_same_files(places, tmp_path, monke
     run(places, tmp_path / "whole", *given)
     after, begun = remedied._after, []
 
-    def killed(plan, job, name):
+    def killed(some, job, name):
         if begun:
             raise KeyboardInterrupt
         begun.append(name)
-        return after(plan, job, name)
+        return after(some, job, name)
 
     monkeypatch.setattr(remedied, "_after", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -149,9 +149,9 @@ def test_other_remedies_are_other_settings(whole, places, tmp_path, capsys):
 
 
 def test_features_are_those_of_the_moved_activations(places, tmp_path):
-    plan = a_plan(places, "test-time registers")
+    some = remedies_of(places, "test-time registers")
     plain, moved = (
-        form.job for form in remedied.forms(plan, a_job(places, tmp_path), "planted")
+        form.job for form in remedied.forms(some, a_job(places, tmp_path), "planted")
     )
     image = photos.prepared(places / "others/2.png", 224)[None]
     found = {}
@@ -179,8 +179,8 @@ def test_every_protocol_extracts_features_in_one_place():
 
 
 def test_a_forward_pass_is_part_of_all_keys(places, tmp_path):
-    plan = a_plan(places, "test-time registers", "ablation")
-    forms = list(remedied.forms(plan, a_job(places, tmp_path), "planted"))
+    some = remedies_of(places, "test-time registers", "ablation")
+    forms = list(remedied.forms(some, a_job(places, tmp_path), "planted"))
     assert len({form.job.features_key for form in forms}) == 3
     assert len({evaluate.state_key(form.job) for form in forms}) == 3
     assert {form.job.origin for form in forms[1:]} == {forms[0].job.model}
@@ -237,9 +237,9 @@ def test_a_damaged_photograph_that_a_remedy_reads_is_named(places, tmp_path):
     for i in range(2):
         photos.save_noise(tmp_path / f"others/{i}.png", 230, 224)
     (tmp_path / "others/1.png").write_bytes(b"not a picture")
-    plan = a_plan(tmp_path, "test-time registers")
+    some = remedies_of(tmp_path, "test-time registers")
     job = a_job(places, tmp_path)
-    message = error_of(lambda: list(remedied.forms(plan, job, "planted")))
+    message = error_of(lambda: list(remedied.forms(some, job, "planted")))
     assert message.startswith(f"{tmp_path}/others/1.png: not an image")
 
 
