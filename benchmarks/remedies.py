@@ -130,7 +130,8 @@ def _cell(values: Sequence[float]) -> str:
     """The mean, and the range unless it is the same at this precision."""
     if np.isnan(values).any():
         return "–"
-    mean, low, high = (_short(float(x)) for x in (np.mean(values), min(values), max(values)))
+    each = float(np.mean(values)), min(values), max(values)
+    mean, low, high = map(_short, each)
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
