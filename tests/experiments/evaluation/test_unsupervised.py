@@ -12,7 +12,7 @@ import small_runs
 from experiments import evaluate
 from experiments.configs import evals
 from experiments.evaluation import clusterings, matching, segmenter, unsupervised
-from experiments.evaluation.job import Job
+from experiments.evaluation.job import Forward, Job
 from experiments.evaluation.progress import Progress
 from experiments.run.stopping import Stopping
 from samples import error_of
@@ -79,6 +79,24 @@ def views(job):
 def labels(job):
     config = job.data.config
     return unsupervised.masks_of(job.data.found.val, config, config.test_size)
+
+
+def test_a_remedied_model_counts_as_its_checkpoint_and_runs_its_own_way(
+    root, model, tmp_path
+):
+    def ones(config, params, pixels, blocks):
+        tokens = 1 + config.num_register_tokens + (pixels.shape[1] // 14) ** 2
+        return [jnp.ones((len(pixels), tokens, config.embed_dim)) for _ in blocks]
+
+    plain = made_job(root, model, tmp_path, backbone="sinder")
+    other = models.Model.of(model.config, jax.tree.map(np.copy, model.params))
+    after = plain._replace(model=other, origin=model, forward=Forward(ones, ("ones",)))
+    assert unsupervised.backbone_of(after) == "sinder"
+    assert np.abs(unsupervised.tokens(plain, "val")).max() > 0.1
+    # What a LayerNorm makes of a token whose channels are all the same.
+    bias = np.asarray(model.params["norm"]["bias"])
+    found = unsupervised.tokens(after, "val")
+    np.testing.assert_array_equal(found, np.broadcast_to(bias, found.shape))
 
 
 # --- Predictions ----------------------------------------------------------------------
