@@ -82,7 +82,7 @@ def evaluated(
     remedies, gamma = APPLIED, args.gamma
     if args.runs and gamma is None:
         summary = json.loads((run / "summary.json").read_text())
-        gamma = summary["against_truth"]["clamped"]["clamped_at"]
+        gamma = summary["against_truth"]["clamped_at"]
     if gamma is not None:
         remedies += ",clamping"
     side = convert.open_model(planted_file).config.img_size
