@@ -2,11 +2,11 @@
 
     python -m benchmarks.run [NAME ...] [--out=FOLDER] [--rounds=5] [--quick]
 
-Names: repair, depth, images, directions, factorize, memory, features, linear, convert,
-decode, class_tokens, knn, crf, cause, stego; without a name all of them run. Prints
-Markdown tables; --out also writes them to a folder, with all numbers as JSON. --quick
-uses small models, to check that everything runs. Competitors are timed in turn, A B A B
-…, and compared by their medians.
+Names: repair, depth, images, directions, factorize, datafree, memory, features, linear,
+convert, decode, class_tokens, knn, crf, cause, stego; without a name all of them run.
+Prints Markdown tables; --out also writes them to a folder, with all numbers as JSON.
+--quick uses small models, to check that everything runs. Competitors are timed in turn,
+A B A B …, and compared by their medians.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import numpy as np
 
 from benchmarks import decode, evals, memory, operations, process, synthetic
 from benchmarks.timing import Numbers, in_turn, summary
-from sinder_jax import defects, factor, kernels, repair, vit
+from sinder_jax import datafree, defects, factor, kernels, repair, vit
 
 PACKAGES = ("jax", "flax", "numpy", "orbax-checkpoint", "torch")
 
@@ -186,6 +186,31 @@ def bench_factorize(rounds: int, quick: bool) -> Numbers:
     return numbers
 
 
+def bench_datafree(rounds: int, quick: bool) -> Numbers:
+    """Times a repair from the weights alone beside the directions that it begins with.
+
+    A random giant whose middle block throws tokens; once, as it takes minutes.
+    """
+    del rounds
+    config = vit.CONFIGS["dinov2_vits14" if quick else "dinov2_vitg14"]
+    params = synthetic.random_params(config)
+    synthetic.plant_unit(config, params, config.depth // 2)
+    start = time.perf_counter()
+    found = defects.singular_defects(config, params)
+    between = time.perf_counter()
+    repaired = datafree.repair(config, params, found=found)
+    return {
+        "seconds": {
+            "directions": between - start,
+            "repair": time.perf_counter() - between,
+        },
+        "blocks changed": ", ".join(map(str, repaired.blocks)),
+        "largest gap before": float(repaired.gaps_before.max()),
+        "largest gap after": float(repaired.gaps_after.max()),
+        "peak GiB": process.peak_bytes() / 2**30,
+    }
+
+
 def bench_depth(rounds: int, quick: bool) -> Numbers:
     """Extrapolates both steps to the giant's depth from the cost of a block.
 
@@ -277,6 +302,7 @@ BENCHMARKS: dict[str, Callable[[int, bool], Numbers]] = {
     "images": bench_images,
     "directions": bench_directions,
     "factorize": bench_factorize,
+    "datafree": bench_datafree,
     "depth": bench_depth,
     "memory": bench_memory,
     "features": bench_features,

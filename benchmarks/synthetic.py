@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sinder_jax import factor, kernels, param_tree, vit
+from sinder_jax import factor, kernels, param_tree, planted, vit
 
 # Largest and smallest singular value of a kernel, relative to the largest of a random
 # kernel whose entries have standard deviation 0.02.
@@ -35,6 +35,17 @@ def random_params(config: vit.ViTConfig, seed: int = 0) -> dict:
         return array
 
     return jax.tree_util.tree_map_with_path(leaf, param_tree.shapes(config))
+
+
+def plant_unit(config: vit.ViTConfig, params: dict[str, Any], block: int) -> None:
+    """Makes hidden unit 0 of a block throw tokens, as in `planted.planted_model`."""
+    rng = np.random.default_rng(1)
+    vectors = rng.normal(size=(config.embed_dim, 2))
+    trigger, direction = np.linalg.qr(vectors - vectors.mean(axis=0))[0].T
+    throw = planted.THROW * direction / params["blocks"]["ls2"]["gamma"][block]
+    threshold = planted.GATE * planted.THRESHOLD
+    gate = planted.GATE * trigger
+    planted.set_unit(params["blocks"]["mlp"], block, 0, gate, threshold, throw)
 
 
 def outlier_direction(tokens: np.ndarray) -> np.ndarray:

@@ -81,7 +81,7 @@ def planted_model(seed: int = 0) -> PlantedModel:
     trigger, direction = pair = _orthonormal_pair(rng)
     blocks = _random_blocks(rng, trigger)
     gate, throw = GATE * trigger, THROW * direction
-    _set_unit(blocks["mlp"], BLOCK, 0, gate, GATE * THRESHOLD, throw)
+    set_unit(blocks["mlp"], BLOCK, 0, gate, GATE * THRESHOLD, throw)
     blocks["ls2"]["gamma"][BLOCK] = 1.0
     params = {
         "cls_token": rng.normal(0, 0.5, (1, 1, WIDTH)),
@@ -101,7 +101,7 @@ def _orthonormal_pair(rng: np.random.Generator) -> np.ndarray:
     return q.T
 
 
-def _set_unit(
+def set_unit(
     mlp: Mapping[str, Any],
     block: int,
     unit: int,
@@ -231,7 +231,7 @@ def plant(
     throw = gamma * column
     column *= far / (GATE * opened * np.linalg.norm(throw))
     unit = _weakest_unit(mlp, block)
-    _set_unit(mlp, block, unit, GATE * gate, GATE * threshold, column)
+    set_unit(mlp, block, unit, GATE * gate, GATE * threshold, column)
     return PlantedModel(config, params, block, throw / np.linalg.norm(throw), unit)
 
 
