@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
-from sinder_jax import defects, factor, kernels, linalg, spectral_map
+from sinder_jax import defects, factor, kernels, linalg, spectral_map, stretch
 from sinder_jax.analysis import forecast as forecasts
 from sinder_jax.analysis.forecast import MIN_GAP, Forecast
 from sinder_jax.param_tree import Params
 from sinder_jax.placement import on_host
-from sinder_jax.spectral_map import SpectralBlock, Values
 from sinder_jax.vit import ViTConfig
 
 PRICE = 1.0  # of ε as large as σ, as much as of a mean stretch e times too far
@@ -35,8 +33,6 @@ MORE = 2  # ... and in every round those of the products as changed so far
 WIDTHS = 8  # subspaces are filled with zeros to a multiple: rounds share a compilation
 MAX_ROUNDS = 12
 AGREE = 1e-3  # log σ_0 of a product and of its subspace, at the end
-MAX_ITERATIONS = 200  # of L-BFGS in a round
-FLAT = 1e-4  # norm of the gradient that ends it
 
 
 class Repaired(NamedTuple):
@@ -68,33 +64,6 @@ class Repaired(NamedTuple):
     def has_defect(self) -> bool:
         """True if a gap still reaches `MIN_GAP`."""
         return bool(np.max(self.gaps_after) >= MIN_GAP)
-
-
-class Problem(NamedTuple):
-    """The objective in one round: everything that does not depend on ε; float64.
-
-    n products G_i, from the first changed block on, each in a subspace of k dimensions.
-
-    Attributes:
-      blocks: the m changed blocks.
-      sigma: of their four kernels each.
-      nu: [m, D], the direction of each block.
-      between: [D, D], the product of the maps between one changed block and the next.
-      inputs: [D, n·k], the subspaces on the input side, before the first changed block.
-      outputs: [n_b, k, D] for each changed block b, those on the output side seen from
-        behind b, of the products up to the next changed block.
-      ceiling: [n], log σ_m of each product before the repair, with m changed blocks.
-      slack: log τ.
-    """
-
-    blocks: tuple[SpectralBlock, ...]
-    sigma: tuple[Values, ...]
-    nu: Any
-    between: tuple[Any, ...]
-    inputs: Any
-    outputs: tuple[Any, ...]
-    ceiling: Any
-    slack: Any
 
 
 def explaining_blocks(
@@ -287,10 +256,10 @@ class _Search:
         u, v = (np.stack([getattr(t, side) for t in triplets]) for side in "uv")
         for done in range(1, MAX_ROUNDS + 1):
             problem = self.problem(u, v, ceiling)
-            theta, steps = minimize(problem, theta, price)
-            values = jax.device_get(singular_values(problem, theta))
+            theta, steps = stretch.minimize(problem, theta, price)
+            values = jax.device_get(stretch.singular_values(problem, theta))
             total += int(steps)
-            small = np.asarray(log_stretches(problem, values))
+            small = np.asarray(stretch.log_stretches(problem, values))
             triplets, logs = self.leading(values, MORE)
             apart = float(np.max(logs[:, 0] - small))
             progress(
@@ -330,7 +299,9 @@ class _Search:
         logs = [log + np.log(np.maximum(t.s, linalg.TINY)) for t, log in found]
         return [t for t, _ in found], np.stack(logs)
 
-    def problem(self, u: np.ndarray, v: np.ndarray, ceiling: np.ndarray) -> Problem:
+    def problem(
+        self, u: np.ndarray, v: np.ndarray, ceiling: np.ndarray
+    ) -> stretch.Problem:
         """The objective in the subspaces u, v [n, D, k] of the products."""
         first, fill = self.blocks[0], (0, -u.shape[2] % WIDTHS)
         u, v = (np.pad(each, ((0, 0), (0, 0), fill)) for each in (u, v))
@@ -349,7 +320,7 @@ class _Search:
             for i in range(start + 1, end):
                 product = self.own[i] @ product
             between.append(product)
-        problem = Problem(
+        problem = stretch.Problem(
             blocks=self.parts,
             sigma=self.sigma,
             nu=self.nu,
@@ -365,83 +336,3 @@ class _Search:
 def _joined(basis: np.ndarray, more: list[np.ndarray]) -> np.ndarray:
     """Orthonormal bases [n, D, k] of each subspace and further vectors."""
     return np.linalg.qr(np.concatenate([basis, np.stack(more)], axis=2))[0]
-
-
-# --- The objective --------------------------------------------------------------------
-
-
-def singular_values(problem: Problem, theta: Any) -> Any:
-    """Returns s = σ·exp(θ), which is never negative."""
-    return jax.tree.map(lambda sigma, t: sigma * jnp.exp(t), problem.sigma, theta)
-
-
-def log_stretches(problem: Problem, values: Any) -> Float[Array, " n"]:
-    """Returns log σ_0 of each product in its subspace, at most that of the product."""
-    x, small = problem.inputs, []
-    for at, outputs in enumerate(problem.outputs):
-        x = spectral_map.apply(problem.blocks[at], values[at], x)
-        n, k, _ = outputs.shape
-        own = x[:, : n * k].reshape(-1, n, k)
-        small.append(jnp.einsum("ikd,dil->ikl", outputs, own))
-        if at < len(problem.between):
-            x = problem.between[at] @ x[:, n * k :]
-    ritz = jnp.linalg.svd(jnp.concatenate(small), compute_uv=False)
-    return jnp.log(ritz[:, 0])
-
-
-def gains(problem: Problem, values: Any) -> Float[Array, " m"]:
-    """‖E_bᵀν_b‖ of each changed block: how far it can stretch a token along ν_b."""
-
-    def gain(block: SpectralBlock, s: Any, nu: Any) -> Array:
-        through = functools.partial(spectral_map.apply, block, s)
-        (pulled,) = jax.linear_transpose(through, nu[:, None])(nu[:, None])
-        return jnp.linalg.norm(pulled)
-
-    each = zip(problem.blocks, values, problem.nu, strict=True)
-    return jnp.stack([gain(*one) for one in each])
-
-
-def objective(problem: Problem, theta: Any, price: Any) -> Float[Array, ""]:
-    """What `repair` minimizes, with the products in their subspaces."""
-    values = singular_values(problem, theta)
-    stretch = log_stretches(problem, values) - problem.ceiling - problem.slack
-    gain = jnp.log(gains(problem, values)) - problem.slack
-    paid = jax.tree.map(
-        lambda s, sigma: jnp.sum((s - sigma) ** 2) / jnp.sum(sigma**2),
-        values,
-        problem.sigma,
-    )
-    return (
-        jnp.mean(jnp.maximum(stretch, 0.0) ** 2)
-        + jnp.mean(jnp.maximum(gain, 0.0) ** 2)
-        + price * sum(jax.tree.leaves(paid))
-    )
-
-
-@jax.jit
-def minimize(problem: Problem, theta: Any, price: Any) -> tuple[Any, Array]:
-    """θ of the smallest objective near `theta`, by L-BFGS; and its iterations."""
-
-    def loss(theta: Any) -> Array:
-        return objective(problem, theta, price)
-
-    solver = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)
-
-    def goes_on(carry: Any) -> Array:
-        _, state, steps = carry
-        gradient = optax.tree_utils.tree_get(state, "grad")
-        flat = optax.tree_utils.tree_norm(gradient) < FLAT
-        return (steps == 0) | ((steps < MAX_ITERATIONS) & ~flat)
-
-    def step(carry: Any) -> Any:
-        theta, state, steps = carry
-        value, gradient = value_and_grad(theta, state=state)
-        update, state = solver.update(
-            gradient, state, theta, value=value, grad=gradient, value_fn=loss
-        )
-        return optax.apply_updates(theta, update), state, steps + 1
-
-    start = theta, solver.init(theta), jnp.zeros((), int)
-    theta, _, steps = jax.lax.while_loop(goes_on, step, start)
-    return theta, steps
