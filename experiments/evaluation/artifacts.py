@@ -34,6 +34,8 @@ ALSO = {
     "segmentation": (segmentation, segmentation_config.get_config),
 }
 PHOTOGRAPH = "photograph_variation"
+VERSUS = (("damage", "mending"),)
+AGAINST_TRUTH = ("truth, sound", "truth, thrown")
 COLUMNS = (*artifacts.Sums._fields, PHOTOGRAPH)
 
 
@@ -177,7 +179,7 @@ def run(job: Job) -> Result:
             "k of the tail": artifacts.tail_size(patches),
         },
         lower_is_better=None,
-        versus=("damage", "mending"),
+        versus=VERSUS if data.truth is None else (*VERSUS, AGAINST_TRUTH),
         also={name: _also(job, name) for name in data.also},
     )
 

@@ -90,7 +90,7 @@ class Result(NamedTuple):
       lower_is_better: True for errors; None if that differs between the metrics.
       details: more numbers by name, for results.json alone; JSON values.
       figures: pictures of what the model does, by name.
-      versus: two metrics to plot one over the other, instead of the headline.
+      versus: pairs of metrics to plot one over the other, instead of the headline.
       also: of other protocols that evaluated this model, by a name that goes before
         those of their metrics. The report tells the main one of each.
     """
@@ -103,7 +103,7 @@ class Result(NamedTuple):
     lower_is_better: bool | None = False
     details: Mapping[str, Any] = {}
     figures: Mapping[str, Figure] = {}
-    versus: tuple[str, str] | None = None
+    versus: tuple[tuple[str, str], ...] = ()
     also: Mapping[str, "Result"] = {}
 
     def parts(self) -> "dict[str, Result]":

@@ -113,10 +113,10 @@ def write(out: Path, found: Sequence[Row]) -> None:
         }
         for row in found
     }
-    if first.versus is None:
-        figure = score_plots.scores(points, first.unit)
+    if first.versus:
+        figure = score_plots.versus(points, first.versus)
     else:
-        figure = score_plots.versus(points, *first.versus)
+        figure = score_plots.scores(points, first.unit)
     files.write(out / PLOT, style.encode(figure, "png"))
     _write_pictures(out / PICTURES, found)
 
@@ -162,7 +162,7 @@ def lines(found: Sequence[Row]) -> list[str]:
     for row in found:
         result = row.result
         others = list(columns(result))[len(result.headline) :]
-        names = [*(result.versus or result.headline), *others]
+        names = [*(result.versus[0] if result.versus else result.headline), *others]
         main = _listed(row, names, _with_interval)
         told.append(f"{row.checkpoint}: {main} ({_evaluated(result)})")
         if row.differences:

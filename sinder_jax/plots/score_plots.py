@@ -4,8 +4,9 @@ scores of models --scores, versus--> Figure
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sinder_jax.plots import style
@@ -42,16 +43,28 @@ def scores(points: Mapping[str, Mapping[str, Score]], unit: str) -> Figure:
 
 
 @style.styled
-def versus(points: Mapping[str, Mapping[str, Score]], across: str, up: str) -> Figure:
+def versus(
+    points: Mapping[str, Mapping[str, Score]], pairs: Sequence[tuple[str, str]]
+) -> Figure:
     """A point for each model, one metric over another, and the interval of each.
 
     Args:
       points: as for `scores`; without two numbers a model is in the legend alone.
-      across: the metric on the horizontal axis.
-      up: the metric on the vertical axis.
+      pairs: the metrics on the horizontal and on the vertical axis of each panel.
     """
-    figure = style.new_figure(style.COLUMN, 2.4 + 0.16 * len(points))
-    ax = figure.subplots()
+    width = style.COLUMN if len(pairs) == 1 else style.PAGE
+    figure = style.new_figure(width, 2.4 + 0.16 * len(points))
+    panels = figure.subplots(1, len(pairs), squeeze=False)[0]
+    for ax, (across, up) in zip(panels, pairs, strict=True):
+        _panel(ax, points, across, up)
+    named = panels[0].get_legend_handles_labels()
+    figure.legend(*named, loc="outside lower center", ncols=1)
+    return figure
+
+
+def _panel(
+    ax: Axes, points: Mapping[str, Mapping[str, Score]], across: str, up: str
+) -> None:
     for place, (name, found) in enumerate(points.items()):
         (x, wide), (y, high) = found[across], found[up]
         color = style.SERIES[place % len(style.SERIES)]
@@ -67,8 +80,6 @@ def versus(points: Mapping[str, Mapping[str, Score]], across: str, up: str) -> F
         ax.text(0.5, 0.5, f"{up}: undefined", ha="center", transform=ax.transAxes)
     ax.set_xlabel(across)
     ax.set_ylabel(up)
-    figure.legend(loc="outside lower center", ncols=1)
-    return figure
 
 
 def _short(name: str, most: int = MOST_NAME) -> str:

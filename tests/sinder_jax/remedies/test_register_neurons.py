@@ -132,11 +132,11 @@ def test_only_units_up_to_the_block_of_the_outliers_count():
 
 
 def test_the_most_active_units_come_first_and_no_more_than_asked_for():
-    scores = np.array([[1.0, 9.0, 2.2], [4.0, 8.0, 2.3]])
+    scores = np.array([[1.0, 9.0, 4.4], [5.0, 8.0, 4.6]])
     found = registers._highest(scores, 10)
     assert found.blocks.tolist() == [0, 1, 1, 1]
-    assert found.units.tolist() == [1, 1, 0, 2]  # 2.2 is less than a quarter of 9
-    assert found.scores.tolist() == [9.0, 8.0, 4.0, 2.3]
+    assert found.units.tolist() == [1, 1, 0, 2]  # 4.4 is less than half of 9
+    assert found.scores.tolist() == [9.0, 8.0, 5.0, 4.6]
     assert registers._highest(scores, 2).units.tolist() == [1, 1]
 
 
