@@ -6,6 +6,8 @@
 
 The first checkpoint is what all others, and what remedies make of it, are compared
 with. All are measured on the same photographs; those that a remedy reads are others.
+A model trained with registers has a feature space of its own: nothing is compared token
+by token, and its direction is its own.
 """
 
 import dataclasses
@@ -36,6 +38,7 @@ ALSO = {
 PHOTOGRAPH = "photograph_variation"
 VERSUS = (("damage", "mending"),)
 AGAINST_TRUTH = ("truth, sound", "truth, thrown")
+COSINES = ("kept", "true_sound", "true_thrown")
 COLUMNS = (*artifacts.Sums._fields, PHOTOGRAPH)
 
 
@@ -57,8 +60,13 @@ class Data:
 
     @functools.cached_property
     def direction(self) -> np.ndarray:
-        """ν of the last block, as the first model's forecast says."""
-        return forecast.forecast(self.first.config, self.first.params).directions[-1]
+        """That of the first model."""
+        return direction_of(self.first)
+
+
+def direction_of(model: Model) -> np.ndarray:
+    """ν of the last block, as the model's forecast says."""
+    return forecast.forecast(model.config, model.params).directions[-1]
 
 
 # --- Before anything is computed ------------------------------------------------------
@@ -85,8 +93,12 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
         )
     loss.check_loss_options(mask_thr=config.mask_thr, window=3)
     truth = convert.open_model(config.truth) if config.truth else None
-    for other in (*models[1:], *([truth] if truth else [])):
-        check_same_architecture(first, other)
+    if truth:
+        check_same_architecture(first, truth)
+    registers = first.config.num_register_tokens
+    for other in models[1:]:
+        as_first = dataclasses.replace(other.config, num_register_tokens=registers)
+        check_same_architecture(first, dataclasses.replace(other, config=as_first))
     photographs = chosen(config)
     return Data(first, truth, photographs, prepare_also(config, models))
 
@@ -148,6 +160,9 @@ def chosen(config: ConfigDict) -> list[Photograph]:
 def run(job: Job) -> Result:
     """Measures a model beside the first checkpoint and the truth."""
     data, model = job.data, job.model
+    registers = model.config.num_register_tokens
+    comparable = registers == data.first.config.num_register_tokens
+    direction = data.direction if comparable else direction_of(model)
     now, before = tokens(job), tokens_of(job, data.first)
     truth = None if data.truth is None else tokens_of(job, data.truth)
     read, rows = images.Read(data.photographs, _read(job)), []
@@ -156,10 +171,12 @@ def run(job: Job) -> Result:
         found = artifacts.sums(
             np.asarray(now[i], np.float32),
             np.asarray(before[i], np.float32),
-            data.direction.astype(np.float32),
+            direction.astype(np.float32),
             None if truth is None else np.asarray(truth[i], np.float32),
             mask_thr=float(job.config.mask_thr),
         )
+        if not comparable:
+            found = found._replace(**dict.fromkeys(COSINES, np.nan))
         own = artifacts.photograph_variation(read(i), model.config.patch_size)
         rows.append([*map(float, found), own])
         job.progress.at(i + 1)
@@ -177,6 +194,7 @@ def run(job: Job) -> Result:
             "images": len(rows),
             "image size": size,
             "k of the tail": artifacts.tail_size(patches),
+            **({} if comparable else {"registers": registers}),
         },
         lower_is_better=None,
         versus=VERSUS if data.truth is None else (*VERSUS, AGAINST_TRUTH),

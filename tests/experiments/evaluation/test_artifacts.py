@@ -1,6 +1,7 @@
 """The meter of remedies from its command line, on the tiny planted model."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -250,6 +251,22 @@ def failure(capsys, *arguments, **options):
     assert cli.run(lambda: run(*arguments, **options)) == cli.USER_ERROR
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
     return line.removeprefix("error: ")
+
+
+def test_a_model_with_registers_is_not_compared_token_by_token(places, tmp_path):
+    config, _ = checkpoint.load(places / "planted")
+    config = dataclasses.replace(config, num_register_tokens=2)
+    checkpoint.save(places / "registers", config, random_params(config))
+    out, truth = tmp_path / "out", f"--config.truth={places / 'truth'}"
+    assert run(places, out, truth, checkpoints=("planted", "registers")) == 0
+    planted, other = results(out)
+    for name in ("damage", "truth, sound", "truth, thrown"):
+        assert planted["metrics"][name] is not None
+        assert other["metrics"][name] is None, name
+    for name in ("mending", "norm ratio", "tail", "defective along nu"):
+        assert np.isfinite(other["metrics"][name]), name
+    assert other["evaluated"]["registers"] == 2
+    assert "registers" not in planted["evaluated"]
 
 
 def test_models_of_other_architectures_are_refused(places, tmp_path, capsys):
