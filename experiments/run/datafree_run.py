@@ -121,7 +121,8 @@ def check(args: argparse.Namespace, config: ConfigDict) -> None:
     loss.check_loss_options(mask_thr=config.mask_thr, window=3)
     summary = paths.as_path(args.workdir) / run_files.SUMMARY
     with paths.answering(summary):
-        inputs.check_weights_given(config, resumes=summary.exists())
+        resumes = summary.exists()
+    inputs.check_weights_given(config, resumes=resumes)
 
 
 def looked_at(config: ConfigDict) -> Sequence[Photograph]:

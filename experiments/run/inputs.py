@@ -195,7 +195,8 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
         compares.
 
     Raises:
-      ValueError: an unknown model or no checkpoint; says what to fetch and to run.
+      ValueError: an unknown model, no checkpoint, or a planted model's seed below 0;
+        says what to give, or to fetch and to run.
       FileNotFoundError: the checkpoint does not exist; says the same.
     """
     if config.model == PLANTED:
@@ -204,6 +205,8 @@ def check_weights_given(config: ConfigDict, *, resumes: bool = False) -> None:
                 f"config.model={PLANTED} makes its own weights; give the model of "
                 f"{config.checkpoint} by --config.model: {', '.join(NAMES)}"
             )
+        if config.seed < 0:
+            raise ValueError(f"config.seed: got {config.seed}, expected 0 or above")
         return
     if config.model not in NAMES:
         raise ValueError(

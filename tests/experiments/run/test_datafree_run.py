@@ -178,6 +178,23 @@ def test_it_is_refused_before_anything_is_written(run, tmp_path, argument, said)
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config.model=planted"], "config.model=planted makes its own weights"),
+        (["--config.model=dinov9"], "config.model=dinov9 is unknown"),
+        (["--config.checkpoint="], "no weights of dinov2_vits14; fetch https"),
+        (
+            ["--config.model=planted", "--config.checkpoint=", "--config.seed=-1"],
+            "config.seed: got -1",
+        ),
+    ],
+)
+def test_what_is_wrong_with_the_weights_given_is_told(run, tmp_path, arguments, said):
+    assert error_of(run, *arguments).startswith(said)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("process", ["0", "1"])
 def test_several_processes_are_refused(run, tmp_path, monkeypatch, process):
     save(tmp_path / "model")
