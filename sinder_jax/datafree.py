@@ -72,7 +72,8 @@ def explaining_blocks(
     """The blocks that make a direction stand out, each with that direction.
 
     Up to the last gap that reaches `MIN_GAP`, the block is taken at which the gap grows
-    most, and its gain along ν set to 1, which is what its residual connection passes.
+    most, and adds nothing any more along the line along which it throws: that of what
+    it adds to its input along E_bᵀν. ν itself leans from that line toward the input.
     Then gaps and directions are computed again, and so on until no gap reaches
     `MIN_GAP`: a defect may hide another one behind it.
 
@@ -98,9 +99,10 @@ def explaining_blocks(
         growth = np.diff(np.log(gaps), prepend=0.0)
         block = max(left, key=lambda block: growth[block])
         nu = taken[block] = directions[block]
-        pulled = nu @ maps[block]
-        shorter = 1 / np.linalg.norm(pulled) - 1
-        maps[block] = maps[block] + shorter * np.outer(nu, pulled)
+        added = maps[block] - np.eye(len(nu))
+        line = added @ (nu @ maps[block])
+        line /= max(float(np.linalg.norm(line)), linalg.TINY)
+        maps[block] = maps[block] - np.outer(line, line @ added)
         found = defects.of_maps(maps.__getitem__, len(maps))
         gaps, directions = found.gaps, found.directions
     return dict(sorted(taken.items()))

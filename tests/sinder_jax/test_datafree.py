@@ -227,6 +227,13 @@ def test_a_block_that_lengthens_what_was_thrown_is_found_behind_the_throw():
     assert list(datafree.explaining_blocks(told(maps), maps)) == [1, 3]
 
 
+def test_blocks_that_one_input_sets_off_are_found_behind_each_other():
+    maps, lines = thrown((1, 15.0, 0))
+    trigger = lines[0] @ (maps[1] - np.eye(WIDTH)) / 15
+    maps[3] += 15 * np.outer(lines[1], trigger)
+    assert list(datafree.explaining_blocks(told(maps), maps)) == [1, 3]
+
+
 @pytest.mark.slow  # compiling the search takes 10 s of a core
 @pytest.mark.parametrize(
     "fields",
