@@ -124,8 +124,9 @@ def prepare_also(
             own.pictures = 0
         try:
             found[name] = own, module.prepare(own, models)
-        except ValueError as error:
-            raise ValueError(
+        except (ValueError, FileNotFoundError) as error:
+            kind = ValueError if isinstance(error, ValueError) else FileNotFoundError
+            raise kind(
                 f"config.{name}={config[name]}, as {own.protocol}.py takes it: {error}"
             ) from None
     return found

@@ -310,7 +310,8 @@ def test_labels_that_do_not_fit_are_one_line(places, tmp_path, capsys):
     message = failure(capsys, places, out, classes)
     assert f"{classes[2:]}, as knn.py takes it: config.ks: got K = 200" in message
     message = failure(capsys, places, out, "--config.segmentation=nowhere")
-    assert "nowhere" in message
+    said = "config.segmentation=nowhere, as segmentation_linear.py takes it: no folder"
+    assert said in message
     assert not out.exists()
 
 
