@@ -23,16 +23,12 @@ import numpy as np
 
 import convert
 from experiments import evaluate, repair
+from experiments.evaluation.remedied import COSTS
 from experiments.run import inputs
 from sinder_jax import launch, planted
 
 APPLIED = "ablation,data-free,test-time registers"
 SINDER = "SINDER"
-# What a row tells of its cost, if anything; the second is of a checkpoint.
-COSTS = {
-    "seconds": ("seconds of the remedy", "seconds of its repair"),
-    "photographs": ("photographs it read", "images its repair passed"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

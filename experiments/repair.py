@@ -50,6 +50,8 @@ examples:
   python -m experiments.repair --config=tiny.py --workdir=runs/demo
   python -m experiments.repair --config=giant.py --workdir=runs/giant \\
       --config.checkpoint=dinov2_vitg14 --config.data=folder:/data/imagenet/train
+  python -m experiments.repair --config=datafree.py --workdir=runs/datafree \\
+      --config.checkpoint=dinov2_vitg14      # from the weights alone
 
 A bare config name means experiments/configs/; --config.KEY=VALUE changes a key of it.
 A run begins with a diagnosis, and ends there with exit code 0 if the model has no

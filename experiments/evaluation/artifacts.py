@@ -59,14 +59,9 @@ class Data:
     also: dict[str, tuple[ConfigDict, Any]]
 
     @functools.cached_property
-    def direction(self) -> np.ndarray:
-        """That of the first model."""
-        return direction_of(self.first)
-
-
-def direction_of(model: Model) -> np.ndarray:
-    """ν of the last block, as the model's forecast says."""
-    return forecast.forecast(model.config, model.params).directions[-1]
+    def told(self) -> forecast.Forecast:
+        """What the first model's weights say."""
+        return forecast.forecast(self.first.config, self.first.params)
 
 
 # --- Before anything is computed ------------------------------------------------------
@@ -163,7 +158,7 @@ def run(job: Job) -> Result:
     data, model = job.data, job.model
     registers = model.config.num_register_tokens
     comparable = registers == data.first.config.num_register_tokens
-    direction = data.direction if comparable else direction_of(model)
+    told = data.told if comparable else forecast.forecast(model.config, model.params)
     now, before = tokens(job), tokens_of(job, data.first)
     truth = None if data.truth is None else tokens_of(job, data.truth)
     read, rows = images.Read(data.photographs, _read(job)), []
@@ -172,12 +167,14 @@ def run(job: Job) -> Result:
         found = artifacts.sums(
             np.asarray(now[i], np.float32),
             np.asarray(before[i], np.float32),
-            direction.astype(np.float32),
+            told.directions[-1].astype(np.float32),
             None if truth is None else np.asarray(truth[i], np.float32),
             mask_thr=float(job.config.mask_thr),
         )
-        if not comparable:
-            found = found._replace(**dict.fromkeys(COSINES, np.nan))
+        undefined = list(() if comparable else COSINES)
+        if not told.has_defect:
+            undefined.append("along")
+        found = found._replace(**dict.fromkeys(undefined, np.nan))
         own = artifacts.photograph_variation(read(i), model.config.patch_size)
         rows.append([*map(float, found), own])
         job.progress.at(i + 1)

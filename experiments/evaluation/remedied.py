@@ -33,7 +33,10 @@ NAMES = tuple(
 )
 # Keys of a config that change no row but those of remedies.
 KEYS = ("remedies", "gamma", "remedy_images", "remedy_data")
-SECONDS = "seconds of the remedy"
+SECONDS, READ = "seconds of the remedy", "photographs it read"
+OWN_SECONDS, PASSED = "seconds of its repair", "images its repair passed"
+# What a table tells of a cost, by the name of its column.
+COSTS = {"seconds": (SECONDS, OWN_SECONDS), "photographs": (READ, PASSED)}
 UNLABELED = ("artifacts",)  # protocols whose `config.data` a remedy may read
 
 
@@ -94,10 +97,16 @@ def prepare(config: ConfigDict) -> Remedies:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"config.remedies: got {config.remedies!r}, one of them twice")
-    if any(REMEDIES[name].needs == "gamma" for name in names) and not config.gamma > 0:
+    clamps = any(REMEDIES[name].needs == "gamma" for name in names)
+    if clamps and not config.gamma > 0:
         raise ValueError(
             f"config.gamma: got {config.gamma:g}, expected the largest singular value "
-            "that clamping leaves, above 0"
+            "that clamping leaves, above 0; add --config.gamma="
+        )
+    if config.gamma and not clamps:
+        raise ValueError(
+            f"config.gamma: got {config.gamma:g}, which is of clamping, and "
+            "config.remedies has none; leave it out or add clamping"
         )
     readers = [name for name in names if REMEDIES[name].needs == "photographs"]
     if readers and config.matmul_precision != "highest":
@@ -186,7 +195,7 @@ def _after(remedies: Remedies, job: Job, name: str) -> tuple[Job, dict[str, Any]
     params, neurons = remedy.apply(model, given)
     cost: dict[str, Any] = {
         SECONDS: round(time.monotonic() - began, 2),
-        "photographs it read": len(remedies.photographs) if reads else 0,
+        READ: len(remedies.photographs) if reads else 0,
     }
     moved = list(zip(neurons.blocks.tolist(), neurons.units.tolist(), strict=True))
     if reads:
@@ -247,5 +256,7 @@ def cost_of_repair(checkpoint: str) -> dict[str, Any]:
             told = run_files.read_json(place / run_files.SUMMARY)
     except (OSError, ValueError):
         return {}
-    names = {"seconds": "seconds of its repair", "images": "images its repair passed"}
+    if "repair" in told:  # says that it was none by photographs
+        told["images"] = 0
+    names = {"seconds": OWN_SECONDS, "images": PASSED}
     return {name: told[key] for key, name in names.items() if key in told}

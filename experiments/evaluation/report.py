@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from experiments.evaluation.job import Result, Scores
+from experiments.evaluation.remedied import COSTS
 from experiments.study.photos import unique_names
 from sinder_jax import cli
 from sinder_jax.evals import bootstrap
@@ -187,8 +188,13 @@ def markdown(found: Sequence[Row]) -> str:
     first = found[0]
     units = columns(first.result)
     names = [f"{name} ({unit})" if unit else name for name, unit in units.items()]
-    table = [["checkpoint", *names]]
-    table += [[row.checkpoint, *_cells(row, units, _with_interval)] for row in found]
+    costs = [_costs(row) for row in found]
+    told = list(COSTS) if any(map(any, costs)) else []
+    table = [["checkpoint", *names, *told]]
+    table += [
+        [row.checkpoint, *_cells(row, units, _with_interval), *cost[: len(told)]]
+        for row, cost in zip(found, costs, strict=True)
+    ]
     text = f"# {first.protocol}\n\n{_table(table)}\n"
     if len(found) > 1:
         table = [[f"minus {first.checkpoint}", *names]]
@@ -208,6 +214,15 @@ def markdown(found: Sequence[Row]) -> str:
         ]
         text += f"\n\n{_table(table)}"
     return text + "\n"
+
+
+def _costs(row: Row) -> list[str]:
+    """What the row's remedy or repair took, by column; empty where nothing tells it."""
+    evaluated = row.result.evaluated
+    return [
+        next((f"{evaluated[key]:g}" for key in keys if key in evaluated), "")
+        for keys in COSTS.values()
+    ]
 
 
 def _cells(

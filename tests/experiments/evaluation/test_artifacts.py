@@ -91,6 +91,10 @@ def test_every_number_has_an_interval_and_a_remedy_its_cost(measured):
     assert rows[2]["evaluated"]["photographs it read"] == 2
     assert rows[2]["evaluated"]["seconds of the remedy"] > 0
     table = (measured / "results.md").read_text()
+    head, _, start, ablated, moved, truth, *_ = table.split("\n\n")[1].split("\n")
+    assert head.endswith("| seconds | photographs |")
+    assert start.endswith("|  |  |") and truth.endswith("|  |  |")
+    assert ablated.endswith("| 0 |") and moved.endswith("| 2 |")
     assert "| damage |" in table and "is better" not in table
     assert "\nIn brackets: 95 % intervals" in table
     assert (measured / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -199,7 +203,8 @@ def bare(places, tmp_path_factory):
 def test_a_model_without_a_defect_has_nothing_to_mend(bare):
     out, lines = bare
     rows = results(out)
-    assert [row["metrics"]["mending"] for row in rows] == [None, None]
+    for name in ("mending", "defective along nu"):  # no ν is forecast
+        assert [row["metrics"][name] for row in rows] == [None, None]
     assert rows[1]["metrics"]["damage"] == pytest.approx(0, abs=1e-5)
     assert rows[1]["differences"]["mending"] is None
     assert rows[1]["digest"] == rows[0]["digest"]  # ablation left it as it is

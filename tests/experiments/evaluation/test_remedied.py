@@ -198,6 +198,7 @@ def test_a_forward_pass_is_part_of_all_keys(places, tmp_path):
         (["remedies=SINDER"], "give a repaired model as --checkpoint"),
         (["remedies=hybrid"], "give a repaired model as --checkpoint"),
         (["remedies=clamping"], "config.gamma: got 0"),
+        (["remedies=ablation", "gamma=4"], "config.gamma: got 4, which is of clamping"),
         (["remedies=clamping", "gamma=nan"], "gamma"),
         (["remedies=ablation,ablation"], "one of them twice"),
         (
@@ -254,6 +255,10 @@ def test_the_cost_of_a_repair_is_read_from_its_workdir(tmp_path):
     for name in ("run", "run/repaired", "run/repaired.pth"):
         assert remedied.cost_of_repair(str(tmp_path / name)) == cost
     assert remedied.cost_of_repair(str(tmp_path / "run/planted.safetensors")) == {}
+    told = {"finished": True, "seconds": 2.5, "repair": "datafree"}
+    (tmp_path / "run/summary.json").write_text(json.dumps(told))
+    cost["images its repair passed"] = 0
+    assert remedied.cost_of_repair(str(tmp_path / "run")) == cost
     (tmp_path / "run/summary.json").write_text("[")
     assert remedied.cost_of_repair(str(tmp_path / "run")) == {}
 
