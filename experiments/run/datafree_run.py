@@ -203,7 +203,19 @@ def _repair(
     }
     if not told.has_defect:
         source = config.checkpoint or workdir.path / "planted.safetensors"
-        return summary | {"files": [], "go_on": f"use {source} as it is"}
+        summary |= {"files": [], "go_on": f"use {source} as it is"}
+        if photographs:
+            observer = observer_of(config, before, found.directions[-1])
+            seen = observer.measure(photographs, before.params, len(photographs))
+            assert seen is not None, "they are readable"
+            summary["looked_at"] = seen
+            if long := seen["defective_patches_by_norm"]["before"]:
+                cli.warn(
+                    f"none is forecast, but {long:.2f} patches a photograph have large "
+                    "norms: a repair by photographs, such as --config=giant.py, "
+                    "diagnoses tokens as well"
+                )
+        return summary
     heartbeat.phase("repairing")
     repaired = datafree.repair(
         before.config,
@@ -235,6 +247,14 @@ def _repair(
     }
 
 
+def observer_of(
+    config: ConfigDict, before: model.Model, direction: np.ndarray
+) -> results.Observer:
+    """Compares models with the one before, along ν of its last block."""
+    along = jax.numpy.asarray(direction, np.float32)
+    return results.Observer(before.config, before.params, along, config)
+
+
 def _look(
     workdir: Workdir,
     config: ConfigDict,
@@ -243,8 +263,7 @@ def _look(
     repaired: Any,
 ) -> dict[str, Any]:
     """Draws before_after.png; returns what is measured on the photographs."""
-    before, direction = original.model, jax.numpy.asarray(original.directions[-1])
-    observer = results.Observer(before.config, before.params, direction, config)
+    observer = observer_of(config, original.model, original.directions[-1])
     measures = observer.measure(photographs, repaired, len(photographs))
     print(results.describe("looked at", measures))
     with workdir.output("before_after.png") as path:

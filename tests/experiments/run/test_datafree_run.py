@@ -8,8 +8,9 @@ import signal
 import pytest
 
 import convert
+import photos
 from experiments import repair, status
-from experiments.run import datafree_run
+from experiments.run import datafree_run, results
 from samples import error_of
 from sinder_jax import checkpoint, cli, datafree, param_tree
 from sinder_jax.model import open_checkpoint
@@ -69,6 +70,28 @@ def test_a_sound_model_is_told_to_be_used_as_it_is(run, tmp_path, capsys):
     assert shown[-1].endswith(as_it_is)
     assert run() == 0
     assert "is finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("long", [0.0, 2.5])
+def test_photographs_with_long_tokens_and_no_forecast_defect_are_told(
+    run, tmp_path, capsys, monkeypatch, long
+):
+    measured = {"defective_patches_by_norm": {"before": long, "after": long}}
+    given = []
+
+    def measure(self, photographs, params, most):
+        given.append((len(photographs), param_tree.digest(params)))
+        return measured
+
+    monkeypatch.setattr(results.Observer, "measure", measure)
+    params = save(tmp_path / "model")
+    photos.save_noise(tmp_path / "data/0.png", 60, 60)
+    data = f"--config.data={tmp_path / 'data'}"
+    assert run(data, "--config.image_size=56") == 0
+    assert given == [(1, param_tree.digest(params))]
+    assert read(tmp_path / "run")["looked_at"] == measured
+    told = "2.50 patches a photograph have large norms" in capsys.readouterr().err
+    assert told == bool(long)
 
 
 def test_another_start_in_a_finished_workdir_is_held_to_the_first(run, tmp_path):
