@@ -78,6 +78,7 @@ def _panel(
         ax.plot([x], [y], marker=marker, color=color, ls="none", label=label)
     if all(math.isnan(found[up][0]) for found in points.values()):
         ax.text(0.5, 0.5, f"{up}: undefined", ha="center", transform=ax.transAxes)
+    ax.locator_params(axis="x", nbins=4)  # more would touch each other
     ax.set_xlabel(across)
     ax.set_ylabel(up)
 
