@@ -120,9 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Config. All that can be checked is checked before the long part begins.
     began = time.monotonic()
-    args, overrides = _parser().parse_known_args(argv)
-    config = config_files.load(args.config, whole=_whole)
-    config_files.override(config, overrides)
+    args, config = settings(argv)
     if "repair" in config:
         return datafree_run.run(args, config)
     options = inputs.repair_options(config)
@@ -178,6 +176,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_finished(run, start.counts, written, time.monotonic() - began)
         return 0
     return cli.TRY_AGAIN  # told to stop where nothing had to be saved
+
+
+def settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ConfigDict]:
+    """The command line, and the config that it names and overrides.
+
+    Args:
+      argv: as of `main`.
+
+    Raises:
+      ValueError, FileNotFoundError: there is no such config, or no such key in it.
+    """
+    args, overrides = _parser().parse_known_args(argv)
+    config = config_files.load(args.config, whole=_whole)
+    config_files.override(config, overrides)
+    return args, config
 
 
 def settle(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -806,16 +807,16 @@ def test_the_program_ends_with_code_2_and_one_line(tmp_path):
 
 
 def command_line_examples() -> list[list[str]]:
-    """The calls of `--help`, each as its arguments."""
+    """The calls of `--help`, each as the arguments that a shell makes of it."""
     lines = repair.EXAMPLE.replace("\\\n", " ").splitlines()
-    start = ["python", "-m", "experiments.repair"]
-    return [line.split()[3:] for line in lines if line.split()[:3] == start]
+    start = "python -m experiments.repair "
+    calls = [line.strip() for line in lines if line.strip().startswith(start)]
+    return [shlex.split(call, comments=True)[3:] for call in calls]
 
 
 @pytest.mark.parametrize("call", command_line_examples(), ids=lambda call: call[0])
 def test_the_examples_of_the_help_are_understood(call):
-    args, overrides = repair._parser().parse_known_args(call)
-    config = repair.config_files.load(args.config)
-    repair.config_files.override(config, overrides)
-    inputs.repair_options(config)
+    args, config = repair.settings(call)
+    if "repair" not in config:
+        inputs.repair_options(config)
     assert args.workdir.startswith("runs/")
