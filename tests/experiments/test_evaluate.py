@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluations import results
 from experiments import evaluate
 from experiments.evaluation import images
 from samples import error_of, random_params
@@ -53,10 +54,6 @@ def run(out, data, *checkpoints, arguments=SMALL):
     named = [f"--checkpoint={each}" for each in checkpoints]
     given = ["--config=knn.py", f"--workdir={out}", f"--config.data={data}"]
     return evaluate.main([*given, *named, *arguments])
-
-
-def results(out):
-    return json.loads((out / "results.json").read_text())
 
 
 def cached(out):

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from PIL import Image
 import photos
 import planted_models
 import scene_trees
+from evaluations import command, results
 from experiments import evaluate
 from experiments.evaluation import artifacts, images, remedied
 from samples import SMALL as SMALL_MODELS
@@ -43,10 +43,6 @@ def run(places, out, *arguments, checkpoints=("planted",)):
     named = [f"--checkpoint={places / name}" for name in checkpoints]
     given = ["--config=artifacts.py", f"--config.data={places / 'data'}"]
     return evaluate.main([*given, f"--workdir={out}", *named, *SMALL, *arguments])
-
-
-def results(out):
-    return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -365,13 +361,8 @@ def test_k_nn_and_segmentation_are_columns_beside(places, tmp_path, monkeypatch)
         settings = own[name] | {"data": data[name], "resamples": 50}
         settings |= {"remedies": REMEDIES.partition("=")[2], "remedy_images": 2}
         settings |= {"remedy_data": places / "data"}
-        assert 0 == evaluate.main(
-            [
-                *(f"--config={protocol}.py", f"--workdir={out}"),
-                f"--checkpoint={places / 'planted'}",
-                *(f"--config.{key}={value}" for key, value in settings.items()),
-            ]
-        )
+        line = command(protocol, [places / "planted"], out, **settings)
+        assert evaluate.main(line) == 0
         for alone, beside in zip(results(out), rows, strict=True):
             for kind in ("metrics", "intervals", "differences"):
                 for metric, value in alone[kind].items():

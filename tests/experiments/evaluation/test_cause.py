@@ -1,6 +1,5 @@
 """CAUSE-TR from a folder to the results, with a tiny model."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -9,13 +8,13 @@ import numpy as np
 import pytest
 
 import scene_trees
-import small_runs
+from evaluations import command, results, tiny_model
 from experiments import evaluate
 from experiments.configs.evals import cause_cityscapes, cause_voc
 from experiments.evaluation import cause, cause_settings
 from experiments.evaluation.cause_batches import Order
 from samples import error_of
-from sinder_jax import checkpoint, vit
+from sinder_jax import vit
 
 TINY = vit.ViTConfig(16, 2, 1, "mlp", img_size=28)
 SMALL = {
@@ -40,9 +39,7 @@ STEPS = 4  # of a stage: five images, three a step, two epochs
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    checkpoint.save(path, TINY, small_runs.weights(TINY))
-    return path
+    return tiny_model(tmp_path_factory.mktemp("models"), TINY)
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +48,9 @@ def data(tmp_path_factory):
 
 
 def run(model, data, workdir, **changes):
-    code = evaluate.main(
-        [
-            "--config=cause_cityscapes.py",
-            f"--checkpoint={model}",
-            f"--workdir={workdir}",
-            *(
-                f"--config.{key}={value}"
-                for key, value in {**SMALL, "data": data, **changes}.items()
-            ),
-        ]
-    )
-    return code, Path(workdir)
-
-
-def results(workdir):
-    (row,) = json.loads((workdir / "results.json").read_text())
-    return row
+    changes = {**SMALL, "data": data, **changes}
+    line = command("cause_cityscapes", [model], workdir, **changes)
+    return evaluate.main(line), Path(workdir)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +61,7 @@ def whole(model, data, tmp_path_factory):
 
 
 def test_results_tell_what_was_trained(whole):
-    row = results(whole)
+    (row,) = results(whole)
     assert row["protocol"] == "cause_cityscapes"
     assert {"cluster_miou", "cluster_acc", "cluster_map", "linear_miou"} <= set(
         row["metrics"]
@@ -105,7 +88,8 @@ def test_the_leak_is_a_flag_that_changes_the_clusters_head(
 ):
     code, out = run(model, data, tmp_path, label_leak=True)
     assert code == 0
-    told = results(out)["evaluated"]["label leak"]
+    (row,) = results(out)
+    told = row["evaluated"]["label leak"]
     assert told.startswith("yes, as in the released third stage")
 
     def arrays(folder, stage):

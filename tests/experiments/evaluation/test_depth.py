@@ -1,6 +1,5 @@
 """The protocol `depth` from its command line, on a small tree like NYU Depth v2's."""
 
-import json
 import os
 import signal
 import types
@@ -11,6 +10,7 @@ import pytest
 
 import nyu_tree
 from benchmarks import synthetic
+from evaluations import command, results
 from experiments import evaluate
 from experiments.evaluation import depth as protocol
 from experiments.evaluation.progress import Progress
@@ -39,25 +39,20 @@ def given(tmp_path_factory):
     return folder
 
 
-def command(given, out, **changes):
+def depth_command(given, out, **changes):
     settings = {"data": given / "nyu", **SHORT, **changes}
-    return [
-        "--config=depth.py",
-        f"--checkpoint={given / 'tiny'}",
-        f"--workdir={out}",
-        *(f"--config.{key}={value}" for key, value in settings.items()),
-    ]
+    return command("depth", [given / "tiny"], out, **settings)
 
 
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert evaluate.main(command(given, out)) == 0
+    assert evaluate.main(depth_command(given, out)) == 0
     return out
 
 
 def test_errors_are_reported_in_meters(whole):
-    (row,) = json.loads((whole / "results.json").read_text())
+    (row,) = results(whole)
     assert row["protocol"] == "depth"
     assert list(row["metrics"]) == list(protocol.METRICS)
     assert 0 < row["metrics"]["rmse"] < 5
@@ -77,11 +72,11 @@ def test_a_stopped_training_resumes_on_another_number_of_devices(
         at(self, done, note)
 
     monkeypatch.setattr(Progress, "at", stop_at)
-    assert evaluate.main(command(given, out)) == cli.TRY_AGAIN
+    assert evaluate.main(depth_command(given, out)) == cli.TRY_AGAIN
     monkeypatch.setattr(Progress, "at", at)
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: first)
-    assert evaluate.main(command(given, out)) == 0
+    assert evaluate.main(depth_command(given, out)) == 0
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
 
 
@@ -119,7 +114,7 @@ def test_a_training_that_diverges_is_an_error(given, tmp_path):
     short = {"iterations": 2, "evaluate_every": 1, "lr": 1e30}
     message = error_of(
         evaluate.main,
-        command(given, tmp_path / "out", **short),
+        depth_command(given, tmp_path / "out", **short),
         kind=FloatingPointError,
     )
     assert "diverged after" in message and "smaller --config.lr than 1e+30" in message
@@ -139,5 +134,7 @@ def test_a_training_that_diverges_is_an_error(given, tmp_path):
     ],
 )
 def test_settings_out_of_range_are_refused(given, tmp_path, changes, told):
-    assert told in error_of(evaluate.main, command(given, tmp_path / "out", **changes))
+    assert told in error_of(
+        evaluate.main, depth_command(given, tmp_path / "out", **changes)
+    )
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """The protocol `linear` from its command line, on class folders made on the spot."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from PIL import Image
 
 import real
 from benchmarks import synthetic
+from evaluations import command, results
 from experiments import evaluate
 from experiments.evaluation import linear as protocol
 from experiments.evaluation.progress import Progress
@@ -58,24 +58,15 @@ def given(tmp_path_factory):
     return folder
 
 
-def command(given, out, **changes):
+def linear_command(given, out, **changes):
     settings = {"data": given / "data", **SHORT, **changes}
-    return [
-        "--config=linear.py",
-        f"--checkpoint={given / 'tiny'}",
-        f"--workdir={out}",
-        *(f"--config.{key}={value}" for key, value in settings.items()),
-    ]
-
-
-def results(out):
-    return json.loads((out / "results.json").read_text())
+    return command("linear", [given / "tiny"], out, **settings)
 
 
 @pytest.fixture(scope="module")
 def whole(given, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "out"
-    assert evaluate.main(command(given, out)) == 0
+    assert evaluate.main(linear_command(given, out)) == 0
     return out
 
 
@@ -131,10 +122,10 @@ def test_a_stopped_evaluation_resumes_to_the_same_results(
         at(self, done, note)
 
     monkeypatch.setattr(Progress, "at", stop_at)
-    assert evaluate.main(command(given, out)) == cli.TRY_AGAIN
+    assert evaluate.main(linear_command(given, out)) == cli.TRY_AGAIN
     assert not (out / "results.json").exists()
     monkeypatch.setattr(Progress, "at", at)
-    assert evaluate.main(command(given, out)) == 0
+    assert evaluate.main(linear_command(given, out)) == 0
     assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
     assert heads(out) == heads(whole)
 
@@ -153,7 +144,7 @@ def test_one_device_gives_the_same_heads_as_two(given, whole, tmp_path, monkeypa
     assert len(jax.devices()) > 1
     first = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: first)
-    assert evaluate.main(command(given, tmp_path / "out")) == 0
+    assert evaluate.main(linear_command(given, tmp_path / "out")) == 0
     assert heads(tmp_path / "out") == heads(whole)
     assert results(tmp_path / "out") == results(whole)
 
@@ -163,7 +154,7 @@ def test_four_devices_give_the_same_heads(given, whole, tmp_path):
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     line = [sys.executable, "-m", "experiments.evaluate"]
     ended = subprocess.run(
-        [*line, *command(given, tmp_path / "out")], env=os.environ | flags
+        [*line, *linear_command(given, tmp_path / "out")], env=os.environ | flags
     )
     assert ended.returncode == 0
     assert heads(tmp_path / "out") == heads(whole)
@@ -184,7 +175,9 @@ def test_four_devices_give_the_same_heads(given, whole, tmp_path):
     ],
 )
 def test_numbers_out_of_range_are_refused(given, tmp_path, changes, told):
-    message = error_of(evaluate.main, command(given, tmp_path / "out", **changes))
+    message = error_of(
+        evaluate.main, linear_command(given, tmp_path / "out", **changes)
+    )
     assert told in message
     assert not (tmp_path / "out").exists()
 
@@ -196,7 +189,9 @@ def test_an_unreadable_training_image_is_named(given, tmp_path):
             save_color(broken / split / name / "a.png", color, 0)
     (broken / "train" / "red").mkdir()
     (broken / "train" / "red" / "b.png").write_bytes(b"no image")
-    message = error_of(evaluate.main, command(given, tmp_path / "out", data=broken))
+    message = error_of(
+        evaluate.main, linear_command(given, tmp_path / "out", data=broken)
+    )
     assert "train/red/b.png" in message
 
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 import photos
 import planted_models
+from evaluations import results
 from experiments import evaluate
 from experiments.configs.evals import knn as knn_config
 from experiments.evaluation import images, job, remedied
@@ -51,10 +52,6 @@ def run(places, out, *arguments, config="knn", data="classes"):
 
 def others(places):
     return f"--config.remedy_data={places / 'others'}"
-
-
-def results(out):
-    return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Segmentation from a folder to the results, with a tiny model."""
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -15,10 +14,10 @@ import pytest
 from PIL import Image
 
 import scene_trees
-import small_runs
+from evaluations import command, results, tiny_model
 from experiments import evaluate
 from experiments.evaluation import scene_training, segmentation, training
-from sinder_jax import checkpoint, cli, vit
+from sinder_jax import cli, vit
 from sinder_jax.data import mosaics
 from sinder_jax.evals import metrics
 
@@ -28,9 +27,7 @@ SMALL = {"crop": 24, "iterations": 6, "images_per_step": 4, "save_every": 2}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    checkpoint.save(path, TINY, small_runs.weights(TINY))
-    return path
+    return tiny_model(tmp_path_factory.mktemp("models"), TINY)
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +37,8 @@ def data(tmp_path_factory):
 
 def run(config, model, data, workdir, *, models=(), flags=(), **changes):
     changes = {**SMALL, "data": data, **changes}
-    code = evaluate.main(
-        [
-            f"--config={config}.py",
-            *(f"--checkpoint={path}" for path in (model, *models)),
-            f"--workdir={workdir}",
-            *(f"--config.{key}={value}" for key, value in changes.items()),
-            *flags,
-        ]
-    )
-    return code, Path(workdir)
-
-
-def results(workdir):
-    return json.loads((workdir / "results.json").read_text())
+    line = command(config, [model, *models], workdir, **changes)
+    return evaluate.main([*line, *flags]), Path(workdir)
 
 
 @pytest.fixture(scope="module")

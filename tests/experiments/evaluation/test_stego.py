@@ -1,7 +1,6 @@
 """STEGO from a folder to the results, with a tiny model."""
 
 import functools
-import json
 import os
 import shutil
 import signal
@@ -13,6 +12,7 @@ import pytest
 
 import scene_trees
 import small_runs
+from evaluations import command, results, tiny_model
 from experiments import evaluate
 from experiments.configs import evals
 from experiments.configs.evals import stego_cityscapes, stego_potsdam3
@@ -46,9 +46,7 @@ NAME = "stego_cityscapes"
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    checkpoint.save(path, TINY, small_runs.weights(TINY))
-    return path
+    return tiny_model(tmp_path_factory.mktemp("models"), TINY)
 
 
 @pytest.fixture(scope="module")
@@ -58,20 +56,8 @@ def data(tmp_path_factory):
 
 def run(model, data, workdir, *, config=NAME, more=(), flags=(), **changes):
     changes = {**SMALL, "data": data, **changes}
-    code = evaluate.main(
-        [
-            f"--config={config}.py",
-            *(f"--checkpoint={path}" for path in (model, *more)),
-            f"--workdir={workdir}",
-            *(f"--config.{key}={value}" for key, value in changes.items()),
-            *flags,
-        ]
-    )
-    return code, Path(workdir)
-
-
-def results(workdir):
-    return json.loads((workdir / "results.json").read_text())
+    line = command(config, [model, *more], workdir, **changes)
+    return evaluate.main([*line, *flags]), Path(workdir)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """From trained codes to matched clusters, with a tiny model and made scenes."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import scene_trees
-import small_runs
+from evaluations import command, results, tiny_model
 from experiments import evaluate
 from experiments.configs import evals
 from experiments.evaluation import clusterings, matching, segmenter, unsupervised
@@ -16,8 +14,8 @@ from experiments.evaluation.job import Forward, Job
 from experiments.evaluation.progress import Progress
 from experiments.run.stopping import Stopping
 from samples import error_of
-from sinder_jax import checkpoint, vit
 from sinder_jax import model as models
+from sinder_jax import vit
 from sinder_jax.evals import bilinear, crf, probes
 
 TINY = vit.ViTConfig(32, 2, 1, "mlp", img_size=28)
@@ -33,8 +31,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    checkpoint.save(path, TINY, small_runs.weights(TINY))
+    path = tiny_model(tmp_path_factory.mktemp("models"), TINY)
     return models.open_checkpoint(path)
 
 
@@ -257,15 +254,9 @@ def test_tokens_in_a_random_order_tell_nothing(
     def scores(name):
         config = {**changes, "data": "sample:streets", "cache": tmp_path / "tokens"}
         config |= {"crf": "false", "resamples": 0, "pictures": 0}
-        code = evaluate.main(
-            [
-                f"--config={protocol}.py",
-                f"--checkpoint={backbone()}",
-                f"--workdir={tmp_path / name}",
-                *(f"--config.{key}={value}" for key, value in config.items()),
-            ]
-        )
-        (row,) = json.loads((tmp_path / name / "results.json").read_text())
+        line = command(protocol, [backbone()], tmp_path / name, **config)
+        code = evaluate.main(line)
+        (row,) = results(tmp_path / name)
         assert code == 0
         return row["metrics"]
 
