@@ -17,14 +17,9 @@ from scipy.special import erf
 
 import golden
 import reference
+from samples import relative
 
 Arrays = dict[str, np.ndarray]
-
-
-def relative(actual: Any, expected: Any) -> float:
-    """Norm of the difference over the norm of the expected array."""
-    expected = np.asarray(expected, np.float64)
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def setting(name: str) -> tuple[reference.Model, Arrays, dict, reference.Options]:

@@ -9,15 +9,12 @@ from benchmarks import img_focus
 from convert.__main__ import main as run_convert
 from experiments import analyze
 from real import backbone, photograph
+from samples import relative
 from sinder_jax import vit
 from sinder_jax.analysis import forecast
 
 # Measured 1.2e-6 and 1.5e-6: float32 rounding over 12 blocks.
 TOLERANCE = 5e-6
-
-
-def relative(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def tokens(image: np.ndarray, **resampling) -> np.ndarray:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks import precision
-from recorded import relative
+from samples import relative
 from sinder_jax import repair
 
 NAME = "gelu"  # the smallest recorded run with a defect in its first image

@@ -8,6 +8,7 @@ import pytest
 
 import convert
 import golden
+from samples import relative, timm_state
 from sinder_jax import families, param_tree, vit
 
 torch = pytest.importorskip("torch")
@@ -82,27 +83,6 @@ def features(config, state, images):
         [1, config.num_register_tokens, math.prod(grid)], dim=1
     )
     return vit.Features(cls[:, 0], registers, patches.unflatten(1, grid))
-
-
-def relative(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    assert got.shape == want.shape
-    return np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
-
-
-def timm_state(state):
-    """The same model as timm names it, from the names of the hub."""
-    names = {"register_tokens": "reg_token", ".w12.": ".fc1.", ".w3.": ".fc2."}
-    timm = {}
-    for name, tensor in state.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        timm[name] = tensor
-    del timm["mask_token"]
-    if "reg_token" in timm:
-        timm["cls_token"] = timm["cls_token"] + timm["pos_embed"][:, :1]
-        timm["pos_embed"] = timm["pos_embed"][:, 1:]
-    return timm
 
 
 # --- Against the authors' code ----------------------------------------------------

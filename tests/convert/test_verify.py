@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 import convert
 import golden
 from convert import layouts, saving, verify
+from samples import timm_state
 from sinder_jax import checkpoint, families, param_tree, vit
 from sinder_jax.data import decode, listing
 from sinder_jax.model import Model
@@ -137,21 +138,6 @@ def test_nan_never_agrees():
 
 
 # --- Tensors by the names of the hub and of timm ----------------------------------
-
-
-def timm_state(state):
-    """The same model as timm names it, from the names of the hub."""
-    names = {"register_tokens": "reg_token", ".w12.": ".fc1.", ".w3.": ".fc2."}
-    timm = {}
-    for name, array in state.items():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        timm[name] = array
-    del timm["mask_token"]
-    if "reg_token" in timm:
-        timm["cls_token"] = timm["cls_token"] + timm["pos_embed"][:, :1]
-        timm["pos_embed"] = timm["pos_embed"][:, 1:]
-    return timm
 
 
 @pytest.mark.parametrize("layout", ["dinov2", "timm"])

@@ -11,16 +11,13 @@ import pytest
 import scipy.special
 from flax import traverse_util
 
-import convert
 import golden
 import reference
+from recorded import recorded_model, reference_model
+from samples import relative
 from sinder_jax import defects, kernels, param_tree, vit
 
 SMALL = {"gelu": ("gelu", 2), "swiglu": ("swiglu", 3)}  # recording, planted block
-
-
-def relative(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 def cosines(a, b):
@@ -31,20 +28,8 @@ def cosines(a, b):
 
 
 @functools.cache
-def recorded_model(name):
-    """(config, params) of a recording."""
-    arrays, meta = golden.load(name)
-    return convert.from_torch(golden.state(arrays), num_heads=meta["num_heads"])
-
-
-@functools.cache
 def recorded_defects(name):
     return defects.singular_defects(*recorded_model(name))
-
-
-@functools.cache
-def reference_model(name):
-    return reference.Model.from_golden(*golden.load(name))
 
 
 def random_params(config, gain):

@@ -19,8 +19,8 @@ from deltas import (
     random_delta,
     random_eps,
     random_model,
-    relative,
 )
+from samples import relative
 from sinder_jax import delta, difference, factor, kernels, param_tree
 
 

@@ -22,8 +22,8 @@ from deltas import (
     random_delta,
     random_eps,
     random_model,
-    relative,
 )
+from samples import relative
 from sinder_jax import delta, difference, factor, param_tree
 
 

@@ -11,17 +11,11 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 import convert
 import golden
-from samples import AWKWARD
+from samples import AWKWARD, relative
 from sinder_jax import factor, kernels, layers, param_tree, vit
 
 SWIGLU = vit.ViTConfig(16, 3, 2, "swiglu", img_size=28)
 MLP = vit.ViTConfig(12, 2, 2, "mlp", img_size=28)
-
-
-def relative(actual, expected):
-    expected = np.asarray(expected, np.float64)
-    difference = np.asarray(actual, np.float64) - expected
-    return np.linalg.norm(difference) / np.linalg.norm(expected)
 
 
 def flat(tree):

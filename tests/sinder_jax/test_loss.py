@@ -10,6 +10,7 @@ import pytest
 import convert
 import golden
 import reference
+from samples import relative
 from sinder_jax import factor, loss, vit
 
 WINDOWS = (3, 5)
@@ -30,12 +31,6 @@ def loss_and_gradient(tokens, direction, **options):
     result, (by_tokens, by_direction) = loss_and_gradients(tokens, direction, **options)
     assert not by_direction.any()
     return result, by_tokens
-
-
-def relative(actual, expected):
-    expected = np.asarray(expected, np.float64)
-    difference = np.asarray(actual, np.float64) - expected
-    return np.linalg.norm(difference) / np.linalg.norm(expected)
 
 
 def unit(vector):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import reference
+from samples import relative
 from sinder_jax import pos_embed
 
 CONVENTIONS = {
@@ -63,10 +64,6 @@ def torch_resampled(stored_grid, rows, columns, *, antialias, offset):
     )
     assert grid.shape[2:] == (rows, columns)
     return grid[0].permute(1, 2, 0).numpy()
-
-
-def relative(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 @each_convention

@@ -25,11 +25,12 @@ from recorded import (
     changed,
     host,
     image_with_overflowing_loss,
-    relative,
+    reference_model,
     setting,
     start,
     stored,
 )
+from samples import relative
 from sinder_jax import factor, kernels, param_tree, repair, search, vit
 
 Tree = dict[str, Any]
@@ -218,7 +219,7 @@ def reference_steps(
 ) -> list[ReferenceStep]:
     """`reference.repair_run` step by step, with the state after each."""
     case = setting(name)
-    model = reference.Model.from_golden(case.arrays, case.meta)
+    model = reference_model(name)
     options = dataclasses.replace(case.options, reduce=reduce)
     directions = case.directions.astype(np.float64)
     if analytic:

@@ -16,13 +16,8 @@ import pytest
 from flax import traverse_util
 
 import golden
-from recorded import (
-    assert_same_bits,
-    image_with_overflowing_loss,
-    relative,
-    setting,
-    start,
-)
+from recorded import assert_same_bits, image_with_overflowing_loss, setting, start
+from samples import relative
 from sinder_jax import factor, loss, repair, search, vit
 
 search_images = jax.jit(search.image_results, static_argnums=(0, 1))

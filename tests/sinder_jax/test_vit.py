@@ -17,6 +17,8 @@ from jax.extend import core
 import convert
 import golden
 import reference
+from recorded import reference_model
+from samples import relative
 from sinder_jax import factor, families, kernels, loss, param_tree, repair, vit
 
 TINY = {
@@ -36,13 +38,6 @@ PARAMETERS = {
     "dinov2_vitl14_reg": 304_372_736,
     "dinov2_vitg14_reg": 1_136_486_912,
 }
-
-
-def relative(actual, expected):
-    """Frobenius norm of the difference over that of the expected array."""
-    expected = np.asarray(expected, np.float64)
-    difference = np.asarray(actual, np.float64) - expected
-    return np.linalg.norm(difference) / np.linalg.norm(expected)
 
 
 def flat(tree):
@@ -194,7 +189,7 @@ def test_tokens_match_the_reference_on_a_shrunken_grid(kind):
 def reference_gradients(name):
     """What the reference makes of the first image, and the basis it made it in."""
     arrays, meta = golden.load(name)
-    model = reference.Model.from_golden(arrays, meta)
+    model = reference_model(name)
     options = reference.Options(**golden.options(meta))
     factors = reference.factorize(model)
     directions = arrays["singular_defects"].astype(np.float64)

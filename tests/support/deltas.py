@@ -32,12 +32,6 @@ TOUCHED = (1, 2, 4)
 every_model = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 
 
-def relative(actual, expected):
-    expected = np.asarray(expected, np.float64)
-    difference = np.asarray(actual, np.float64) - expected
-    return np.linalg.norm(difference) / np.linalg.norm(expected)
-
-
 @functools.cache
 def random_model(config):
     """(params, factors) with kernels of the size of a trained model's."""

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 import convert
 import golden
+import reference
 from sinder_jax import factor, repair, vit
 
 
@@ -26,17 +27,37 @@ class Setting(NamedTuple):
 
 
 @functools.cache
-def setting(name: str) -> Setting:
+def recorded_model(name: str) -> tuple[vit.ViTConfig, dict[str, Any]]:
+    """Architecture and params of a recorded model."""
     arrays, meta = golden.load(name)
-    config, params = convert.from_torch(
+    return convert.from_torch(
         golden.state(arrays),
         num_heads=meta["num_heads"],
         interpolate_antialias=meta["interpolate_antialias"],
         interpolate_offset=meta["interpolate_offset"],
     )
+
+
+@functools.cache
+def reference_model(name: str) -> reference.Model:
+    """The recorded model in float64, by the reference."""
+    return reference.Model.from_golden(*golden.load(name))
+
+
+def recorded_images(name: str) -> np.ndarray:
+    """The images of a recording, [n, height, width, 3]."""
+    arrays, _ = golden.load(name)
+    return np.ascontiguousarray(arrays["images"].transpose(0, 2, 3, 1))
+
+
+@functools.cache
+def setting(name: str) -> Setting:
+    """The setting of a recorded repair, a name of `golden.REPAIRED`."""
+    arrays, meta = golden.load(name)
+    config, params = recorded_model(name)
     options = repair.RepairOptions(**golden.options(meta))
-    images = np.ascontiguousarray(arrays["images"].transpose(0, 2, 3, 1))
     directions = arrays["singular_defects"]
+    images = recorded_images(name)
     return Setting(arrays, meta, config, params, options, images, directions)
 
 
@@ -93,11 +114,6 @@ def stored(values: dict[str, Any]) -> dict[str, Any]:
     """Fields in the form of `to_saved`."""
     kernels = {name: nested(values[name]) for name in ("eps", "momentum")}
     return values | kernels
-
-
-def relative(actual: Any, expected: Any) -> float:
-    """Norm of the difference over the norm of the expected array."""
-    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
 
 
 def image_with_overflowing_loss() -> np.ndarray:

@@ -55,6 +55,28 @@ def random_state(config, seed=0):
     return convert.to_torch(config, random_params(config, seed))
 
 
+def timm_state(state):
+    """The same model as timm names it, from the names of the hub."""
+    names = {"register_tokens": "reg_token", ".w12.": ".fc1.", ".w3.": ".fc2."}
+    timm = {}
+    for name, array in state.items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        timm[name] = array
+    del timm["mask_token"]
+    if "reg_token" in timm:
+        timm["cls_token"] = timm["cls_token"] + timm["pos_embed"][:, :1]
+        timm["pos_embed"] = timm["pos_embed"][:, 1:]
+    return timm
+
+
+def relative(actual, expected):
+    """Norm of the difference over the norm of the expected array, in float64."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape
+    return float(np.linalg.norm(actual - expected) / np.linalg.norm(expected))
+
+
 def assert_same_bytes(got, want):
     assert list(got) == list(want)
     for name in want:

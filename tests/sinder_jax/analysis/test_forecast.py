@@ -7,13 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-import convert
-import golden
 import photos
 import reference
 from experiments import config as config_files
 from experiments.run import inputs
-from samples import error_of
+from recorded import recorded_model, reference_model
+from samples import error_of, relative
 from sinder_jax import defects, kernels, linalg, param_tree, planted, repair, vit
 from sinder_jax.analysis import forecast, spectra
 from sinder_jax.data import listing
@@ -31,19 +30,6 @@ DEFECTS = {  # recording: first planted block
     "native": 1,
     "offset_no_antialias": 1,
 }
-
-
-def relative(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
-@functools.cache
-def recorded(name):
-    arrays, meta = golden.load(name)
-    config, params = convert.from_torch(
-        golden.state(arrays), num_heads=meta["num_heads"]
-    )
-    return config, params, reference.Model.from_golden(arrays, meta)
 
 
 @functools.cache
@@ -105,7 +91,7 @@ def test_the_planted_block_and_direction_are_forecast(seed):
 
 @pytest.mark.parametrize("name", DEFECTS)
 def test_the_first_defect_of_every_recording_is_forecast(name):
-    config, params, _ = recorded(name)
+    config, params = recorded_model(name)
     found = forecast.forecast(config, params)
     assert found.has_defect and found.block == DEFECTS[name]
     assert found.blamed[0].block == DEFECTS[name]
@@ -115,7 +101,7 @@ def test_the_first_defect_of_every_recording_is_forecast(name):
 
 
 def test_several_defects_of_a_model_are_told_apart():
-    config, params, _ = recorded("moving")
+    config, params = recorded_model("moving")
     found = forecast.forecast(config, params)
     assert [run.first for run in found.stretches] == [2, 5, 8]
     assert "stand out from block 5, 8 on" in found.verdict
@@ -123,7 +109,7 @@ def test_several_defects_of_a_model_are_told_apart():
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "moving"])
 def test_directions_and_gaps_are_those_of_the_defects(name):
-    config, params, _ = recorded(name)
+    config, params = recorded_model(name)
     found = forecast.forecast(config, params)
     expected = defects.singular_defects(config, params)
     cosine = np.sum(found.directions * np.asarray(expected.directions), axis=1)
@@ -175,7 +161,7 @@ def test_after_the_repair_the_verdict_changes_and_the_blamed_values_are_smaller(
 
 
 def test_jax_arrays_and_another_count_of_cores_give_the_same(monkeypatch):
-    config, params, _ = recorded("registers")
+    config, params = recorded_model("registers")
     one = forecast.forecast(config, params)
     monkeypatch.setattr(linalg.os, "cpu_count", lambda: 5)
     other = forecast.forecast(config, jax.device_put(params))
@@ -184,7 +170,7 @@ def test_jax_arrays_and_another_count_of_cores_give_the_same(monkeypatch):
 
 
 def test_progress_counts_the_blocks():
-    config, params, _ = recorded("moving")
+    config, params = recorded_model("moving")
     told = []
     forecast.forecast(config, params, progress=lambda *at: told.append(at))
     assert told == [(done, 10) for done in range(1, 11)]  # more than are done at once
@@ -210,7 +196,8 @@ def test_stretches_end_with_the_gap_or_a_turn():
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "registers"])
 def test_hidden_slopes_rebuild_the_linear_fit(name):
-    config, params, model = recorded(name)
+    config, params = recorded_model(name)
+    model = reference_model(name)
     first = "mlp/fc1" if config.ffn_layer == "mlp" else "mlp/w12"
     weight = kernels.matrix(config, params, 1, first)
     layer = params["blocks"]["mlp"][first.removeprefix("mlp/")]
@@ -224,7 +211,8 @@ def test_hidden_slopes_rebuild_the_linear_fit(name):
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 def test_the_gain_is_what_the_block_does_to_its_trigger(name):
-    config, params, model = recorded(name)
+    config, params = recorded_model(name)
+    model = reference_model(name)
     nu = forecast.forecast(config, params).directions[2]
     gain, _ = forecast.blame(config, params, 2, nu)
     matrix = reference.block_map(model, 2)
@@ -249,7 +237,7 @@ def all_shares(config, params, block, nu):
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 def test_a_share_is_what_is_missing_without_the_triplet(name):
     """Exactly for v, proj and the last kernel: the map is linear in each of them."""
-    config, params, _ = recorded(name)
+    config, params = recorded_model(name)
     block = DEFECTS[name]
     nu = forecast.forecast(config, params).directions[block]
     gain, shares = all_shares(config, params, block, nu)
@@ -274,7 +262,7 @@ def test_a_share_is_what_is_missing_without_the_triplet(name):
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 def test_kernels_in_a_row_carry_the_same_and_paths_add_up_to_the_gain(name):
-    config, params, _ = recorded(name)
+    config, params = recorded_model(name)
     block = DEFECTS[name]
     nu = forecast.forecast(config, params).directions[block]
     gain, shares = all_shares(config, params, block, nu)
@@ -296,7 +284,7 @@ def test_kernels_in_a_row_carry_the_same_and_paths_add_up_to_the_gain(name):
 
 
 def test_blame_is_sorted_cut_and_of_this_block_alone():
-    config, params, _ = recorded("swiglu")
+    config, params = recorded_model("swiglu")
     nu = forecast.forecast(config, params).directions[3]
     _, found = forecast.blame(config, params, 3, nu, count=4)
     _, everything = forecast.blame(config, params, 3, nu, count=10**6)

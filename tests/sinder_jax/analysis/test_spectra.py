@@ -1,37 +1,16 @@
 """spectra.py: against NumPy, by identities, and on the planted model."""
 
 import doctest
-import functools
 
 import jax
 import numpy as np
 import pytest
 
-import convert
-import golden
 import reference
+from recorded import recorded_model, reference_model
 from samples import SMALL, error_of, random_params
 from sinder_jax import defects, factor, kernels, planted
 from sinder_jax.analysis import spectra
-
-GAMMAS = (2.0, 1.5, 1.3)  # of figure 5
-
-
-@functools.cache
-def recorded(name):
-    """(config, params, reference model) of a recording."""
-    arrays, meta = golden.load(name)
-    state = golden.state(arrays)
-    config, params = convert.from_torch(state, num_heads=meta["num_heads"])
-    return config, params, reference.Model.from_golden(arrays, meta)
-
-
-def relative(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
-def leaves(params):
-    return jax.tree_util.tree_leaves_with_path(params)
 
 
 def test_examples_in_the_docstrings_run():
@@ -77,7 +56,8 @@ def test_kernel_spectra_of_missing_ranks_are_exact():
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "registers"])
 def test_block_maps_match_the_svd_of_the_reference(name):
-    config, params, model = recorded(name)
+    config, params = recorded_model(name)
+    model = reference_model(name)
     maps = spectra.block_maps(config, params)
     for block in range(config.depth):
         matrix = reference.block_map(model, block)
@@ -92,7 +72,8 @@ def test_block_maps_match_the_svd_of_the_reference(name):
 
 
 def test_eigenvalues_have_the_trace_the_determinant_and_the_order():
-    config, params, model = recorded("swiglu")
+    config, params = recorded_model("swiglu")
+    model = reference_model("swiglu")
     found = spectra.block_maps(config, params).eigenvalues
     assert found.dtype == np.complex128
     assert found.shape == (config.depth, config.embed_dim)
@@ -105,7 +86,7 @@ def test_eigenvalues_have_the_trace_the_determinant_and_the_order():
 
 
 def test_eigenvalues_are_left_out_on_request():
-    config, params, _ = recorded("gelu")
+    config, params = recorded_model("gelu")
     maps = spectra.block_maps(config, params, eigenvalues=False)
     assert maps.eigenvalues.shape == (config.depth, 0)
     with_them = spectra.block_maps(config, params)
@@ -125,7 +106,7 @@ def test_planted_trigger_and_direction_are_the_leading_vectors_of_its_block():
 
 
 def test_probes_give_nearly_the_analytic_maps_and_need_a_key():
-    config, params, _ = recorded("gelu")
+    config, params = recorded_model("gelu")
     exact = spectra.block_maps(config, params, eigenvalues=False)
     probed = [
         spectra.block_maps(
@@ -166,7 +147,7 @@ def test_decay_counts_by_hand():
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 def test_changes_are_epsilon_also_where_it_reorders_singular_values(name):
-    config, params, _ = recorded(name)
+    config, params = recorded_model(name)
     factors = factor.factorize(config, params)
     rng = np.random.default_rng(0)
     eps = {
@@ -185,7 +166,7 @@ def test_changes_are_epsilon_also_where_it_reorders_singular_values(name):
 
 
 def test_changes_between_models_that_differ_raise():
-    config, params, _ = recorded("swiglu")
+    config, params = recorded_model("swiglu")
     wide = random_params(SMALL["mlp"])
     wide["blocks"]["mlp"] = {"w12": {"kernel": np.ones((3, 128, 8))}}
     message = error_of(spectra.singular_value_changes, config, params, wide)
@@ -198,7 +179,7 @@ def test_changes_between_models_that_differ_raise():
 
 
 def test_jax_arrays_give_what_numpy_arrays_give():
-    config, params, _ = recorded("registers")
+    config, params = recorded_model("registers")
     placed = jax.device_put(params)
     for function in (
         spectra.kernel_spectra,
@@ -210,7 +191,7 @@ def test_jax_arrays_give_what_numpy_arrays_give():
 
 
 def test_progress_is_told_after_every_piece():
-    config, params, _ = recorded("gelu")
+    config, params = recorded_model("gelu")
     for call, total in (
         (spectra.kernel_spectra, 6 * config.depth),
         (spectra.block_maps, config.depth),
@@ -222,7 +203,7 @@ def test_progress_is_told_after_every_piece():
 
 def test_defects_and_spectra_agree_on_the_first_block():
     """Where the running product is the block's map."""
-    config, params, _ = recorded("moving")
+    config, params = recorded_model("moving")
     maps = spectra.block_maps(config, params, eigenvalues=False)
     found = defects.singular_defects(config, params)
     assert abs(maps.directions[0] @ np.asarray(found.directions[0])) > 1 - 1e-6

@@ -8,34 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import convert
 import golden
 import photos
 import reference
-from samples import error_of, random_params
+from recorded import recorded_images, recorded_model, reference_model
+from samples import error_of, random_params, relative
 from sinder_jax import defects, loss, planted, vit
 from sinder_jax.analysis import defective, tokens
 from sinder_jax.data import listing
 
 TEMPERATURES = (0.01, 0.1, 1.0)  # of figure 6
-
-
-@functools.cache
-def recorded(name):
-    """(config, params, reference model, images [B, height, width, 3])."""
-    arrays, meta = golden.load(name)
-    state = golden.state(arrays)
-    overrides = golden.architecture(meta)
-    names = ("interpolate_antialias", "interpolate_offset")
-    config, params = convert.from_torch(
-        state, num_heads=meta["num_heads"], **{name: overrides[name] for name in names}
-    )
-    model = reference.Model.from_golden(arrays, meta)
-    return config, params, model, np.moveaxis(arrays["images"], 1, -1)
-
-
-def relative(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 def test_examples_in_the_docstrings_run():
@@ -262,7 +244,8 @@ def test_options_out_of_range_raise():
 
 @pytest.mark.parametrize("name", ["swiglu", "gelu", "registers"])
 def test_growth_matches_the_reference_and_adds_up(name):
-    config, params, model, images = recorded(name)
+    config, params = recorded_model(name)
+    model, images = reference_model(name), recorded_images(name)
     direction = np.random.default_rng(0).normal(size=config.embed_dim)
     direction /= np.linalg.norm(direction)
     found = tokens.growth(config, params, images, 3 * direction)
@@ -309,7 +292,8 @@ def test_the_planted_ffn_is_what_makes_a_token_long():
 
 
 def test_growth_refuses_images_that_are_not_whole_patches():
-    config, params, _, images = recorded("swiglu")
+    config, params = recorded_model("swiglu")
+    images = recorded_images("swiglu")
     message = error_of(
         tokens.growth, config, params, images[:, :-1], np.ones(config.embed_dim)
     )

@@ -9,10 +9,10 @@ import pytest
 import scipy.linalg
 
 import convert
-import golden
 import photos
 import reference
-from samples import error_of
+from recorded import recorded_model, reference_model
+from samples import error_of, relative
 from sinder_jax import planted
 from sinder_jax.analysis import spectra
 from sinder_jax.analysis.defective import norm_ratio
@@ -21,19 +21,6 @@ from sinder_jax.data import listing
 from sinder_jax.remedies import clamping
 
 GAMMAS = (2.0, 1.5, 1.3)  # of figure 5
-
-
-@functools.cache
-def recorded(name):
-    """(config, params, reference model) of a recording."""
-    arrays, meta = golden.load(name)
-    state = golden.state(arrays)
-    config, params = convert.from_torch(state, num_heads=meta["num_heads"])
-    return config, params, reference.Model.from_golden(arrays, meta)
-
-
-def relative(actual, expected):
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
 def leaves(params):
@@ -48,7 +35,8 @@ def test_examples_in_the_docstrings_run():
 @pytest.mark.parametrize("name", ["swiglu", "gelu"])
 @pytest.mark.parametrize("gamma", GAMMAS)
 def test_clamped_kernels_match_the_reference(name, gamma):
-    config, params, model = recorded(name)
+    config, params = recorded_model(name)
+    model = reference_model(name)
     ours = convert.to_torch(
         config, clamping.clamp_singular_values(config, params, gamma)
     )
@@ -63,7 +51,7 @@ def test_clamped_kernels_match_the_reference(name, gamma):
 
 
 def test_no_singular_value_is_above_gamma_and_the_others_stay():
-    config, params, _ = recorded("swiglu")
+    config, params = recorded_model("swiglu")
     before = spectra.kernel_spectra(config, params)
     after = spectra.kernel_spectra(
         config, clamping.clamp_singular_values(config, params, 1.2, kernels=["mlp/w3"])
@@ -75,7 +63,7 @@ def test_no_singular_value_is_above_gamma_and_the_others_stay():
 
 
 def test_what_is_not_clamped_keeps_its_bits_and_the_input_is_untouched():
-    config, params, _ = recorded("gelu")
+    config, params = recorded_model("gelu")
     kept = jax.tree.map(np.copy, params)
     clamped = clamping.clamp_singular_values(config, params, 1.0, kernels=["attn/v"])
     for (path, got), (_, want) in zip(leaves(clamped), leaves(kept), strict=True):
@@ -95,7 +83,7 @@ def test_what_is_not_clamped_keeps_its_bits_and_the_input_is_untouched():
 
 
 def test_several_gammas_factorize_once_and_give_what_each_gives_alone(monkeypatch):
-    config, params, _ = recorded("swiglu")
+    config, params = recorded_model("swiglu")
     calls = []
 
     def counted(matrix, **subset):
@@ -138,7 +126,7 @@ def test_clamping_lowers_the_norm_ratio_monotonically():
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, float("nan")])
 def test_a_gamma_that_is_not_positive_raises_at_once(gamma):
-    config, params, _ = recorded("gelu")
+    config, params = recorded_model("gelu")
     for call in (
         lambda: clamping.clamp_singular_values(config, params, gamma),
         lambda: clamping.clamp_all(config, params, (2.0, gamma)),
@@ -147,7 +135,7 @@ def test_a_gamma_that_is_not_positive_raises_at_once(gamma):
 
 
 def test_kernels_that_do_not_exist_or_come_twice_raise():
-    config, params, _ = recorded("gelu")
+    config, params = recorded_model("gelu")
     clamp = functools.partial(clamping.clamp_all, config, params, [1.0])
     assert "no kernel 'mlp/w12'" in error_of(clamp, kernels=["mlp/w12"])
     for names in (["attn/v", "attn/v"], ["attn/qkv", "attn/k"]):
@@ -155,7 +143,7 @@ def test_kernels_that_do_not_exist_or_come_twice_raise():
 
 
 def test_jax_arrays_give_what_numpy_arrays_give():
-    config, params, _ = recorded("registers")
+    config, params = recorded_model("registers")
     ours, theirs = (
         clamping.clamp_singular_values(config, x, 1.3)
         for x in (jax.device_put(params), params)
@@ -164,7 +152,7 @@ def test_jax_arrays_give_what_numpy_arrays_give():
 
 
 def test_progress_is_told_after_every_kernel():
-    config, params, _ = recorded("gelu")
+    config, params = recorded_model("gelu")
     told, total = [], 4 * config.depth
     clamping.clamp_singular_values(
         config, params, 2.0, progress=lambda *at: told.append(at)
