@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from convert import fetch
 from convert.files import hugging_face, reading, sha256, strangers
 from convert.state_dict import TorchModel
 from convert.statements import RESAMPLING, statement
@@ -56,6 +57,11 @@ def open_model(
     if num_heads is not None:
         overrides["num_heads"] = num_heads
     path = paths.as_path(path)
+    if str(path) in fetch.MODELS and not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or directory; `python -m convert to-jax {path} "
+            f"{path}` fetches the published weights and makes that checkpoint"
+        )
     if reading.is_torch_source(path):
         given = {"prefix": prefix, **overrides}
         return _open_torch(Path(path), name or path.name, given)

@@ -22,6 +22,14 @@ def test_overrides_change_how_a_checkpoint_resamples(stored):
     assert opened.digest == convert.open_model(stored).digest
 
 
+def test_the_name_of_a_published_model_is_no_path_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = error_of(convert.open_model, "dinov2_vits14", kind=FileNotFoundError)
+    assert "no such file or directory; `python -m convert to-jax dinov2_vits14" in (
+        message
+    )
+
+
 def test_overrides_that_contradict_a_checkpoint_are_refused(stored):
     message = error_of(convert.open_model, stored, depth=9)
     assert f"depth ({CONFIG.depth} and 9)" in message
