@@ -144,6 +144,7 @@ def open_models(checkpoints: Sequence[str]) -> "list[Model]":
     """
     import convert
     from convert.commands import lines
+    from experiments.evaluation import images
     from sinder_jax.storage import paths
 
     places: dict[str, str] = {}
@@ -161,14 +162,13 @@ def open_models(checkpoints: Sequence[str]) -> "list[Model]":
                 f"{path}: no file tells {untold}; what is in brackets is taken, unless "
                 "`python -m convert to-jax` writes a checkpoint that says otherwise"
             )
+    for model in models[1:]:
+        if different := images.differently_resampled(models[0], model):
+            cli.warn(
+                f"{different}: but at the size of the embedding, that is a part of "
+                "their difference"
+            )
     return models
-
-
-def resampling(model: "Model") -> str:
-    """How a model resamples its position embedding for other image sizes."""
-    config = model.config
-    antialias = "with" if config.interpolate_antialias else "without"
-    return f"{antialias} antialias and offset {config.interpolate_offset:g}"
 
 
 def _evaluated(
@@ -182,7 +182,7 @@ def _evaluated(
 
     Returns names, digests and results, in the order of the rows.
     """
-    from experiments.evaluation import remedied
+    from experiments.evaluation import images, remedied
 
     names, digests, results = [], [], []
     for checkpoint, model in zip(args.checkpoint, models, strict=True):
@@ -192,7 +192,10 @@ def _evaluated(
             form.job.progress.say(f"{form.name}: {config.protocol} on {config.data}")
             folder = first.folder / STATES / state_key(form.job)
             folder.mkdir(parents=True, exist_ok=True)
-            told = {**remedied.kept_cost(form, folder), "positions": resampling(model)}
+            told = {
+                **remedied.kept_cost(form, folder),
+                "positions": images.resampling(model),
+            }
             job = form.job._replace(folder=folder)
             found = _run(protocol, job, overwrite=args.overwrite)
             names.append(form.name)

@@ -23,6 +23,6 @@ def get_config() -> ConfigDict:
     # To look at, before and after; empty: nothing is measured or drawn.
     config.data = ""
     config.measure_images = 8
-    config.image_size = 518  # pixels, the short side
+    config.image_size = 518  # pixels, the short side; demo: 224
     config.mask_thr = 4.0
     return config

@@ -71,8 +71,8 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     """Lists the photographs and opens the truth; errors as `listing.open_photographs`.
 
     Raises:
-      ValueError: a setting out of range; models of different architectures; too few
-        photographs.
+      ValueError: a setting out of range; models of different architectures, or that
+        resample position embeddings differently for these images; too few photographs.
     """
     images.check_common(config)
     first, size = models[0], models[0].config.patch_size
@@ -90,6 +90,15 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
     truth = convert.open_model(config.truth) if config.truth else None
     if truth:
         check_same_architecture(first, truth)
+    for other in (*models[1:], *filter(None, [truth])):
+        different = images.differently_resampled(first, other)
+        own = {first.config.img_size, other.config.img_size}
+        if different and own != {config.image_size}:
+            raise ValueError(
+                f"{different}: tokens can be compared at "
+                f"--config.image_size={first.config.img_size} alone, where nothing is "
+                "resampled"
+            )
     registers = first.config.num_register_tokens
     for other in models[1:]:
         as_first = dataclasses.replace(other.config, num_register_tokens=registers)
@@ -143,9 +152,9 @@ def chosen(config: ConfigDict) -> list[Photograph]:
     rest = remedied.but(found, read)
     if not rest:
         raise ValueError(
-            f"config.remedy_images: remedies read {len(read)} photographs, and "
-            f"{config.data} has no other to measure on; give fewer, or others by "
-            "--config.remedy_data="
+            f"config.remedy_images: {config.data} has no photographs to measure on but "
+            f"those that remedies read ({len(read)}) and crops of them; give fewer, or "
+            "others by --config.remedy_data="
         )
     return remedied.spread(rest, config.num_images)
 

@@ -118,6 +118,29 @@ class Read:
         return np.asarray(self.crop(self.photographs[i].read()))
 
 
+def resampling(model: Model) -> str:
+    """How a model resamples its position embedding for other image sizes."""
+    config = model.config
+    antialias = "with" if config.interpolate_antialias else "without"
+    return f"{antialias} antialias and offset {config.interpolate_offset:g}"
+
+
+def differently_resampled(first: Model, other: Model) -> str:
+    """How two models differ in this, and what to do; empty if they do not.
+
+    Models with and without registers do as published, and are not compared.
+    """
+    registers = {model.config.num_register_tokens for model in (first, other)}
+    if len(registers) > 1 or resampling(first) == resampling(other):
+        return ""
+    return (
+        f"{first.path} resamples its position embedding {resampling(first)}, "
+        f"{other.path} {resampling(other)} (`python -m convert to-jax SRC DST "
+        "--interpolate-antialias=true|false --interpolate-offset=N` writes PyTorch "
+        "weights with that of the other)"
+    )
+
+
 def extractor(job: Job, **options: Any) -> Callable[[Any], Any]:
     """`features.make_extract` of the job's model and forward pass, as its config says.
 

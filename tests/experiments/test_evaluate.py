@@ -1,5 +1,6 @@
 """k-NN from its command line: results, comparison, cache, resume, wrong inputs."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -259,6 +260,18 @@ def test_other_results_are_not_overwritten(models, data, tmp_path, capsys):
     (tmp_path / "mine/thesis.tex").touch()
     message = failure(capsys, tmp_path / "mine", data, models / "first")
     assert "mine holds something else: choose another --workdir" in message
+
+
+def test_models_that_resample_differently_are_told(models, data, tmp_path, capsys):
+    given, other = model.open_checkpoint(models / "first"), tmp_path / "other"
+    config = dataclasses.replace(given.config, interpolate_antialias=True)
+    checkpoint.save(other, config, given.params)
+    run(tmp_path / "out", data, models / "first", other)
+    said = capsys.readouterr().err
+    assert f"warning: {models / 'first'} resamples its position" in said
+    assert f"{other} with antialias" in said
+    run(tmp_path / "same", data, models / "first", models / "second")
+    assert "resamples" not in capsys.readouterr().err
 
 
 def test_a_workdir_that_is_something_else_is_one_line(models, data, tmp_path, capsys):

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """The settings of the meter."""
     config = evals.shared()
     config.protocol = "artifacts"
-    config.image_size = 518  # pixels of the middle square, the size of the paper
+    config.image_size = 518  # pixels of the middle square, as in the paper; demo: 224
     config.batch_size = 4  # images that a device takes at once
     config.num_images = 64  # measured, spread evenly over the data
     config.mask_thr = 4.0  # outlier along ν: so many standard deviations, as in giant
