@@ -45,7 +45,8 @@ class Repaired(NamedTuple):
       factors: the basis of `eps`; zero but in `blocks`, as no other is needed.
       blocks: whose kernels are changed, in order; empty without defect.
       gaps_before, gaps_after: σ_0/σ_1 of each running product.
-      price: Σ ‖ε_k‖²/‖σ_k‖² over the changed kernels.
+      paid: Σ ‖ε_k‖²/‖σ_k‖² over the changed kernels, before it is multiplied by the
+        price.
       rounds: exact decompositions of the running products.
       iterations: of L-BFGS, in all rounds.
     """
@@ -56,7 +57,7 @@ class Repaired(NamedTuple):
     blocks: tuple[int, ...]
     gaps_before: Float[np.ndarray, " L"]
     gaps_after: Float[np.ndarray, " L"]
-    price: float
+    paid: float
     rounds: int
     iterations: int
 

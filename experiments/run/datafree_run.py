@@ -134,7 +134,7 @@ def looked_at(config: ConfigDict) -> Sequence[Photograph]:
     patch_size = inputs.architecture(config).patch_size
     decode.check_side("config.image_size", config.image_size, patch_size)
     found = listing.open_photographs(config.data, print)
-    some = results.spread(found, config.measure_images)
+    some = results.spread(found, config.measure_images, print)
     if not some:
         raise ValueError(
             f"none of the {len(found)} images of {config.data} can be read, the first "
@@ -240,7 +240,7 @@ def _repair(
         },
         "gaps_after": repaired.gaps_after.tolist(),
         "has_defect_after": repaired.has_defect,
-        "price": repaired.price,
+        "paid": repaired.paid,
         **measures,
         "files": files,
         "sha256": results.digests(workdir, files),

@@ -11,6 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -170,11 +171,14 @@ def check_resize(config: ConfigDict) -> None:
     batches.check_resize(config.resize, 1)
 
 
-def is_readable(photograph: Photograph) -> bool:
-    """True if a photograph can be read and decoded; does both."""
+def is_readable(
+    photograph: Photograph, say: Callable[[str], Any] = lambda line: None
+) -> bool:
+    """True if a photograph can be read and decoded; does both, and says why not."""
     try:
         photograph.read()
-    except decode.UnreadableImage:
+    except decode.UnreadableImage as error:
+        say(f"skipped, unreadable: {error}")
         return False
     return True
 

@@ -7,7 +7,7 @@ params now --export--> repaired/, repaired.safetensors, repaired.pth
 
 import importlib.util
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -331,15 +331,23 @@ def save_png(path: Path, rgb: sinks.RGB) -> None:
         Image.fromarray(rgb).save(partial, format="PNG")
 
 
-def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
+def spread(
+    photographs: Sequence[Photograph],
+    most: int,
+    say: Callable[[str], Any] = lambda line: None,
+) -> list[Photograph]:
     """The first readable photograph of each of `most` equal parts of a list.
 
-    Decodes no more photographs than needed: there may be a million.
+    Decodes no more photographs than needed: there may be a million. Others that it
+    meets are told to `say`.
     """
+
+    def good(part: Iterable[int]) -> Iterator[Photograph]:
+        return (one for i in part if is_readable(one := photographs[i], say))
+
     count = len(photographs)
     parts = np.array_split(np.arange(count), min(most, count) or 1)
-    readable = (filter(is_readable, (photographs[i] for i in part)) for part in parts)
-    return [one for found in readable for one in itertools.islice(found, 1)]
+    return [one for part in parts for one in itertools.islice(good(part), 1)]
 
 
 def describe(name: str, measures: dict[str, Any] | None) -> str:

@@ -99,7 +99,7 @@ def test_the_price_paid_is_the_change_that_random_inputs_see():
         sizes = [np.square(u * s @ (v.T @ x)).sum() for s in (eps, sigma)]
         paid += sizes[0] / sizes[1]
     assert made.block == 5
-    assert found.price == pytest.approx(paid, rel=0.05)  # 20,000 probes
+    assert found.paid == pytest.approx(paid, rel=0.05)  # 20,000 probes
 
 
 def whole_objective(config, params, block):
@@ -159,7 +159,7 @@ def test_the_repair_of_a_small_model_ends_at_a_minimum_of_its_objective(monkeypa
     assert value < float(before) / 20
     # The search ends at FLAT, in subspaces that may miss AGREE of a stretch.
     assert norm(slope) < 5e-3
-    assert found.price == pytest.approx(
+    assert found.paid == pytest.approx(
         sum(
             np.square(e[1]).sum() / np.square(found.factors.sigma[name][1]).sum()
             for name, e in found.eps.items()

@@ -94,6 +94,17 @@ def test_photographs_with_long_tokens_and_no_forecast_defect_are_told(
     assert told == bool(long)
 
 
+def test_photographs_that_cannot_be_looked_at_are_named(run, tmp_path, capsys):
+    save(tmp_path / "model")
+    for i in range(3):
+        photos.save_noise(tmp_path / f"data/{i}.png", 60, 60)
+    (tmp_path / "data/1.png").write_bytes(b"not a picture")
+    assert run(f"--config.data={tmp_path / 'data'}", "--config.image_size=56") == 0
+    said = capsys.readouterr().out
+    assert f"skipped, unreadable: {tmp_path}/data/1.png: not an image" in said
+    assert len(read(tmp_path / "run")["looked_at"]["each"]) == 2
+
+
 def test_another_start_in_a_finished_workdir_is_held_to_the_first(run, tmp_path):
     save(tmp_path / "model")
     assert run() == 0
