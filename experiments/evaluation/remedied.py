@@ -85,6 +85,7 @@ def prepare(config: ConfigDict) -> Remedies:
 
     Raises:
       ValueError: an unknown remedy, or one that lacks what it needs; says what to give.
+      UnreadableImage: a photograph to read is damaged.
       FileNotFoundError, OSError: as `listing.open_photographs`.
     """
     names = tuple(name.strip() for name in config.remedies.split(",") if name.strip())
@@ -97,6 +98,11 @@ def prepare(config: ConfigDict) -> Remedies:
             )
     if len(set(names)) < len(names):
         raise ValueError(f"config.remedies: got {config.remedies!r}, one of them twice")
+    if config.remedies and not names:
+        raise ValueError(
+            f"config.remedies: got {config.remedies!r}, expected some of "
+            f"{', '.join(NAMES)}"
+        )
     clamps = any(REMEDIES[name].needs == "gamma" for name in names)
     if clamps and not config.gamma > 0:
         raise ValueError(
@@ -113,6 +119,11 @@ def prepare(config: ConfigDict) -> Remedies:
         raise ValueError(
             f"config.matmul_precision: got {config.matmul_precision!r}, expected "
             f"'highest': {' and '.join(readers)} know no other"
+        )
+    if config.remedy_data and not readers:
+        raise ValueError(
+            f"config.remedy_data: got {config.remedy_data!r}, and no remedy of "
+            "config.remedies reads photographs; leave it out or add test-time registers"
         )
     return Remedies(names, _photographs(config, readers) if readers else [])
 
@@ -131,12 +142,17 @@ def _photographs(config: ConfigDict, readers: Sequence[str]) -> list[Photograph]
             "scikit-image"
         )
     found = listing.open_photographs(source)
-    if not 1 <= count <= len(found):
+    measured = own and source == config.data  # on one at least
+    most = len(found) - measured
+    if not 1 <= count <= most:
         raise ValueError(
-            f"config.remedy_images: got {count}, expected 1 to {len(found)}, the "
-            f"number of photographs in {source}"
+            f"config.remedy_images: got {count}, expected 1 to {most}, as {source} has "
+            f"{len(found)} photographs{' and some are measured' if measured else ''}"
         )
-    return spread(found, count)
+    chosen = spread(found, count)
+    for photograph in chosen:
+        photograph.read()  # a damaged one is named now
+    return chosen
 
 
 def spread(photographs: Sequence[Photograph], most: int) -> list[Photograph]:
@@ -172,9 +188,6 @@ def forms(remedies: Remedies, job: Job, checkpoint: str) -> Iterator[Form]:
       remedies: to apply.
       job: of the checkpoint's model.
       checkpoint: as it was given.
-
-    Raises:
-      UnreadableImage: a photograph that a remedy reads cannot be decoded.
     """
     yield Form(checkpoint, job, cost_of_repair(checkpoint))
     for name in remedies.names:
@@ -205,9 +218,11 @@ def _after(remedies: Remedies, job: Job, name: str) -> tuple[Job, dict[str, Any]
     if moved:
         run = functools.partial(_with_register, neurons)
         forward = Forward(run, ("test-time registers", moved))
-    if params is not model.params:
-        model = Model.of(model.config, params)
-    return job._replace(model=model, forward=forward, origin=job.model), cost
+    made = Model.of(model.config, params)
+    if made.digest == model.digest:
+        made = model
+        cost |= {} if moved else {"weights changed": "none"}
+    return job._replace(model=made, forward=forward, origin=model), cost
 
 
 def _pixels(model: Model, photograph: Photograph) -> np.ndarray:

@@ -239,16 +239,15 @@ def _notes(first: Row, text: str) -> str:
         notes.append(f"{better} is better.")
     counts = [part.counts.shape[1] for part in result.parts().values()]
     if first.intervals and counts[0] == 1:
-        notes.append("One image was evaluated: there is no interval.")
+        notes.append(f"One image was evaluated: there is no interval ({UNDEFINED}).")
     if first.intervals and max(counts) > 1:
         seeds = result.counts.shape[0]
         images = "the images evaluated" + f" and {seeds} seeds" * (seeds > 1)
         notes.append(f"In brackets: 95 % intervals, bootstrap over {images}.")
     if UNDEFINED in text:
-        notes.append(
-            f"{UNDEFINED}: undefined, for want of anything to divide by; as an "
-            "interval, in some draws of images."
-        )
+        told = f"{UNDEFINED}: undefined, for want of anything to divide by"
+        told += "; as an interval, in some draws of images" * (max(counts) > 1)
+        notes.append(f"{told}.")
     return " ".join(notes)
 
 

@@ -19,7 +19,7 @@ from experiments import evaluate
 from experiments.evaluation import artifacts, images, remedied
 from samples import SMALL as SMALL_MODELS
 from samples import random_params
-from sinder_jax import checkpoint, cli
+from sinder_jax import checkpoint, cli, model
 from sinder_jax.evals import features
 
 SMALL = [
@@ -170,10 +170,10 @@ def test_photographs_that_remedies_read_are_not_measured(places):
     measured = {x.name for x in artifacts.chosen(config)}
     assert len(read) == 2 and len(measured) == 5 and not read & measured
     config.remedy_images = 7
-    with pytest.raises(ValueError, match="read 7 photographs, and .* has no other"):
+    with pytest.raises(ValueError, match="got 7, expected 1 to 6, .* are measured"):
         artifacts.chosen(config)
     config.remedy_data = f"{places}/./data"  # the same in another spelling
-    with pytest.raises(ValueError, match="read 7 photographs, and .* has no other"):
+    with pytest.raises(ValueError, match=r"but those that remedies read \(7\)"):
         artifacts.chosen(config)
     config.remedy_data = "sample"
     assert len(artifacts.chosen(config)) == 7
@@ -204,6 +204,8 @@ def test_a_model_without_a_defect_has_nothing_to_mend(bare):
     assert rows[1]["metrics"]["damage"] == pytest.approx(0, abs=1e-5)
     assert rows[1]["differences"]["mending"] is None
     assert rows[1]["digest"] == rows[0]["digest"]  # ablation left it as it is
+    assert rows[1]["evaluated"]["weights changed"] == "none"
+    assert "weights changed" not in rows[0]["evaluated"]
     assert "NaN" not in (out / "results.json").read_text()
     assert "damage 0.0000 [–], mending – (images: 1" in lines
     table = (out / "results.md").read_text()
@@ -218,7 +220,8 @@ def test_one_photograph_has_no_interval(bare):
         assert set(row["intervals"]) == set(row["metrics"])
         assert all(interval == [None, None] for interval in intervals.values())
     table = (bare[0] / "results.md").read_text()
-    assert "One image was evaluated: there is no interval." in table
+    assert "One image was evaluated: there is no interval (–)." in table
+    assert "as an interval" not in table
     assert "bootstrap" not in table
 
 
@@ -297,7 +300,30 @@ def test_a_damaged_photograph_is_named(places, tmp_path, capsys):
 def test_remedies_that_read_all_photographs_leave_none(places, tmp_path, capsys):
     given = ("--config.remedies=test-time registers", "--config.remedy_images=7")
     message = failure(capsys, places, tmp_path / "out", *given)
-    assert "config.remedy_images: remedies read 7 photographs" in message
+    assert "config.remedy_images: got 7, expected 1 to 6" in message
+
+
+@pytest.mark.parametrize("key", ["checkpoint", "truth"])
+def test_models_that_resample_differently_are_compared_at_their_own_size(
+    places, tmp_path, capsys, key
+):
+    """Their tokens differ elsewhere, even where the weights are the same."""
+    given, other = model.open_checkpoint(places / "planted"), tmp_path / "other"
+    config = dataclasses.replace(given.config, interpolate_antialias=True)
+    checkpoint.save(other, config, given.params)
+    names = [f"--config.truth={other}"] if key == "truth" else []
+    both = ("planted", other) if key == "checkpoint" else ("planted",)
+    small = [*names, "--config.image_size=112"]
+    code = cli.run(lambda: run(places, tmp_path / "out", *small, checkpoints=both))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == cli.USER_ERROR and not (tmp_path / "out").exists()
+    assert "resamples its position embedding without antialias and offset" in error
+    assert f"{other} with antialias" in error
+    assert "at --config.image_size=224 alone" in error
+    assert run(places, tmp_path / "out", *names, checkpoints=both) == 0
+    row = results(tmp_path / "out")[-1]["metrics"]
+    same = row["truth, sound"] if key == "truth" else 1 - row["damage"]
+    assert same == pytest.approx(1, abs=1e-6)
 
 
 # --- k-NN and segmentation beside -----------------------------------------------------

@@ -209,7 +209,12 @@ def test_a_forward_pass_is_part_of_all_keys(places, tmp_path):
         ),
         (
             ["remedies=test-time registers", "remedy_data=sample", "remedy_images=9"],
-            "config.remedy_images: got 9, expected 1 to 8",
+            "config.remedy_images: got 9, expected 1 to 8, as sample has 8 photographs",
+        ),
+        (["remedies=,"], "config.remedies: got ',', expected some of"),
+        (
+            ["remedies=ablation", "remedy_data=sample"],
+            "config.remedy_data: got 'sample', and no remedy of config.remedies reads",
         ),
         (
             [
@@ -231,13 +236,11 @@ def test_a_wrong_setting_is_one_line(places, tmp_path, capsys, arguments, told):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_photograph_that_a_remedy_reads_is_named(places, tmp_path):
+def test_a_damaged_photograph_that_a_remedy_reads_is_named(tmp_path):
     for i in range(2):
         photos.save_noise(tmp_path / f"others/{i}.png", 230, 224)
     (tmp_path / "others/1.png").write_bytes(b"not a picture")
-    some = remedies_of(tmp_path, "test-time registers")
-    job = a_job(places, tmp_path)
-    message = error_of(lambda: list(remedied.forms(some, job, "planted")))
+    message = error_of(remedies_of, tmp_path, "test-time registers")
     assert message.startswith(f"{tmp_path}/others/1.png: not an image")
 
 
