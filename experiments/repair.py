@@ -37,7 +37,7 @@ from experiments.run.journal import Counts, Dispatched, Journal
 from experiments.run.progress import LiveLine, duration
 from experiments.run.runner import Runner, choose_devices
 from experiments.run.stopping import Stopping
-from experiments.run.workdir import Workdir
+from experiments.run.workdir import Workdir, check_free
 from sinder_jax import cli, families, launch, repair
 from sinder_jax.checkpoint import Newest
 from sinder_jax.data import batches
@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Config. All that can be checked is checked before the long part begins.
     began = time.monotonic()
     args, config = settings(argv)
+    check_free(args.workdir)
     if "repair" in config:
         return datafree_run.run(args, config)
     options = inputs.repair_options(config)

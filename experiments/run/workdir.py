@@ -22,6 +22,27 @@ from sinder_jax.storage.paths import AnyPath, StrPath
 from sinder_jax.storage.snapshots import Snapshots
 
 
+def check_free(path: StrPath) -> None:
+    """Refuses a workdir that something else uses, before anything is written.
+
+    Files that no repair writes are let be.
+
+    Args:
+      path: as of a `Workdir`; need not exist.
+
+    Raises:
+      ValueError: it holds an evaluation, or a config.json or summary.json of something
+        else.
+      OSError: it cannot be read.
+    """
+    folder = paths.as_path(path)
+    with paths.answering(folder):
+        held = [run_files.holds(folder, name) for name in run_files.KEYS]
+    for what in held:
+        if what not in ("", run_files.REPAIR):
+            raise ValueError(f"{folder} holds {what}: choose another --workdir")
+
+
 class Workdir:
     """Reads and writes the files of one run.
 

@@ -34,6 +34,8 @@ FROZEN, STATES, REPAIRED = "frozen", "states", "repaired"
 CLAIMS = "claims"
 COMMITTED = "commit_success.txt"  # what Orbax writes last into a directory of a bucket
 NAMED = 10  # at most this many ranges of images are named
+REPAIR = "a repair"  # what a folder may hold
+KEYS = {CONFIG: "mask_thr", SUMMARY: "finished"}  # one that every repair writes
 
 
 def _integer(least: int, most: int = 2**31 - 1) -> Callable[[Any], bool]:
@@ -70,6 +72,30 @@ def is_workdir(path: AnyPath) -> bool:
     """True if the directory holds any file of a run, however early it stopped."""
     names = (ALIVE, METRICS, FROZEN, STATES, CONFIG, CLAIMS)
     return any((path / name).exists() for name in names)
+
+
+def holds(folder: AnyPath, name: str = CONFIG) -> str:
+    """Says what a folder holds, by its config.json or summary.json.
+
+    Args:
+      folder: need not exist.
+      name: `CONFIG` or `SUMMARY`.
+
+    Returns:
+      `REPAIR`, "an evaluation (knn)", or "a config.json of something else"; empty
+      without such a file. Claims tell a repair whose file is missing or damaged.
+    """
+    try:
+        values = read_json(folder / name)
+    except (FileNotFoundError, NotADirectoryError):
+        return REPAIR if (folder / CLAIMS).exists() else ""
+    except ValueError:
+        values = {}
+    if "protocol" in values:
+        return f"an evaluation ({values['protocol']})"
+    if KEYS[name] in values or (not values and (folder / CLAIMS).exists()):
+        return REPAIR
+    return f"a {name} of something else"
 
 
 def read_json(path: AnyPath) -> dict[str, Any]:

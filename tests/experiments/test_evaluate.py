@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from evaluations import results
-from experiments import evaluate
+from experiments import evaluate, repair
 from experiments.evaluation import images
 from samples import error_of, random_params
 from sinder_jax import checkpoint, cli, model, vit
@@ -293,6 +293,27 @@ def test_a_workdir_that_is_something_else_is_one_line(models, data, tmp_path, ca
         (tmp_path / "out/results.json").write_text(rows)
         message = failure(capsys, tmp_path / "out", data, models / "first")
         assert "holds files that are damaged" in message
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("config", ["tiny.py", "datafree.py"])
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_a_repair_is_not_written_into_an_evaluation(
+    models, data, tmp_path, capsys, config, force
+):
+    run(tmp_path, data, models / "first")
+    before = contents(tmp_path)
+    capsys.readouterr()
+    command = [f"--config={config}", f"--workdir={tmp_path}", *force]
+    command += ["--config.model=planted"]
+    assert cli.run(lambda: repair.main(command)) == cli.USER_ERROR
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} holds an evaluation (knn): choose another --workdir\n"
+    )
+    assert contents(tmp_path) == before and not (tmp_path / "claims").exists()
 
 
 def test_a_workdir_in_use_is_refused(models, data, tmp_path, capsys):

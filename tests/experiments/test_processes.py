@@ -190,6 +190,15 @@ def test_an_error_of_one_process_alone_ends_the_other(tmp_path):
     assert errors_of(told[1]) == ["error: no such image folder: /nowhere"]
 
 
+def test_all_processes_refuse_a_folder_that_holds_an_evaluation(tmp_path):
+    (tmp_path / "config.json").write_text('{"protocol": "knn"}')
+    before = contents(tmp_path)
+    for each in Processes(2, tmp_path, *SHORT).ended(2, 2, within=100):
+        (line,) = errors_of(each)
+        assert line.endswith("holds an evaluation (knn): choose another --workdir")
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.slow
 def test_differences_between_processes_are_refused_by_both(tmp_path):
     folders = (tmp_path / "run", tmp_path / "run")

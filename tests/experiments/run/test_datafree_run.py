@@ -14,7 +14,7 @@ from experiments.run import datafree_run, results
 from samples import error_of
 from sinder_jax import checkpoint, cli, datafree, param_tree
 from sinder_jax.model import open_checkpoint
-from small_runs import PLAIN
+from small_runs import PLAIN, config
 from throwing import throwing
 
 
@@ -129,7 +129,7 @@ def test_a_repair_of_another_kind_needs_another_workdir(run, tmp_path):
         )
         assert "repair was 'datafree' and is 'sinder'; choose another --w" in said
     (tmp_path / "sinder" / "frozen").mkdir(parents=True)
-    (tmp_path / "sinder" / "config.json").write_text('{"model": "dinov2_vits14"}')
+    (tmp_path / "sinder" / "config.json").write_text(json.dumps(config().to_dict()))
     said = error_of(run, workdir="sinder")
     assert "repair was 'sinder' and is 'datafree'; choose another --workdir" in said
 

@@ -9,8 +9,9 @@ import pytest
 
 import bucket as buckets
 from experiments.run import first_start
-from experiments.run.workdir import Workdir
+from experiments.run.workdir import Workdir, check_free
 from rows import STRANGE, line, row
+from samples import error_of
 from sinder_jax import checkpoint
 from sinder_jax.storage import run_files
 from small_runs import config, names, started
@@ -41,6 +42,20 @@ def test_a_folder_that_takes_no_file_raises():
         pytest.skip("needs Linux")
     with pytest.raises(OSError):
         Workdir("/proc/self")
+
+
+def test_a_workdir_that_something_else_uses_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
+    for free in ("none", ".", "notes.txt"):  # `Workdir` says that it is no folder
+        check_free(tmp_path / free)
+    started(tmp_path / "run").close()
+    check_free(tmp_path / "run")
+    for name in (run_files.SUMMARY, run_files.CONFIG):
+        (tmp_path / "run" / name).write_text('{"hidden_size": 384}')
+        assert error_of(check_free, tmp_path / "run") == (
+            f"{tmp_path / 'run'} holds a {name} of something else: choose another "
+            "--workdir"
+        )
 
 
 # --- States ---------------------------------------------------------------------------
@@ -316,6 +331,19 @@ def test_a_run_in_a_bucket_is_stored_and_goes_on(bucket, tmp_path, monkeypatch):
     assert bucket.place(f"{place}/pictures/a.png").read_bytes() == b"png"
     assert bucket.place(f"{place}/repaired/weights").read_bytes() == b"1"
     assert names(tmp_path) == ["cloud"]
+
+
+def test_a_bucket_that_something_else_uses_is_refused(bucket):
+    place = "gs://b/runs/one"
+    check_free(place)
+    with Workdir(place) as workdir:
+        first_start.settle_config(workdir, config(), images_per_step=3)
+        workdir.write_summary({"finished": True})
+    check_free(place)
+    bucket.place(f"{place}/config.json").write_text('{"protocol": "knn"}')
+    assert error_of(check_free, place) == (
+        f"{place} holds an evaluation (knn): choose another --workdir"
+    )
 
 
 def test_a_bucket_that_takes_nothing_is_told(bucket, monkeypatch):

@@ -64,6 +64,26 @@ def test_a_json_file_is_read_or_refused_in_one_line(tmp_path):
         assert str(path) in error_of(run_files.read_json, path)
 
 
+@pytest.mark.parametrize(
+    ("text", "held", "claimed"),
+    [
+        ("", "", "a repair"),  # no file
+        ('{"mask_thr": 4.0}', "a repair", "a repair"),
+        ('{"protocol": "knn"}', *["an evaluation (knn)"] * 2),
+        ('{"protocol": "knn", "mask_thr": 4.0}', *["an evaluation (knn)"] * 2),
+        ('{"hidden_size": 384}', *["a config.json of something else"] * 2),
+        ("[1]", "a config.json of something else", "a repair"),
+        ("{", "a config.json of something else", "a repair"),
+    ],
+)
+def test_a_folder_holds_what_its_config_says(text, held, claimed, tmp_path):
+    if text:
+        (tmp_path / run_files.CONFIG).write_text(text)
+    assert run_files.holds(tmp_path) == held
+    (tmp_path / run_files.CLAIMS).mkdir()
+    assert run_files.holds(tmp_path) == claimed
+
+
 def test_numbered_directories_come_in_order_of_their_numbers(tmp_path):
     for name in ("00000120", "9", "00000030", "00000040.damaged", "x", "٣"):
         (tmp_path / name).mkdir()
