@@ -258,11 +258,11 @@ def claimed(
       overwrite: True replaces all of that.
 
     Raises:
-      FileExistsError: it holds something else, and `overwrite` is False.
+      FileExistsError: it holds a repair; or something else, and `overwrite` is False.
       NotADirectoryError: it is a file.
       ValueError: another process evaluates there; or the folder is in a bucket.
     """
-    from sinder_jax.storage import files, paths
+    from sinder_jax.storage import files, paths, run_files
 
     if paths.is_remote(workdir):
         raise ValueError(f"--workdir={workdir}: got a bucket, expected a folder")
@@ -270,6 +270,10 @@ def claimed(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(
             f"--workdir={out}: got a file, expected a folder or the name of a new one"
+        )
+    if run_files.holds(out) == run_files.REPAIR:
+        raise FileExistsError(
+            f"{out} holds {run_files.REPAIR}: choose another --workdir"
         )
     if out.exists() and not overwrite and (what := _foreign(out, config, models)):
         raise FileExistsError(
@@ -301,8 +305,8 @@ def _foreign(out: Path, config: "ConfigDict", models: "Sequence[Model]") -> str:
 
     try:
         there = json.loads((out / SETTINGS).read_text())
-        if not isinstance(there, dict):
-            raise TypeError("expected settings by name")
+        if not isinstance(there, dict) or "protocol" not in there:
+            raise TypeError("expected the settings of an evaluation")
         there = settings(there)
         results = out / report.JSON
         rows = json.loads(results.read_text()) if results.exists() else []

@@ -18,6 +18,7 @@ from experiments.evaluation import images
 from samples import error_of, random_params
 from sinder_jax import checkpoint, cli, model, vit
 from sinder_jax.evals import features
+from small_runs import started
 
 CONFIG = vit.ViTConfig(32, 2, 1, "mlp", img_size=28, patch_size=14)
 SMALL = ["--config.resize=28", "--config.image_size=28", "--config.ks=1,3"]
@@ -314,6 +315,31 @@ def test_a_repair_is_not_written_into_an_evaluation(
         f"error: {tmp_path} holds an evaluation (knn): choose another --workdir\n"
     )
     assert contents(tmp_path) == before and not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_an_evaluation_is_not_written_into_a_repair(
+    models, data, tmp_path, capsys, overwrite
+):
+    started(tmp_path).close()
+    before = contents(tmp_path)
+    for _ in ("whole", "damaged"):
+        given = [*SMALL, *overwrite]
+        assert failure(capsys, tmp_path, data, models / "first", arguments=given) == (
+            f"{tmp_path} holds a repair: choose another --workdir"
+        )
+        assert contents(tmp_path) == before
+        (tmp_path / "config.json").write_text("{")
+        before = contents(tmp_path)
+
+
+def test_a_config_of_something_else_is_replaced_only_with_overwrite(
+    models, data, tmp_path, capsys
+):
+    (tmp_path / "config.json").write_text('{"hidden_size": 384}')
+    message = failure(capsys, tmp_path, data, models / "first")
+    assert "something else: choose another --workdir or add --overwrite" in message
+    assert run(tmp_path, data, models / "first", arguments=[*SMALL, "--overwrite"]) == 0
 
 
 def test_a_workdir_in_use_is_refused(models, data, tmp_path, capsys):
