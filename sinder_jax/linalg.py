@@ -152,6 +152,9 @@ def leading_triplets(matrix: Float[np.ndarray, "out in"], count: int) -> Triplet
             f"singular values, not {count}"
         )
     short, s = short_side(rows, subset_by_index=(size - count, size - 1))
+    if len(s) < count:  # of many equal values LAPACK may find too few by their number
+        short, s = short_side(rows)
+        short, s = short[:, :count], s[:count]
     long = rows.T @ short / np.maximum(s, TINY)[None, :]
     return Triplets(short, s, long) if rows is matrix else Triplets(long, s, short)
 
