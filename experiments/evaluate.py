@@ -165,7 +165,7 @@ def open_models(checkpoints: Sequence[str]) -> "list[Model]":
     for model in models[1:]:
         if different := images.differently_resampled(models[0], model):
             cli.warn(
-                f"{different}: but at the size of the embedding, that is a part of "
+                f"{different}: except at the size of the embedding, that is a part of "
                 "their difference"
             )
     return models

@@ -94,11 +94,9 @@ def prepare(config: ConfigDict, models: Sequence[Model]) -> Data:
         different = images.differently_resampled(first, other)
         own = {first.config.img_size, other.config.img_size}
         if different and own != {config.image_size}:
-            raise ValueError(
-                f"{different}: tokens can be compared at "
-                f"--config.image_size={first.config.img_size} alone, where nothing is "
-                "resampled"
-            )
+            key = f"--config.image_size={first.config.img_size}"
+            alone = f" but at {key}, where nothing is resampled" * (len(own) == 1)
+            raise ValueError(f"{different}: their tokens cannot be compared{alone}")
     registers = first.config.num_register_tokens
     for other in models[1:]:
         as_first = dataclasses.replace(other.config, num_register_tokens=registers)
